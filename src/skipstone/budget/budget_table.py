@@ -185,7 +185,8 @@ class BudgetTable:
     def of(cls, model: SkipstoneForCausalLM) -> BudgetTable:
         """Read the budget table from the folder that a model was loaded from (`model.name_or_path`).
 
-        Warns if adapters were added to the model, because the table was measured without them. Raises as `load`.
+        Warns if adapters were added to the model, because the table was measured without them. Raises what `load`
+        raises.
         """
         table = cls.load(model.name_or_path)
         if getattr(model, "peft_config", None):

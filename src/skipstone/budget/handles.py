@@ -108,7 +108,7 @@ def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """Find every threshold on router scores in a model, as `find_handles` does, and require at least one.
 
     Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if the model
-    is not one of Skipstone.
+    is not a Skipstone model.
     """
     require_ours(model)
     require_causal(model.routing_modules())

@@ -100,7 +100,8 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write or replace a text file atomically: after a crash, it holds the old or the new text, never a part.
 
-    text: written in UTF-8. Missing parent folders are created. Raises `WriteError` if the disk is full or fails.
+    text: the new content, written in UTF-8. Missing parent folders are created. Raises `WriteError` if the disk is full
+    or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = partial_of(path)

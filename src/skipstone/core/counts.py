@@ -45,7 +45,7 @@ Amount: TypeAlias = TokenCounts | float | Fraction  # Fraction: an exact mean ov
 def number(amount: Amount) -> float | Fraction:
     """Return an amount as a plain number.
 
-    amount: a number, returned as it is, or token counts, of which the query tokens are returned as a mean over all
+    amount: a number, returned as it is, or `TokenCounts`, whose number of query tokens is returned as a mean over all
     rows.
     """
     if not isinstance(amount, TokenCounts):

@@ -67,7 +67,7 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
+        """Convert this record of some selected tokens into one for all tokens, as `DepthRecord.lift` does."""
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(
             part.scatter(logits, float("nan")),
@@ -94,7 +94,7 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
+        """Convert this record of some selected tokens into one for all tokens, as `DepthRecord.lift` does."""
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
             part.scatter(self.chosen_BTX, False),
@@ -124,7 +124,7 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Return this record, made for some selected tokens, as one for all tokens, as in `DepthRecord.lift`."""
+        """Convert this record of some selected tokens into one for all tokens, as `DepthRecord.lift` does."""
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
             part.scatter(self.kept_BTG, False),

@@ -20,9 +20,9 @@ from skipstone.core.row_subset import RowSubset
 class StaticStore(RaggedStore):
     """A store with memory for C columns per row, allocated at the first call, filled from the left and never moved.
 
-    columns: C. An additional column 0 is never read: padding is written there, so that every call writes the same
-    number of entries. lengths_B: int64, number of entries of each row, on the device. width: 0 before the first call,
-    then C.
+    columns: C, the number of columns. An additional column 0 is never read: padding is written there, so that every
+    call writes the same number of entries. lengths_B: int64, number of entries of each row, on the device. width: 0
+    before the first call, then C.
     """
 
     lengths_B: Tensor

@@ -178,7 +178,7 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def stream_choice(self) -> NeuronChoice | None:
-        """Return how it chooses at present, for compiled steps; None: they call it as usual."""
+        """Return how it chooses at present, for compiled steps; None means they call it as usual."""
         return None
 
 
@@ -211,9 +211,7 @@ class FeedForward(nn.Module):
         return None
 
     def weights_per_pass(self) -> int:
-        """Return the number of weights that a token is multiplied with in one pass: all of the MLP's, or
-        one expert's.
-        """
+        """Return the number of weights that a token is multiplied with in one pass through the MLP or an expert."""
         raise NotImplementedError
 
     def dense_passes(self, tokens: float) -> float:

@@ -119,7 +119,7 @@ CORPORA: dict[str, CorpusEntry] = {
 def find_entry(name: str) -> tuple[CorpusEntry, str]:
     """Return the registry entry for a corpus called `name` or `name:argument`, and the argument ("" if there is none).
 
-    Raises ValueError for an unknown name (naming the nearest), for a missing argument, and for one that is not
+    Raises ValueError for an unknown name (naming the nearest), for a missing argument, and for an argument that is not
     accepted.
     """
     head, colon, argument = str(name).partition(":")

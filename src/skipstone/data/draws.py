@@ -20,7 +20,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np.float64]:
-    """Return uniform random numbers in [0, 1), float64 [R, columns], each a function of its coordinates alone.
+    """Return uniform random numbers in [0, 1), float64 [R, columns], functions of seed, stream, row and column.
 
     Any row can thus be drawn alone, in any order. seed, stream: two numbers that select the draws; different streams of
     a seed are independent. rows: R row indices, int, or a single one. columns: numbers per row.
@@ -32,7 +32,7 @@ def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np
 
 
 def integers(seed: int, stream: int, rows: ArrayLike, columns: int, below: int) -> NDArray[np.int64]:
-    """Return uniform random integers in [0, below), int64 [R, columns], each a function of its coordinates alone.
+    """Return uniform random integers in [0, below), int64 [R, columns], functions of seed, stream, row and column.
 
     seed, stream, rows and columns are as in `uniform`. below: the upper bound, exclusive, at most about 2^53.
     """

@@ -162,7 +162,7 @@ def _manifest(values: Any) -> Manifest:
 def open_sources(folder: Path) -> dict[str, ShardSet]:
     """Open a folder of shards, or a folder that contains several such folders; return them by folder name.
 
-    Raises as `open_shards`, and ValueError if they were made with different tokenizers.
+    Raises what `open_shards` raises, and ValueError if they were made with different tokenizers.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"corpus shards:FOLDER: there is no folder {str(folder)!r}")

@@ -98,7 +98,7 @@ def jsonl_files(argument: str) -> list[Path]:
 def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
     """Yield the string in `field` of the JSON object on each line of a file, which may be compressed (.gz).
 
-    Empty lines are skipped. Raises ValueError, naming the line, for one that is not JSON or has no such string.
+    Empty lines are skipped. Raises ValueError, naming the line, for a line that is not JSON or has no such string.
     """
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -78,7 +78,7 @@ class DepthMechanism(DepthModule):
         )
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return the tokens that a decision with sight of the whole row would keep by the record's scores, bool [B, T].
+        """Return the tokens that a decision looking at the whole row would keep by the record's scores, bool [B, T].
 
         Used to measure the precision and recall of decisions that were made without later tokens. None (the default) if
         the mechanism does not rank tokens.
@@ -98,9 +98,9 @@ class DepthMechanism(DepthModule):
         """Return a dict with a `DepthRecord` of these tensors under the mechanism's name (else its class name).
 
         All tensors are [B, T]. score_BT: fp32 router logits. kept_BT: bool, the tokens that get the update. weight_BT:
-        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, the tokens that are no padding and not
-        skipped by an outer mechanism. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the
-        tensors that are passed to the next block, by name; None means that there are none.
+        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, tokens that are neither padding nor skipped
+        by an outer mechanism. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the tensors
+        that are passed to the next block, by name; None means that there are none.
         """
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

@@ -61,9 +61,10 @@ class DynamicChunkingConfig:
 class DynamicChunking(DepthMechanism):
     """Dynamic chunking (H-Net, arXiv 2507.07955): some neighbouring blocks run only on tokens that begin a chunk.
 
-    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. Their update z by these blocks, a
-    segment, is smoothed over chunks by h = p z + (1 - p) h_before, and every token receives the h of its chunk's first
-    token. Options: `DynamicChunkingConfig`. threshold: fp32 [], above which 2 p - 1 begins a chunk, initially 0.
+    Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. The update z that these blocks (a
+    segment) compute for it is smoothed over chunks, h = p z + (1 - p) h_before, and every token receives the h of its
+    chunk's first token. `DynamicChunkingConfig` describes its options. threshold: fp32 [], initially 0; a token begins
+    a chunk if 2 p - 1 exceeds it.
     """
 
     Config = DynamicChunkingConfig
@@ -108,8 +109,9 @@ class DynamicChunking(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return for every token the smoothed update of its document's last kept token, [B, T, D], and the records.
 
-        update: the function of the wrapped blocks, called on the kept tokens alone. x_BTD: the hidden states before it.
-        Recorded scores are 2 p - 1, where p is the probability that a chunk begins.
+        update: computes the wrapped blocks' update, as update(x, tokens) -> (update, records), for the kept tokens
+        alone. x_BTD: the hidden states that enter the blocks. tokens: the tokens of this call. Recorded scores are 2 p
+        - 1, where p is the probability that a chunk begins.
         """
         memory = Memory(tokens, tokens.memory, self.placement.name or type(self).__name__)
         key_BTD = score_linear(x_BTD, self.key_weight)
@@ -242,7 +244,7 @@ def _scan(decay_BK: Tensor, u_BKD: Tensor) -> Tensor:
 
 
 class ChunkThreshold(ScoreThreshold):
-    """The threshold of dynamic chunking on the score 2 p - 1, stored as a buffer of the model that starts at 0."""
+    """Access to dynamic chunking's threshold on scores 2 p - 1, a saved buffer of the model, initially 0."""
 
     def __init__(self, mechanism: DynamicChunking) -> None:
         self._mechanism = mechanism

@@ -77,7 +77,7 @@ class EarlyExit(DepthMechanism):
 
     Survival is 1 before block 0, and each block multiplies it by sigmoid(w . x + b), so it never rises and an exit is
     final. Exited tokens still provide keys and values, from their last hidden state. Training computes all tokens.
-    Options: `EarlyExitConfig`.
+    `EarlyExitConfig` describes its options.
     """
 
     Config = EarlyExitConfig
@@ -107,8 +107,9 @@ class EarlyExit(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the block's update with each token's survival as gain, [B, T, D], and the records.
 
-        update: the function of the wrapped block. x_BTD: the hidden states before it. With `execution: hard`, tokens
-        whose survival is at or below the threshold get no update in generation and evaluation.
+        update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
+        that enter the block. tokens: the tokens of this call. With `execution: hard`, tokens whose survival is at or
+        below the threshold get no update in generation and evaluation.
         """
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT

@@ -40,10 +40,10 @@ EPSILON = 1e-6  # mean gates are clamped to this distance from 0 and 1, so that 
 class GateSkipConfig:
     """The options of GateSkip, which scales the updates of a sub-layer by sigmoid gates.
 
-    capacity: share of tokens that execution "hard" computes, in (0, 1]. gate: one number per channel or one per token.
-    start_bias: initial bias of the gate's logit (5: gates start at .993). sparsity_weight: coefficient of the mean gate
-    in the loss, at least 0. execution: what evaluation and generation do: "hard" skips tokens with low gates, "soft"
-    only scales updates.
+    capacity: share of tokens that execution "hard" computes, in (0, 1]. gate: whether a gate is one number per
+    "channel" or one per "token". start_bias: initial bias of the gate's logit (5: gates start at .993).
+    sparsity_weight: coefficient of the mean gate in the loss, at least 0. execution: what evaluation and generation do:
+    "hard" skips tokens with low gates, "soft" only scales updates.
     """
 
     capacity: float = 0.75
@@ -63,7 +63,7 @@ class GateSkip(DepthMechanism):
 
     Training scales the updates of all tokens. Generation and evaluation skip tokens whose mean gate is below a running
     quantile of the gates seen in training, but still compute their keys and values; with `execution: soft`, they skip
-    nothing. Options: `GateSkipConfig`.
+    nothing. `GateSkipConfig` describes its options.
     """
 
     Config = GateSkipConfig
@@ -98,8 +98,9 @@ class GateSkip(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update times the gate, [B, T, D], and the records; a score is the logit of a token's mean gate.
 
-        update: the function of the wrapped sub-layer. x_BTD: the hidden states before it. With `execution: hard`,
-        tokens with low gates get no update in generation and evaluation.
+        update: computes the wrapped sub-layer's update, as update(x, tokens) -> (update, records). x_BTD: the hidden
+        states that enter it. tokens: the tokens of this call. With `execution: hard`, tokens with low gates get no
+        update in generation and evaluation.
         """
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)

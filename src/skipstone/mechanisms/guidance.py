@@ -51,7 +51,7 @@ def guided(delta_BTD: Tensor, score_BT: Tensor, reached_BT: Tensor, capacity: fl
     In the backward pass, the `capacity` share of reached tokens with the largest gradient norm at the block's output
     becomes the positive class, and the gradient of binary cross-entropy against it flows into the scores. delta_BTD:
     the update. score_BT: fp32 router scores; compute them from a detached input, or the guidance also changes the
-    model. reached_BT: bool, the tokens that are no padding and not skipped by an outer mechanism. capacity: the share
-    of reached tokens in the positive class, in (0, 1). The method is ours.
+    model. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism. capacity: the share of
+    reached tokens in the positive class, in (0, 1). The method is ours.
     """
     return _Guided.apply(delta_BTD, score_BT, reached_BT, capacity)  # type: ignore[no-any-return]

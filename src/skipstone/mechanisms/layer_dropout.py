@@ -58,7 +58,7 @@ class LayerDropout(DepthMechanism):
     """Layer dropout (stochastic depth, arXiv 1603.09382): training leaves a block out for random rows of a batch.
 
     Rows that are left out cost nothing, because the others are gathered into a smaller batch. In evaluation and
-    generation it does nothing. Options: `LayerDropoutConfig`.
+    generation it does nothing. `LayerDropoutConfig` describes its options.
     """
 
     Config = LayerDropoutConfig
@@ -80,8 +80,9 @@ class LayerDropout(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update [B, T, D], 0 for rows that are left out, and the records, whose scores are all 0.
 
-        update: the function of the wrapped block. x_BTD: the hidden states before it. Rows are left out only in
-        training passes with noise, or where the caller imposes it (`tokens.forced_BT`).
+        update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
+        that enter the block. tokens: the tokens of this call. Rows are left out only in training passes with noise, or
+        where the caller imposes it (`tokens.forced_BT`).
         """
         score_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
         kept_BT = reached_BT = real_mask(tokens, score_BT)

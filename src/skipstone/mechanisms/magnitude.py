@@ -166,5 +166,5 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.down_schedule.pin(1.0)
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0: sums of magnitudes are no matrix products, and only these are counted."""
+        """Return 0: sums of magnitudes are not matrix products, and only these are counted."""
         return 0

@@ -47,7 +47,7 @@ class MixtureOfDepths(DepthMechanism):
     """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
 
     Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
-    nothing, or a learned low-rank update. Options: `MixtureOfDepthsConfig`. adapt_defaults: options that
+    nothing, or a learned low-rank update. `MixtureOfDepthsConfig` describes its options. adapt_defaults: options that
     `skipstone adapt`, which turns a dense model into a routed one, sets if its recipe does not.
     """
 
@@ -144,7 +144,8 @@ class MixtureOfDepths(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the weighted update of kept tokens, [B, T, D], and the records; others get 0 or a low-rank update.
 
-        update: the function of the wrapped block. x_BTD: the hidden states before it.
+        update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
+        that enter the block. tokens: the tokens of this call.
         """
         seen_BTD = x_BTD.detach() if self.config.guidance or self.config.benefit else x_BTD
         score_BT = self.router(seen_BTD)
@@ -183,9 +184,9 @@ class MixtureOfDepths(DepthMechanism):
         """Return the tokens to keep, bool [B, T]; padding may be among them, so callers have to exclude it.
 
         score_BT: router scores, fp32. seen_BTD: the hidden states as the router reads them, for decisions by another
-        network. tokens: the tokens of this call; their `mode.routing` and `forced_BT` say how to decide: with sight of
-        the whole row ("oracle" routing), without later tokens ("causal"), or as the caller imposes (`forced_BT`).
-        Raises ValueError in a causal pass if the decision needs later tokens.
+        network. tokens: the tokens of this call; their `mode.routing` and `forced_BT` say how to decide: looking at the
+        whole row ("oracle" routing), without later tokens ("causal"), or as the caller imposes (`forced_BT`). Raises
+        ValueError in a causal pass if the decision needs later tokens.
         """
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)

@@ -34,7 +34,7 @@ class SegmentConfig(MixtureOfDepthsConfig):
 class Segment(MixtureOfDepths):
     """Mixture-of-Depths around several neighbouring blocks: a token passes all of them or skips all of them.
 
-    There is one router and one decision for the segment. Options: `SegmentConfig`.
+    There is one router and one decision for the segment. `SegmentConfig` describes its options.
     """
 
     Config = SegmentConfig

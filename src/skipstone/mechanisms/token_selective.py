@@ -130,7 +130,7 @@ class TokenSelective(DepthMechanism):
     """Token-Selective Attention (arXiv 2605.05222): updates are scaled by 1 - p, and tokens with high p skip.
 
     A small MLP computes the skip probability p of each token from the hidden state before the block. Skipped tokens
-    provide keys and values unless the option `kv` is "kept". Options: `TokenSelectiveConfig`.
+    provide keys and values unless the option `kv` is "kept". `TokenSelectiveConfig` describes its options.
     """
 
     Config = TokenSelectiveConfig
@@ -195,8 +195,9 @@ class TokenSelective(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the block's update with gain 1 - p, p being a token's skip probability, [B, T, D], and the records.
 
-        update: the function of the wrapped block. x_BTD: the hidden states before it. A pass that computes every token
-        records all tokens as kept; tokens that straight-through training treats as skipped are recorded with weight 0.
+        update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
+        that enter the block. tokens: the tokens of this call. A pass that computes every token records all tokens as
+        kept; tokens that straight-through training treats as skipped are recorded with weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)

@@ -150,5 +150,5 @@ class ZeroNeurons(ActivationGroupRouter):
         """Do nothing: the MLP's output never depends on this mechanism."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0: comparisons are no matrix products, and only these are counted."""
+        """Return 0: comparisons are not matrix products, and only these are counted."""
         return 0

@@ -42,7 +42,7 @@ def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: i
 
 
 def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
-    """Raise ValueError for labels that are no tensor, and for an `ignore_index` other than -100.
+    """Raise ValueError for labels that are not a tensor, and for an `ignore_index` other than -100.
 
     labels: the argument of the forward pass, or None. arguments: the call's further keyword arguments, in which
     `ignore_index` is looked up.

@@ -265,11 +265,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does; tokens are routed without sight of later tokens and without exploration noise.
+        """Generate as transformers does; by default, routing looks at no later tokens and uses no random numbers.
 
         This holds in training mode, too. Arguments are as in transformers' `generate`, and: document_ids: int64 [B, T],
         the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",
-        use_cache=False`: decide with sight of the whole text, as some published models do; every step then recomputes
+        use_cache=False`: decide by looking at the whole text, as some published models do; every step then recomputes
         everything. Raises ValueError if a decision needs later tokens and this is not given, and for caches that cannot
         hold rows of different lengths.
         """
@@ -351,7 +351,7 @@ def _documents(inputs: PlainDict) -> Tensor:
 def _targets(labels: Tensor | None, others: PlainDict) -> Tensor | None:
     """Return the target of each token, which is None without labels.
 
-    Raises ValueError for labels that are no tensor, and for other arguments that would be ignored silently.
+    Raises ValueError for labels that are not a tensor, and for other arguments that would be ignored silently.
     """
     refuse_mistyped(others)
     refuse_ignored(labels, others)

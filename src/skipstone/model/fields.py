@@ -100,8 +100,8 @@ class ModelFields:
     different. linear_init: linear layers start normal with standard deviation initializer_range and zero biases
     (normal), or as in nn.Linear (torch). scaled_output_init: whether the standard deviation of projections into the
     residual stream is divided by sqrt(2 * num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over
-    labelled tokens (labelled) or all but padding (all). training_routing: how training passes decide by default, with
-    sight of the whole row (oracle) or without later tokens and noise (causal).
+    labelled tokens (labelled) or all but padding (all). training_routing: how training passes decide by default,
+    looking at the whole row (oracle) or without later tokens and noise (causal).
 
     Decoding: weight_format: float, or int8 for matrices and token embedding (`skipstone quantise`); weight_group: 64,
     the inputs of an int8 matrix that share a scale; None means that all inputs of a row do. head_candidates: rows of

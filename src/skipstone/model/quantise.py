@@ -24,9 +24,9 @@ FLOAT, INT8 = "float", "int8"
 def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of the model with int8 weights in all matrices of attention, MLP, head and token embedding.
 
-    Each 64 inputs of a matrix row share a scale, or all of them if their number is no multiple of 64. Raises ValueError
-    for a model that is quantised already (by this function or by torchao), for a mixture of experts, and for weights
-    that are not finite.
+    Each 64 inputs of a matrix row share a scale, or all of them if their number is not a multiple of 64. Raises
+    ValueError for a model that is quantised already (by this function or by torchao), for a mixture of experts, and for
+    weights that are not finite.
     """
     if model.config.weight_format == INT8:
         raise ValueError("the model has int8 weights already")

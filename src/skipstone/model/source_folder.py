@@ -22,7 +22,7 @@ def check_folder(folder: Path) -> None:
 
     It finds git-lfs pointers, files that differ from the checksums in the folder's `files.json` or from the SHA-256 in
     their name in the hub's cache (files up to 256 MiB), a bad index of weights, an adapter beside a whole model, and
-    special token ids that are no integers. Nothing is checked if `folder` is not a folder, but a hub name.
+    special token ids that are not integers. Nothing is checked if `folder` is not a folder, but a hub name.
     """
     if not folder.is_dir():
         return
@@ -71,7 +71,7 @@ def _header(path: Path) -> PlainDict:
 
 
 def _check_generation(path: Path) -> None:
-    """Raise ValueError if generation_config.json cannot be read or names ends that are no ids.
+    """Raise ValueError if generation_config.json cannot be read or names ends that are not ids.
 
     transformers would silently go on without it, and texts would not end.
     """

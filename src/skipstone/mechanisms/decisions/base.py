@@ -77,15 +77,15 @@ class Decision(nn.Module):
         """Return the auxiliary loss of each token, fp32 [B, T], or None if there is none (the default).
 
         score_BT: router scores. kept_BT: bool, the tokens kept by the training decision (without exploration noise),
-        which the loss may use as its target. x_BTD: the hidden states that the router read. reached_BT: bool, the
-        tokens that are no padding and not skipped by an outer mechanism.
+        which the loss may use as its target. x_BTD: the hidden states that the router read. reached_BT: bool, tokens
+        that are neither padding nor skipped by an outer mechanism.
         """
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
         """Return what the update after an optimizer step (`advance`) needs of a micro-batch, an fp32 vector, or None.
 
-        score_BT: router scores. reached_BT: bool, the tokens that are no padding and not skipped by an outer mechanism.
+        score_BT: router scores. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism.
         """
         return None
 
@@ -118,7 +118,7 @@ class Decision(nn.Module):
     def flops(self, tokens: float, routing: str) -> float:
         """Return the matrix FLOPs of the decision's own network in a forward pass over `tokens` tokens, or 0.
 
-        routing: "oracle" (training) or "causal" (no sight of later tokens).
+        routing: "oracle" (training) or "causal" (without looking at later tokens).
         """
         return 0
 

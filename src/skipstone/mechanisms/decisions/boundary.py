@@ -69,7 +69,7 @@ class Boundaries:
 def byte_boundaries() -> list[int]:
     """Return the boundary ids of the byte tokenizer, ascending.
 
-    These are the bytes that are no letter, digit or UTF-8 continuation byte, and 256, the id that ends a document.
+    These are all bytes except letters, digits and UTF-8 continuation bytes, and 256, the id that ends a document.
     """
     return [i for i in range(BYTES_AND_END) if i not in LETTERS_AND_DIGITS and i not in CONTINUATION]
 

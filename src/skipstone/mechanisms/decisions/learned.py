@@ -34,7 +34,7 @@ class TopK(Decision):
 
 
 class FixedThreshold(ScoreThreshold):
-    """The threshold of decisions "threshold" and "threshold_p", whose value follows from options.
+    """Access to the score threshold of a decision "threshold" or "threshold_p", initially set by its options.
 
     decision: the decision whose threshold this is. A changed threshold is not saved with the model.
     """

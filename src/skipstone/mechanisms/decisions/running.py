@@ -55,7 +55,7 @@ class EmaThreshold(Decision):
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
         """Return the (1 - capacity) quantile of a micro-batch's scores, fp32 [1]; NaN if no token was reached.
 
-        score_BT: router scores. reached_BT: bool, the tokens that are no padding and not skipped by an outer mechanism.
+        score_BT: router scores. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism.
         """
         return torch.where(reached_BT, score_BT, torch.nan).nanquantile(1 - self.capacity.now)[None]
 
@@ -84,7 +84,7 @@ class EmaThreshold(Decision):
 
 
 class RunningThreshold(ScoreThreshold):
-    """The threshold of decision "ema_threshold", which is a buffer of the model and saved with it.
+    """Access to the score threshold of a decision "ema_threshold", a buffer that is saved with the model.
 
     decision: the `EmaThreshold` whose threshold this is. After a threshold is set, the decision counts as trained
     (`Decision.not_ready_reason`).
