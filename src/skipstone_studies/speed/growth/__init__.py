@@ -37,10 +37,8 @@ def details(figures: ByArm) -> str:
         near = [arm for arm, one in lines.items() if abs(one["apart"]["time"]) <= WITHIN]
         parts.append(
             f"Of {len(lines)} curves, {len(near)} grow in time within {WITHIN:g} of their FLOPs' exponent. In the "
-            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference. By context, the "
-            "share of attention grows, whose kernel leaves out the half of the pairs that the causal mask hides, while "
-            "the cost model counts all. By vocabulary and by processes, what does not grow still weighs. By blocks, "
-            "the rate falls between the last two points of most arms; why was not looked for."
+            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference. Work "
+            "between the products, of which PolyGLU has most, is not in the FLOPs; its share falls as attention grows."
         )
     axes = {**curves.AXES, "processes": processes.COUNTS}
     parts += [_curves(axis, axes[axis], lines) for axis in axes if any(arm.startswith(f"{axis},") for arm in lines)]
@@ -70,14 +68,15 @@ GROWTH = Study(
     name="growth",
     purpose="Growth of time and memory by context, rows, blocks, vocabulary, processes; loading 1B parameters; imports",
     about=(
-        "**Random weights and tokens**, one thread, forward passes in fp32 without a cache, width 64; 2 blocks, one "
-        "row of 256 tokens and a vocabulary of 256 where these do not grow. Decisions are those of training (top-k for "
-        "Mixture-of-Depths; gates are soft and compute everything). Times are the least CPU seconds of three passes, "
-        "as the machine was shared. *By processes*, training steps by FSDP2 of width 128 and 64 rows in all, by the "
-        "process that spends most; messages (gloo) are part of its time. Exponents are fitted to the last three points "
-        "of a curve and stand beside those of the FLOPs of the cost model and of the bytes of the largest tensors that "
-        "a pass holds at once (the stream and the MLP's, or the logits). Memory is the rise of the process's peak "
-        "resident size. For checkpoints it is relative to the size of the weights, and pages of mapped files count."
+        "**Random weights and tokens**, one thread, forward passes in fp32 without a cache, width 64; 2 blocks, 8 "
+        "rows of 256 tokens and a vocabulary of 256 where these do not grow (by context and by rows, one row; by "
+        "context, width 256). Decisions are those of training (top-k for Mixture-of-Depths; gates are soft and compute "
+        "everything). Times are the least CPU seconds of some passes. *By processes*, training steps by FSDP2 of width "
+        "128 and 128 rows in all, by the process that spends most; messages (gloo) are part of its time. Exponents are "
+        "fitted to the last three points of a curve and stand beside those of the cost model's FLOPs, without the "
+        "pairs that the causal mask hides, and of the bytes of the largest tensors that a pass holds at once (the "
+        "stream and the MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints "
+        "it is relative to the size of the weights, and pages of mapped files count."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

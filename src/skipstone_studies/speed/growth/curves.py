@@ -9,6 +9,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,7 +27,9 @@ MODELS: dict[str, PlainDict] = {
     "gate_skip": {"mechanisms": [{"name": "gate_skip", "layers": "1:"}]},
     "polyglu": {"activation": {"name": "polyglu"}},
 }
-SIZE: PlainDict = {"width": 64, "blocks": 2, "rows": 1, "context": 256, "vocabulary": 256, "repeats": 3}
+SIZE: PlainDict = {"width": 64, "blocks": 2, "rows": 8, "context": 256, "vocabulary": 256, "repeats": 3}
+# By context, products of width 256: narrow ones reach a third of the rate of attention, whose share of the work grows.
+SIZES: dict[str, PlainDict] = {"context": {"rows": 1, "width": 256}, "rows": {"rows": 1}}
 AXES: dict[str, tuple[int, ...]] = {
     "context": (256, 512, 1024, 2048, 4096, 8192),
     "rows": (1, 2, 4, 8, 16, 32, 64),
@@ -33,20 +37,26 @@ AXES: dict[str, tuple[int, ...]] = {
     "vocabulary": (256, 1024, 4096, 16384, 65536),
 }
 LAST = 3  # points of a curve from which its exponent is fitted
-M_MMAP_THRESHOLD, LARGE = -3, 1 << 16  # glibc then returns every freed block of this many bytes to the system
+# glibc's options: from how many bytes on it gives free memory back to the system, and maps a block of its own. Memory
+# that is given back costs page faults when it is used again, a fifth of a pass; memory that is kept hides the peak.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT, RETURNED = (1 << 30, 1 << 25), (1 << 17, 1 << 16)
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one curve of forward passes: time and memory as one size of the model or its input grows.
 
-    Returns, besides its points: `exponents` of CPU seconds, FLOPs by the cost model, peak memory and bytes of the
+    Returns, besides its points: `exponents` of CPU seconds, FLOPs by `causal_flops`, peak memory and bytes of the
     largest tensors, fitted to the last three points; `apart`, differences of these exponents; `rate`, GFLOP/s at the
     first and last point. The exponents of time and FLOPs differ by the exponent of this rate.
     """
-    mallopt = getattr(_libc(), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
-    return with_exponents([_point({**recipe, recipe["axis"]: value}, value) for value in recipe["values"]])
+    sizes = [(value, {**recipe, recipe["axis"]: value}) for value in recipe["values"]]
+    expected = [_expected(one, value) for value, one in sizes]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # this one keeps memory of earlier curves
+        peaks = list(fresh.map(_peak, [one for _, one in sizes]))
+    seconds = [least_seconds(_pass(one), recipe["repeats"]) for _, one in sizes]
+    told = zip(expected, peaks, seconds, strict=True)
+    return with_exponents([{**point, "peak": peak, "seconds": taken} for point, peak, taken in told])
 
 
 def with_exponents(points: list[dict[str, float]]) -> Figures:
@@ -74,27 +84,43 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def _point(recipe: RecipeDict, size: int) -> dict[str, float]:
-    """Measure one point: CPU seconds (the least of some passes), peak bytes of a pass, and what arithmetic expects."""
+def _expected(recipe: RecipeDict, size: int) -> dict[str, float]:
+    """Return what arithmetic expects of a point."""
     model = model_of(recipe)
-    ids = torch.randint(0, recipe["vocabulary"], (recipe["rows"], recipe["context"]))
     tokens = recipe["rows"] * recipe["context"]
     widest = max(
         2 * recipe["width"] + 3 * int(model.config.intermediate_size or 0), 2 * recipe["width"] + recipe["vocabulary"]
     )
+    return {
+        "size": float(size),
+        "flops": causal_flops(model, recipe["rows"], recipe["context"]),
+        "bytes": 4.0 * tokens * widest,  # the stream and what a block's MLP or the head adds to it, in fp32
+    }
+
+
+def _peak(recipe: RecipeDict) -> float:
+    torch.set_num_threads(1)
+    return peak_bytes(_pass(recipe))
+
+
+def _pass(recipe: RecipeDict) -> Callable[[], object]:
+    model = model_of(recipe)
+    ids = torch.randint(0, recipe["vocabulary"], (recipe["rows"], recipe["context"]))
 
     @torch.no_grad()
     def run() -> None:
         model(input_ids=ids, use_cache=False, routing="oracle", noise=False)
 
-    run()
-    return {
-        "size": float(size),
-        "seconds": min(cpu_seconds(run) for _ in range(recipe["repeats"])),
-        "flops": model.cost(tokens=recipe["context"], batch=recipe["rows"], routing="oracle").forward.total,
-        "peak": peak_bytes(run),
-        "bytes": 4.0 * tokens * widest,  # the stream and what a block's MLP or the head adds to it, in fp32
-    }
+    return run
+
+
+def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
+    """Return the FLOPs of a forward pass by the cost model, without the pairs that the causal mask hides.
+
+    The cost model counts those pairs, but the attention kernel leaves them out.
+    """
+    cost = model.cost(tokens=context, batch=rows, routing="oracle").forward
+    return cost.total - cost.attention_score * (context - 1) / (2 * context)
 
 
 def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
@@ -111,15 +137,25 @@ def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
     return SkipstoneForCausalLM(config).eval()
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU seconds of calling `run`, which other processes disturb less than wall time."""
-    start = time.process_time()
+def least_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the least CPU seconds of `repeats` calls, which other processes disturb less than wall time."""
+    _free_memory_is(KEPT)
     run()
-    return time.process_time() - start
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        taken.append(time.process_time() - start)
+    return min(taken)
 
 
 def peak_bytes(run: Callable[[], object]) -> float:
-    """Return by how many bytes calling `run` raises the peak resident memory of this process (Linux only)."""
+    """Return by how many bytes a second call of `run` raises the peak resident memory of this process (Linux only).
+
+    To be measured before `least_seconds`, whose free memory stays with the process.
+    """
+    _free_memory_is(RETURNED)
+    run()
     gc.collect()
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
@@ -136,6 +172,13 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
+def _free_memory_is(thresholds: tuple[int, int]) -> None:
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        for option, size in zip((M_TRIM_THRESHOLD, M_MMAP_THRESHOLD), thresholds, strict=True):
+            mallopt(option, size)
+
+
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(ctypes.util.find_library("c") or None)
 
@@ -143,7 +186,8 @@ def _libc() -> ctypes.CDLL:
 def arms(values: Mapping[str, Sequence[int]] = AXES) -> dict[str, RecipeDict]:
     """Return the curves, one for each axis and model; values: the sizes by axis."""
     return {
-        f"{axis}, {model}": {**SIZE, "kind": "curve", "axis": axis, "values": list(found), "model": model}
+        f"{axis}, {model}": {**SIZE, **SIZES.get(axis, {}), **curve, "values": list(found), "model": model}
         for axis, found in values.items()
+        for curve in [{"kind": "curve", "axis": axis}]
         for model in MODELS
     }

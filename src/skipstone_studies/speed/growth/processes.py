@@ -12,11 +12,19 @@ import torch.distributed as dist
 
 from skipstone.train import parallel
 from skipstone.train.recipe import TrainConfig
-from skipstone_studies.speed.growth.curves import MODELS, SIZE, cpu_seconds, model_of, peak_bytes, with_exponents
+from skipstone_studies.speed.growth.curves import (
+    MODELS,
+    SIZE,
+    causal_flops,
+    least_seconds,
+    model_of,
+    peak_bytes,
+    with_exponents,
+)
 from skipstone_studies.study import Figures, RecipeDict
 
 COUNTS = (1, 2, 4)
-SHARED = {**SIZE, "rows": 64, "width": 128}  # rows: of the whole step
+SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 3}  # rows: of the whole step
 
 
 def measured(recipe: RecipeDict) -> Figures:
@@ -48,7 +56,7 @@ def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     model, rows = model_of(recipe).train(), recipe["rows"] // count
     tokens = rows * recipe["context"]
-    cost = model.cost(tokens=recipe["context"], batch=rows, routing="oracle")
+    flops = 3 * causal_flops(model, rows, recipe["context"])
     parallel.prepare(model, TrainConfig(parallel="fsdp2"), torch.device("cpu"))
     ids = torch.randint(0, recipe["vocabulary"], (rows, recipe["context"]))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -58,11 +66,10 @@ def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
     told = {
-        "seconds": min(cpu_seconds(step) for _ in range(recipe["repeats"])),
-        "flops": 3 * cost.forward.total,
+        "flops": flops,
         "peak": peak_bytes(step),
+        "seconds": least_seconds(step, recipe["repeats"]),
         "bytes": 4.0 * tokens * (2 * recipe["width"] + 3 * int(model.config.intermediate_size or 0)),
     }
     (Path(folder) / str(rank)).write_text(json.dumps(told))
