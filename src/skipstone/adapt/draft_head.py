@@ -40,11 +40,11 @@ LIKE_LLAMA = ("norm", "norm_placement", "mlp", "activation", "qk_norm", "positio
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainedHead:
-    """A draft head with what is known of its training.
+    """A trained draft head and the figures of its training.
 
-    steps, rows, tokens: number of steps, of rows that were trained on, and of tokens in one. right: of the model's
-    likeliest tokens on rows held out, the share that the head guesses one token ahead, two, and so on, where what it
-    reads in between is the text.
+    head: the head. steps: number of optimizer steps. rows: number of rows that it was trained on. tokens: tokens per
+    row. right: shares of the model's most probable tokens that the head guesses on held-out rows: one token ahead, two,
+    and so on. The head reads the true text up to the guessed token.
     """
 
     head: DraftHead
@@ -56,7 +56,11 @@ class TrainedHead:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """What the head reads: token ids [N, T], hidden states [N, T, D], and the model's probabilities summed up [V]."""
+    """What a draft head reads in training, for N rows of T tokens.
+
+    ids_NT: token ids, int64. hidden_NTD: the model's last hidden states, bf16. mass_V: the model's probability of each
+    of V tokens, fp32, summed over all positions.
+    """
 
     ids_NT: Tensor
     hidden_NTD: Tensor
@@ -72,11 +76,13 @@ def train_draft_head(
     shortlist: int = SHORTLIST,
     seed: int = 0,
 ) -> TrainedHead:
-    """Train a draft head of a model on rows of text, which are read in their order.
+    """Train a draft head for a model on rows of text.
 
-    ids: int64 [N, T], as many rows as there are; no more are read than the steps need. steps: of eight rows; None: as
-    many as `minutes` allow, measured with the first ones. Raises ValueError for values out of range, fewer than two
-    rows, and rows of fewer than four tokens.
+    model: the model whose tokens the head guesses; its weights stay as they are. ids_NT: token ids, int64 [N, T], read
+    in order, as many rows as the steps need. steps: optimizer steps, each on 8 rows; None means as many as `minutes`
+    allow, judged by the time of the first ones. minutes: used only without `steps`. shortlist: number of most probable
+    tokens among which the head guesses. seed: seed of initial weights and order. Raises ValueError for values out of
+    range, fewer than two rows, and rows of fewer than five tokens.
     """
     _check(ids_NT, steps, minutes, shortlist)
     teacher = _Teacher(model.eval())
@@ -95,7 +101,7 @@ def train_draft_head(
 
 
 def rows_for(steps: int) -> int:
-    """Return the number of rows that so many steps read, those held out included."""
+    """Return the number of rows that `steps` steps need, including the rows held out for measuring."""
     return max(math.ceil(steps * ROWS / REUSE * HELD_OUT / (HELD_OUT - 1)), 2)
 
 
@@ -215,9 +221,10 @@ class _Learner:
 
 
 def new_head(model: SkipstoneForCausalLM, shortlist: int) -> DraftHead:
-    """Return an untrained head, whose block is the model's last one if that has the same parts.
+    """Return an untrained draft head for a model.
 
-    It begins with guesses from the hidden states alone, as far as the next token is not read.
+    Its block is a copy of the model's last block if that has the parts that a head supports. At first, guesses depend
+    on hidden states and hardly on the next token. shortlist: number of tokens among which it guesses.
     """
     head = DraftHead(model.config, shortlist)
     with torch.no_grad():

@@ -33,9 +33,10 @@ WRITING = 0.4  # of the minutes, at most, for writing them
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenHead:
-    """A draft head that was trained and written.
+    """The figures of a draft head that was trained and written.
 
-    path: of its weights. text: that it was trained on. steps, rows, tokens, right: as in `TrainedHead`.
+    path: the file of its weights. text: a description of the text that it was trained on. steps, rows, tokens, right:
+    as in `TrainedHead`.
     """
 
     path: Path
@@ -77,8 +78,10 @@ def draft_head_run(
 ) -> WrittenHead:
     """Train a draft head for a run or a saved model, and write it beside the weights.
 
-    corpus, context: replace those of the run; a saved model without a corpus writes its own text. steps, minutes: as in
-    `train_draft_head`. Raises FileExistsError where there is a head, and what `load_run` and `train_draft_head` raise.
+    folder: the folder of the run or saved model. corpus, context: name of the corpus and tokens per row; None means the
+    run's own, with at most 128 tokens per row. A saved model without a corpus generates the text itself. steps,
+    minutes: as in `train_draft_head`. seed: seed of text, order and initial weights. Raises FileExistsError if there is
+    a head already, and what `load_run` and `train_draft_head` raise.
     """
     refuse_draft_head(Run(folder).model_folder())
     loaded, began = load_run(folder, "train", corpus, _context(folder, context)), monotonic()

@@ -33,10 +33,9 @@ class LoadedRun:
 
     @property
     def primary(self) -> Pass:
-        """The pass whose figures represent the model: executed (really skips), else oracle (as trained) or forced.
+        """The pass whose figures represent the model: executed (really skips), else oracle (as trained), else forced.
 
-        The first of them that the model has. Raises ValueError for a model whose decisions have to be given, on data
-        that do not provide them.
+        Raises ValueError for a model whose decisions have to be given, on data that do not provide them.
         """
         for name in ("executed", "oracle", "forced"):
             if name in self.passes:

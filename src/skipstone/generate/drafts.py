@@ -55,8 +55,8 @@ class Draft:
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
 
-        ids_BT: all tokens so far, of which the last is not in the cache yet. cache: the model's, unchanged on return.
-        position_B1: int64, position of the last token; None where positions are indices in the row.
+        ids_BT: all tokens so far, of which the last is not in the cache yet. cache: the model's cache, unchanged on
+        return. position_B1: int64, position of the last token; None means that positions are indices in the row.
         """
         raise NotImplementedError
 
@@ -64,8 +64,8 @@ class Draft:
 class Lookup(Draft):
     """Prompt lookup: guesses the tokens that followed an earlier occurrence of the last tokens (arXiv 2304.04487).
 
-    Up to 3 last tokens are looked up; the kind of a guess is the number that match. An occurrence so late that fewer
-    tokens follow it than are asked for is continued by repetition.
+    Up to 3 last tokens are looked up; the kind of a guess is the number that match. If fewer tokens follow the
+    occurrence than are requested, they are repeated.
     """
 
     def __init__(self) -> None:

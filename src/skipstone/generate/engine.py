@@ -121,15 +121,16 @@ def stream(
     model: decides without later tokens and without noise, whatever its mode. input_ids: int64 [B, T]. attention_mask:
     [B, T], 0 for padding, which must be on the left; None means no padding. temperature: 0 chooses the most probable
     token; above 0, tokens are drawn from softmax(logits / temperature), with `top_k` among the k most probable. seed:
-    of the draws; None: a random one. eos_token_id, pad_token_id: ids that end a text, and the id that fills ended rows;
-    None means the ids in generation_config. cache: "dynamic" grows, and steps do not compute skipped blocks; "static"
-    is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute; the model is set
-    to it while generating. budget_table: thresholds for it; None means budget.json in the model's folder. draft: source
-    of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head",
-    another model or a draft head (`build_draft`). Greedy text then stays the same but for ties in the logits, and
-    sampled text keeps its distribution. draft_length: number of guesses at a time; None: chosen by measured times.
-    Raises ValueError, before the first step, for invalid arguments, a prompt that exceeds the context, and mechanisms
-    that need later tokens; FileNotFoundError for a budget without a table and for "head" without a draft head.
+    seed of the draws; None means a random seed. eos_token_id, pad_token_id: ids that end a text, and the id that fills
+    ended rows; None means the ids in generation_config. cache: "dynamic" grows, and steps do not compute skipped
+    blocks; "static" is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute;
+    the model is set to it while generating. budget_table: thresholds for it; None means budget.json in the model's
+    folder. draft: source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip",
+    "budget:SHARE", "head", another model or a draft head (`build_draft`). Greedy text then stays the same but for ties
+    in the logits, and sampled text keeps its distribution. draft_length: number of guesses at a time; None means that
+    measured times decide. Raises ValueError, before the first step, for invalid arguments, a prompt that exceeds the
+    context, and mechanisms that need later tokens; FileNotFoundError for a budget without a table and for "head"
+    without a draft head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)

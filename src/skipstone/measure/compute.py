@@ -28,8 +28,8 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
 
     blocks: the model's blocks. records: their recorded decisions in the same order, a dict by mechanism name for each
     block. Returns fp32 [B, T] (rows, tokens) in [0, 1] on the CPU. If no block recorded anything, B and T are unknown
-    and the result is a one of shape [1, 1]. Attention scores, embeddings, head and routers are not counted; a gate that
-    only scales updates skips nothing.
+    and the result is the number 1 in shape [1, 1]. Attention scores, embeddings, head and routers are not counted; a
+    gate that only scales updates skips nothing.
     """
     if not any(records):  # nothing has decided anything; adding up all blocks would take longer than their step
         return torch.ones(1, 1)

@@ -170,8 +170,8 @@ def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: M
 class TokenKinds:
     """Collects the loss and the depth (number of blocks that update a token) by kind of token.
 
-    The kind follows from the difficulty that the data state: 0 and above are operations, known to need depth; -1 are
-    fillers, known not to; anything lower is text, where it is unknown.
+    The kind follows from the difficulty that the data state: 0 and above mark operations, which are known to need
+    depth; -1 marks fillers, which are known not to need it; lower values mark text, for which it is unknown.
     """
 
     def __init__(self) -> None:

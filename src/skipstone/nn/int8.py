@@ -50,8 +50,8 @@ class Int8Linear(_Int8):
     """A linear layer with int8 weights [O, I] and fp32 scales, for inference; parameters are filled in by loading.
 
     in_features, out_features: I and O. bias: whether there is a bias. group: number of inputs that share a scale; None,
-    or a number that does not divide I: one scale per output. On a CPU with numba, calls of at most 8 tokens use the
-    int8 weights directly; other calls convert the weights, part by part, to the input's dtype.
+    or a number that does not divide I, means one scale per output. On a CPU with numba, calls of at most 8 tokens use
+    the int8 weights directly; other calls convert the weights, part by part, to the input's dtype.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Int8Embedding(_Int8):
 
     num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of the padding token or None; it
     has no effect. scale: a constant factor on the result. group: number of features that share a scale; None, or a
-    number that does not divide `embedding_dim`: one scale per token.
+    number that does not divide `embedding_dim`, means one scale per token.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class OffsetLayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.Module):
-    """A norm of the features of each attention head, with weights of its own for each head (Command R+).
+    """A norm over the features of each attention head, with separate weights for each head (as in Command R+).
 
     It normalises the last axis of x [..., H, E] (heads, features) in fp32. like: a norm of one head, RMSNorm or
     LayerNorm, from which the kind, eps, initial weight and use of a bias are copied. heads: number of heads H.

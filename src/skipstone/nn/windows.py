@@ -19,7 +19,7 @@ from skipstone.core.tokens import Tokens
 def slot_mask(
     key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens, window: int | None = None
 ) -> Tensor:
-    """Return the causal attention mask by slots (positions in the row), bool [B, 1, K, C], True: a query sees a key.
+    """Return the causal attention mask by slots (positions in the row), bool [B, 1, K, C]; True lets a query see a key.
 
     key_slot_BC: int64, slots of C keys. key_document_BC: int64, their documents; None means one per row. queries: the K
     query tokens. window: number of slots that a query sees, its own included; None means all of them. A query sees keys

@@ -64,7 +64,7 @@ class Program(NamedTuple):
 
     table_LC, number_LN: the tables of the L blocks. gate_GC, number_GN: the tables of the G gates (depth mechanisms)
     around them. hidden: the largest number of hidden values of a token in one gate or activation. mixes: whether any
-    activation is a mixture. chooses: whether any MLP chooses neurons.
+    activation is a mixture. chooses: whether any MLP chooses which neurons it computes.
     """
 
     sizes: Sizes
@@ -83,10 +83,10 @@ class Ran(NamedTuple):
     x_1TD: the stream after all blocks. said_FG1T: fp32, the score, weight, loss and state of each gate (depth
     mechanism) and token. flag_2G1T: bool, whether the gate kept the token, and whether the token reached the gate.
     logit_L1TA: the logits of activation mixtures, NaN where no token arrived; fed_L1T: which tokens arrived. Both are
-    empty without mixtures; fed_L1T is there for choices of neurons, too. score_LN, mark_2LN: fp32 scores of the groups
-    of neurons, and which are tried and kept, T rows of as many groups as the block has at the start of N, undefined for
-    tokens that did not arrive. These six are None if no records were requested. stored: for each block, how many tokens
-    gave keys and values, how many its activation has processed, and how many neurons these needed.
+    empty without mixtures; fed_L1T is also filled if MLPs choose neurons. score_LN, mark_2LN: for the neuron groups of
+    each block, fp32 scores, and which groups are tried and kept; the start of N holds T rows of the block's groups,
+    undefined for tokens that did not arrive. These six are None if no records were requested. stored: for each block,
+    how many tokens gave keys and values, how many its activation has processed, and how many neurons these needed.
     """
 
     x_1TD: Tensor
@@ -141,7 +141,10 @@ def run(
 
 @torch.inference_mode(False)
 def lay(x: Tensor, turned: bool) -> Tensor:
-    """Return a matrix whose memory is that of its contiguous transpose, or of itself; x if it is."""
+    """Return x with the memory layout of its contiguous transpose if `turned`, else contiguous.
+
+    x: a matrix, which is returned unchanged if it already has that layout.
+    """
     if turned:
         return x if x.t().is_contiguous() else x.t().contiguous().t()
     return x.contiguous()

@@ -27,7 +27,7 @@ SMALL, LARGE = 16, 32  # tokens of the two passes from which activations are ext
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The data sheet figures of a GPU.
+    """A GPU's data sheet figures.
 
     flops: peak FLOP/s of dense bf16 matrix products with fp32 accumulation. memory: memory size in GB. bandwidth:
     memory bandwidth, in GB/s. link: bandwidth to the node's other GPUs, in GB/s in one direction.
