@@ -43,7 +43,7 @@ def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
 def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
     """Return uniform random numbers in (0, 1), fp32 [B, *channels], shared by all tokens of a row.
 
-    The arguments are as in `token_noise`.
+    tokens, key, rows and channels are as in `token_noise`.
     """
     return _uniform(_mixed(_rows(tokens, key, rows) ^ 0x5BF03635), channels)
 

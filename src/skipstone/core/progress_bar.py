@@ -147,7 +147,7 @@ def say(text: str) -> None:
 def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
     """Show a progress bar for the work done inside a `with` block, which reports each step by calling `advance`.
 
-    The arguments are the fields of `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is
+    total, unit and alive are as in `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is
     shown unless `show` was called.
     """
     own = _shown and not _begun

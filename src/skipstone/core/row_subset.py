@@ -42,7 +42,7 @@ class RowSubset:
 
     @classmethod
     def from_mask(cls, kept_B: Tensor) -> RowSubset:
-        """Return the rows where the bool mask [B] is True. On a GPU, the CPU waits for the mask once."""
+        """Return the rows where the bool mask kept_B [B] is True. On a GPU, the CPU waits for the mask once."""
         index_R = kept_B.nonzero()[:, 0]
         return cls(at=tuple(index_R.tolist()), index_R=index_R, total=kept_B.shape[0])
 

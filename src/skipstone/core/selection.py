@@ -44,11 +44,11 @@ class Selection:
         return self.width == 0
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the selected tokens, [B, K, ...], of x [B, T, ...]."""
+        """Return the selected tokens, [B, K, ...], of x_BTD [B, T, ...]."""
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        """Return [B, T, ...] with y [B, K, ...] at the selected tokens and `fill` at all others; inverse of
+        """Return [B, T, ...] with y_BKD [B, K, ...] at the selected tokens and `fill` at all others; inverse of
         `gather`.
         """
         raise NotImplementedError

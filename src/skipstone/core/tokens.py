@@ -213,7 +213,7 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x [B, T, ...] without padding, concatenated: [1, N, ...]; x itself without
+        """Return the tokens of x_BTD [B, T, ...] without padding, concatenated: [1, N, ...]; x_BTD itself without
         `unpadding`.
         """
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
@@ -226,7 +226,9 @@ class Tokens:
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x whose update is computed: [B, K, ...], K per row, or without padding [1, N, ...]."""
+        """Return the tokens of x_BTD whose update is computed: [B, K, ...], K per row, or without padding
+        [1, N, ...].
+        """
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:

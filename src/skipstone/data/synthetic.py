@@ -109,8 +109,8 @@ def solve(
 def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
     """Return rows with these ids, targets and difficulties, int64 (B, T) each, as a dict for a dataset.
 
-    target_BT: the target of the logits at the same place, which becomes `shift_labels`. `labels` has the same targets
-    one place later, as models that shift labels expect.
+    input_BT: token ids. difficulty_BT: the tokens' difficulties. target_BT: the target of the logits at the same place,
+    which becomes `shift_labels`. `labels` has the same targets one place later, as models that shift labels expect.
     """
     labels_BT = np.full_like(target_BT, IGNORE)
     labels_BT[:, 1:] = target_BT[:, :-1]

@@ -96,7 +96,7 @@ def jsonl_files(argument: str) -> list[Path]:
 
 
 def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
-    """Yield the string in `field` of the JSON object on each line of a file, which may be compressed (.gz).
+    """Yield the string in `field` of the JSON object on each line of the file `path`, which may be compressed (.gz).
 
     Empty lines are skipped. Raises ValueError, naming the line, for a line that is not JSON or has no such string.
     """

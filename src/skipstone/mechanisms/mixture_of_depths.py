@@ -259,7 +259,9 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return each row's top `capacity` share by recorded score, bool [B, T]; None if decisions read no scores."""
+        """Return each row's top `capacity` share by the scores in `record`, bool [B, T]; None if decisions read no
+        scores.
+        """
         if not self.decision.reads_scores:
             return None
         return ops.select_top(record.score_BT, self.capacity, torch.where(record.reached_BT, 0, -1))

@@ -21,7 +21,7 @@ def write_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the model card, README.md, into a folder; the other arguments are as in `render_card`.
+    """Write the model card, README.md, into a folder; title, source, realised and losses are as in `render_card`.
 
     Raises FileExistsError if the folder has a README.md that was not written by this function.
     """

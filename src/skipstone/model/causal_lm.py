@@ -159,7 +159,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
 
     def to_head(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the output head's input, [B, T, D]: the normalised hidden states times `config.logit_scale`."""
+        """Return the output head's input, [B, T, D]: hidden_BTD, which is normalised, times `config.logit_scale`."""
         return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
 
     def _logits(self, hidden_BTD: Tensor, out: DecoderOutput) -> Tensor:
@@ -261,11 +261,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return self.lm_head.weight is self.model.embed_tokens.weight
 
     def modules_of(self, kind: type[AnyModule]) -> list[AnyModule]:
-        """Return all routing modules of this class or a subclass, in the order of the blocks."""
+        """Return all routing modules of class `kind` or a subclass, in the order of the blocks."""
         return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does; by default, routing looks at no later tokens and uses no random numbers.
+        """Generate as transformers does; by default, routing looks at no later tokens and adds no exploration noise.
 
         This holds in training mode, too. Arguments are as in transformers' `generate`, and: document_ids: int64 [B, T],
         the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",

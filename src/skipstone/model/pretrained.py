@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model",
 
 
 def load_model(path: str | Path, dtype: Dtype = None) -> SkipstoneForCausalLM:
-    """Load a saved Skipstone model from a folder.
+    """Load a saved Skipstone model from the folder `path`.
 
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the saved weights' dtype. Raises
     FileNotFoundError if there is no such folder, and ValueError for one without config.json, of another architecture or

@@ -146,7 +146,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # types of attention, as 
 
 
 def context_of(theirs: PreTrainedConfig) -> int:
-    """Return the context length in tokens of a configuration of transformers.
+    """Return the context length in tokens of `theirs`, a configuration of transformers.
 
     With YaRN it is the extended length, even if the file names the original one.
     """
@@ -159,7 +159,9 @@ def context_of(theirs: PreTrainedConfig) -> int:
 
 
 def special_of(theirs: PreTrainedConfig, name: str) -> int | list[int] | None:
-    """Return the special token id or ids in field `name` of a transformers configuration; None if negative."""
+    """Return the special token id or ids in field `name` of `theirs`, a transformers configuration; None if
+    negative.
+    """
     value: int | list[int] | None = getattr(theirs, name)
     return None if isinstance(value, int) and value < 0 else value
 
@@ -236,7 +238,7 @@ def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
 
 
 def rope_back(config: SkipstoneConfig) -> Options:
-    """Return transformers' `rope_parameters` for our configuration; if it sets none, plain RoPE with theta 10,000."""
+    """Return transformers' `rope_parameters` for our `config`; if it sets none, plain RoPE with theta 10,000."""
     return dict(config.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0})
 
 
@@ -278,7 +280,9 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:
-    """Return transformers' `layer_types`, one of "sliding_attention" and "full_attention" per block."""
+    """Return transformers' `layer_types` for our `config`, one of "sliding_attention" and "full_attention"
+    per block.
+    """
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]
 

@@ -48,8 +48,8 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
     """Convert a file of released weights to a model folder `out` with a model card.
 
-    The other arguments are as in `load_released`. Raises what it raises, and FileExistsError if `out` is a file or a
-    non-empty folder.
+    layout, dtype and options are as in `load_released`. Raises what it raises, and FileExistsError if `out` is a file
+    or a non-empty folder.
     """
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)

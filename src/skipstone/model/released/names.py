@@ -14,7 +14,8 @@ Table = Mapping[str, str]
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Return the number of blocks in a state dict, from names such as `prefix.0.weight`: the highest index plus 1.
+    """Return the number of blocks in the state dict `tensors`, from names such as `prefix.0.weight`: the highest index
+    plus 1.
 
     Raises ValueError if there is none.
     """
