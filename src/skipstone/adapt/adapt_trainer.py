@@ -87,7 +87,7 @@ class AdaptTrainer(RunTrainer):
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
         """Return the weighted sum of the terms of `Loss`; all except the cross-entropy are logged as auxiliary loss.
 
-        Arguments are those of `RunTrainer.objective`.
+        loss, outputs, inputs, items: as in `RunTrainer.objective`.
         """
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it

@@ -102,7 +102,7 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
     """Return the FLOPs per token of passes that decide without later tokens and really skip, counted while they run.
 
-    rows: batches of one row each.
+    model: the model to run. rows: batches of one row each.
     """
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]

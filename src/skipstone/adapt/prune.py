@@ -68,8 +68,8 @@ def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCa
 def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
 
-    A neuron group is a set of adjacent MLP neurons that are switched together. forward: the kind of pass to measure.
-    batches: the input tensors of each pass, by name.
+    A neuron group is a set of adjacent MLP neurons that are switched together. model: the model to measure. forward:
+    the kind of pass to measure. batches: the input tensors of each pass, by name.
     """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]
