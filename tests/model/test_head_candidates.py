@@ -122,7 +122,9 @@ def test_flops_that_ran_are_those_of_the_cost_model(model, ids_BT):
 def test_saved_and_loaded_it_computes_the_same(model, ids_BT, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = skipstone.SkipstoneForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(_step(model, ids_BT)[0], _step(loaded, ids_BT)[0])
+    # Not bit for bit: weights from a file lie at other addresses, and some processors then add up in another order
+    # (1e-4 with int8 weights, whose tokens are rounded).
+    torch.testing.assert_close(_step(model, ids_BT)[0], _step(loaded, ids_BT)[0], rtol=1e-4, atol=1e-3)
     low = load_pretrained(tmp_path / "saved", "bfloat16")
     assert low.head_preview.scale.dtype == low.head_preview.turn.dtype == torch.float32
     assert torch.equal(low.head_preview.packed, model.head_preview.packed)

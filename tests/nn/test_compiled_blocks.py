@@ -246,10 +246,10 @@ def test_threads_that_begin_together_note_weights_once(monkeypatch: pytest.Monke
     alone = logits(copy.deepcopy(given))
     settle = compiled_blocks.CompiledBlocks._settle
 
-    def slowly(stack: Any, weights: Any) -> bool:
+    def slowly(stack: Any, *weights: Any) -> bool:
         noted.append(stack)
         time.sleep(0.05)  # lets the other threads in
-        return settle(stack, weights)
+        return settle(stack, *weights)
 
     monkeypatch.setattr(compiled_blocks.CompiledBlocks, "_settle", slowly)
     with ThreadPoolExecutor(4) as pool:

@@ -147,7 +147,7 @@ def test_blocks_that_are_left_keep_their_window_and_their_positions(tmp_path: Pa
         smaller = drop_blocks(source, dropped)
         kept = [i for i in range(3) if i not in dropped]
         for i, block in enumerate(smaller.model.layers):
-            assert (block.self_attn.window, smaller.model.turned_by[i]) == (
+            assert (block.self_attn.window, smaller.model.layers[i].turned_by) == (
                 (6, "none") if kept[i] == 1 else (None, "row")
             )
 
