@@ -94,8 +94,8 @@ NEURONS_DECODE = Study(
         "arm's name, the first is the share of neurons for which the second matrix (up) is multiplied, the second "
         "that of the third matrix (down). FLOPs and tokens/s are relative to the dense model in the same turns. *In "
         "place* reads the weights by `ops/magnitude_native.py` and includes the new layout of the third matrix that "
-        "the first step makes; *copied* does without numba. From commit 23fafe3 on, the arms in fp32 and the dense model "
-        "beside them run in the compiled step of all blocks instead; records of older commits do not show that."
+        "the first step makes; *copied* does without numba. From commit 23fafe3 on, the arms in fp32 and the dense "
+        "model beside them run in the compiled step of all blocks instead; records of older commits do not show that."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
