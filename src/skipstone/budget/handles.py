@@ -73,9 +73,10 @@ class ThresholdHandle:
         return value
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores, fp32 [N], of the N tokens of a pass that reached the blocks of this threshold.
+        """Return the scores of a pass that this threshold decides on, fp32 [N].
 
-        records: the records of the pass, a dict by mechanism name for each block.
+        A token has one score for each block of this threshold that it reached; the blocks follow one another. records:
+        the records of the pass, a dict by mechanism name for each block.
         """
         parts = []
         for placement, threshold in zip(self._placements, self._thresholds, strict=True):

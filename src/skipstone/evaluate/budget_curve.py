@@ -176,9 +176,10 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 
 
 def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
-    """Yield batches of complete rows, spread evenly over a split of a run's data.
+    """Yield batches of up to 8 rows, which are spread evenly over a split of a run's data.
 
-    loaded: the run. split: train or validation. count: number of rows; all, if there are fewer.
+    A batch holds tensors [B, T] by name. The last row of the split is left out, as it may be short. loaded: the run.
+    split: train or validation. count: number of rows in all; every row, if there are fewer.
     """
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)

@@ -30,9 +30,10 @@ class ScoreReader(Protocol):
         """The score above which a token is kept."""
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores, fp32 [N], of the N tokens of a pass that reached the blocks of this threshold.
+        """Return the scores of a pass that this threshold decides on, fp32 [N].
 
-        records: decisions of the pass, a dict by mechanism name for each block.
+        A token has one score for each block of this threshold that it reached; the blocks follow one another. records:
+        decisions of the pass, a dict by mechanism name for each block.
         """
 
 

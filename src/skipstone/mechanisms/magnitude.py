@@ -67,8 +67,9 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     """A router that keeps a token's neuron groups with the largest activations; nothing is learned.
 
     In a gated MLP with a = act(W_gate x), it first chooses the groups with the largest mean |a| * typical_F, for which
-    W_up x is multiplied ("tried"), then, among these, the groups with the largest product of a and W_up x, for which
-    W_down is multiplied ("kept"). typical_F: the root mean square of each neuron of W_up x over some text, or 1.
+    W_up x is multiplied ("tried"), then, among these, the groups with the largest mean |a * W_up x|, for which W_down
+    is multiplied ("kept"). typical_F: the root mean square of each neuron of W_up x over the text that `skipstone
+    adapt` reads for it; 1 before that.
     hidden_size is not used; neurons: MLP neurons before pruning; options: `MagnitudeGroupsConfig`. Time is saved in
     calls of one token. Related: CATS (arXiv 2404.08763).
     """

@@ -78,10 +78,11 @@ def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], st
 
 @contextmanager
 def measured_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> Iterator[None]:
-    """Measure the benefit (see `measure_benefit`) and provide it to all passes of the model inside a `with` block.
+    """Measure by how much a block lowers the loss of each token, and provide it to passes inside a `with` block.
 
-    The values are in `model.decoder.benefits`, from which routers read their targets; it is emptied on leaving. batch,
-    step: as in `measure_benefit`.
+    The values, those of `measure_benefit`, are in `model.decoder.benefits`, from which routers read their targets; it
+    is emptied on leaving. batch: the training batch, by name. step: the optimizer step, which chooses the block and
+    seeds the measurement.
     """
     model.decoder.benefits = measure_benefit(model, batch, step)
     try:

@@ -39,8 +39,9 @@ class LogWindow:
     def add(self, token_loss: Tensor, auxiliary_loss: Tensor, tokens: int) -> None:
         """Add one micro-batch.
 
-        token_loss, auxiliary_loss: scalar tensors, the micro-batch's share of the step's mean losses. tokens: number of
-        tokens of the micro-batch over all processes.
+        token_loss, auxiliary_loss: scalar tensors, what this process's part of the micro-batch adds to the step's mean
+        losses (these are the sums over micro-batches and processes). tokens: number of tokens of the micro-batch over
+        all processes.
         """
         self.sums += torch.stack((token_loss.detach(), auxiliary_loss.detach())).to(self.sums)
         self.tokens += tokens
