@@ -28,6 +28,8 @@ def work(recipe: RecipeDict) -> float:
 class TimeLeft(TrainerCallback):
     """A trainer callback that measures training steps, saving and evaluation included, and reports the time left.
 
+    The first step is not measured: text is encoded and code compiled in it.
+
     share: the work that follows this training, as a multiple of its own. say: receives each message, after 20 steps and
     then after every checkpoint.
     """
@@ -40,11 +42,13 @@ class TimeLeft(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.since, self.first = monotonic(), state.global_step
+        self.since, self.first = monotonic(), state.global_step  # begins anew after the first step, which prepares data
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        if state.global_step - self.first == 1:
+            self.since = monotonic()
         if state.global_step - self.first == FIRST_STEPS and state.max_steps - state.global_step >= FIRST_STEPS:
             self.tell(state.global_step, state.max_steps)
 
@@ -54,7 +58,7 @@ class TimeLeft(TrainerCallback):
 
     def tell(self, step: int, steps: int) -> None:
         """Report the time left after `step` of `steps` training steps."""
-        seconds = (monotonic() - self.since) / (step - self.first)
+        seconds = (monotonic() - self.since) / (step - self.first - 1)
         here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.share * steps)
         whole = f", about {duration(all_of_it)} of all" if self.share else ""
         self.say(f"step {step:,} of {steps:,}, {seconds:.3g} s each: {duration(here)} left of this arm{whole}")

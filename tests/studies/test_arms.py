@@ -61,13 +61,13 @@ def test_two_trainings_into_one_folder_are_refused(tiny: Register) -> None:
 def test_what_is_left_counts_the_arms_to_come(tiny: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(steps=40).recipes("laptop")["dense"]
     assert work(recipe) == 40 * 2 * 16 * 2
-    monkeypatch.setattr(pace, "monotonic", iter([100.0, 140.0, 160.0, 180.0]).__next__)
+    monkeypatch.setattr(pace, "monotonic", iter([60.0, 120.0, 158.0, 180.0]).__next__)
     said: list[str] = []
     recipe["train"]["save_every"] = 25
     train(recipe, out=Path("run"), callbacks=[TimeLeft(2.0, said.append)])
     assert said == [
         "step 20 of 40, 2 s each: 40 s left of this arm, about 3.3 min of all",
-        "step 25 of 40, 2.4 s each: 36 s left of this arm, about 3.8 min of all",
+        "step 25 of 40, 2.5 s each: 38 s left of this arm, about 4.0 min of all",
     ]
 
 
