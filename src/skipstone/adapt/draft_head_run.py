@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,13 +16,10 @@ from skipstone.core.progress_bar import advance, work
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import spread
 from skipstone.evaluate.loaded_run import LoadedRun, load_run
-from skipstone.evaluate.tables import Section, markdown, percent, plain, rich_table
+from skipstone.evaluate.tables import OneTable, Section, percent, plain
 from skipstone.generate import generate
 from skipstone.model.draft_head_file import refuse_draft_head, save_draft_head
 from skipstone.runs import Run
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CONTEXT = 128  # tokens of a row
 MOST_ROWS = 4096  # that are read or written at most
@@ -32,7 +28,7 @@ WRITING = 0.4  # of the minutes, at most, for writing them
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenHead:
+class WrittenHead(OneTable):
     """The figures of a draft head that was trained and written.
 
     path: the file of its weights. text: a description of the text that it was trained on. steps, rows, tokens, right:
@@ -50,15 +46,7 @@ class WrittenHead:
         """Return everything as plain values for JSON."""
         return plain({**vars(self), "path": str(self.path)})
 
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        return markdown([self._section()])
-
-    def table(self) -> Table:
-        """Return the table for a terminal."""
-        return rich_table([self._section()])
-
-    def _section(self) -> Section:
+    def section(self) -> Section:
         return Section(
             title=str(self.path),
             columns=["tokens ahead", "likeliest tokens of the model that are guessed"],

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,13 +15,10 @@ from skipstone.core.strict import PlainDict
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
 from skipstone.evaluate.loaded_run import LoadedRun, batches, load_run
-from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent, plain, rich_table
+from skipstone.evaluate.tables import UNKNOWN, OneTable, Section, amount, number, percent, plain
 from skipstone.measure.flops import COUNTED_BATCHES, flop_check
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.share import observe
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ROWS = 32  # to calibrate on
 BATCH = 8
@@ -111,7 +107,7 @@ def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibrated(OneTable):
     """A measured budget table (routing thresholds for every FLOP budget) and the file to which it was written.
 
     path: the file. budget_table: the table.
@@ -130,15 +126,7 @@ class Calibrated:
             }
         )
 
-    def markdown(self) -> str:
-        """Return the budget table in Markdown."""
-        return markdown([self._section()])
-
-    def table(self) -> Table:
-        """Return the budget table for a terminal."""
-        return rich_table([self._section()])
-
-    def _section(self) -> Section:
+    def section(self) -> Section:
         return Section(
             title=str(self.path),
             columns=["share of dense FLOPs", "tokens kept, mean", "least", "most"],

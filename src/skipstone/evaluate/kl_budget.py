@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,15 +26,12 @@ from skipstone.core.atomic_write import write_whole
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import ROWS, calibrate_run, spread
 from skipstone.evaluate.loaded_run import load_run
-from skipstone.evaluate.tables import Section, amount, markdown, number, plain, rich_table
+from skipstone.evaluate.tables import OneTable, Section, amount, number, plain
 from skipstone.measure.bytes_read import of_step
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
 from skipstone.model.pretrained import load_pretrained
 from skipstone.runs import CONFIG
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LEAST = 256  # candidates tried
 MOST_POINTS = 10  # of a budget table
@@ -57,7 +53,7 @@ class AtSetting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KlBudget:
+class KlBudget(OneTable):
     """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
 
     A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
@@ -76,15 +72,7 @@ class KlBudget:
         """Return everything as plain values for JSON."""
         return plain({**vars(self), "settings": [vars(s) for s in self.settings]})
 
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        return markdown([self._section()])
-
-    def table(self) -> Table:
-        """Return the table for a terminal."""
-        return rich_table([self._section()])
-
-    def _section(self) -> Section:
+    def section(self) -> Section:
         return Section(
             title=f"KL budget of {self.limit:g} nats a token",
             columns=["setting", "bytes of weights a token", "FLOPs a token", "KL (nats)", ""],

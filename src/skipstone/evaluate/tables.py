@@ -32,6 +32,22 @@ class Section:
     notes: Sequence[str] = ()
 
 
+class OneTable:
+    """The base class of results that are shown as one table, which `section` returns."""
+
+    def section(self) -> Section:
+        """Return the table's title, columns, rows and notes."""
+        raise NotImplementedError
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        return markdown([self.section()])
+
+    def table(self) -> Table:
+        """Return the table for a terminal."""
+        return rich_table([self.section()])
+
+
 def rich_table(sections: Iterable[Section]) -> Table:
     """Lay out all sections, one below the other, for a terminal."""
     from rich.table import Table
