@@ -199,3 +199,18 @@ def test_the_cost_that_is_assumed_is_the_share_of_the_weights() -> None:
     draft = head_draft.head_draft(target, head_of(target))
     assert isinstance(draft, HeadDraft)
     assert 0.1 < draft.cost < 0.4
+
+
+def test_a_head_is_its_models_where_an_embedding_is_zero() -> None:
+    """Tokens that never occur, such as padding, may have an embedding of zeros."""
+    model = skipstone.SkipstoneForCausalLM(
+        skipstone.SkipstoneConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    head = train_draft_head(model, torch.randint(1, 32, (16, 12)), steps=2).head
+    head.require(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 1
+    with pytest.raises(ValueError, match="their embeddings differ"):
+        head.require(model)

@@ -8,18 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from skipstone.core.routing_module import require_causal
 from skipstone.core.strict import PlainDict, PlainMapping
-from skipstone.evaluate.tables import UNKNOWN, Section, markdown, number, plain, rich_table
+from skipstone.evaluate.tables import UNKNOWN, OneTable, Section, number, plain
 from skipstone.model.loading import one_line
 from skipstone.runs import Run
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +36,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskEvaluation:
+class TaskEvaluation(OneTable):
     """The scores of a run on tasks of lm-evaluation-harness, in the harness's order.
 
     name: the run's name. scores: one per task and metric.
@@ -52,15 +49,7 @@ class TaskEvaluation:
         """Return the scores as plain values for JSON."""
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
-    def markdown(self) -> str:
-        """Return the scores as a Markdown table."""
-        return markdown([self._section()])
-
-    def table(self) -> Table:
-        """Return the scores as a table for a terminal."""
-        return rich_table([self._section()])
-
-    def _section(self) -> Section:
+    def section(self) -> Section:
         rows = [
             [s.task, s.metric, number(s.value), number(s.error), _count(s.shots), _count(s.samples)]
             for s in self.scores
