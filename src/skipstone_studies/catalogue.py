@@ -20,6 +20,7 @@ FILES = {
     "mod_decisions_code": "quality.mod_decisions",
     "headroom": "quality.headroom",
     "headroom_pretrained": "quality.headroom",
+    "depth": "quality.depth",
     "decisive": "quality.decisive",
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",

@@ -52,13 +52,22 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
         found = paired_differences(figures, arm, against, LOSS) if arm != against else []
         if not found:
             continue
-        interval, text = paired(found, _blocks(figures, arm, against)), _text_error(figures, arm, against)
-        verdict = "no headroom" if refused else _word(interval)
-        shown = f"{statistics.fmean(found):+.4f}" if interval is None else interval.with_power("+.4f")
-        rows.append([arm, str(len(found)), shown, UNKNOWN if text is None else f"± {text:.4f}", verdict])
+        verdict = "no headroom" if refused else _word(paired(found, by_block(figures, arm, against)))
+        rows.append([arm, *difference(figures, arm, against), verdict])
     columns = ["arm", "seeds", f"test loss − {against}'s", "error from the text alone", "verdict"]
     title = f"Compared with {against}"
     return markdown([Section(title=title, columns=columns, rows=rows)]).strip("\n") if rows else ""
+
+
+def difference(figures: ByArm, arm: str, against: str) -> list[str]:
+    """Return three cells of a table: number of seeds, difference in test loss with its interval, and the text's error.
+
+    figures: by arm and seed. arm, against: names of two arms that share a seed.
+    """
+    found = paired_differences(figures, arm, against, LOSS)
+    interval, text = paired(found, by_block(figures, arm, against)), _text_error(figures, arm, against)
+    shown = f"{statistics.fmean(found):+.4f}" if interval is None else interval.with_power("+.4f")
+    return [str(len(found)), shown, UNKNOWN if text is None else f"± {text:.4f}"]
 
 
 def _word(interval: Interval | None) -> str:
@@ -67,8 +76,11 @@ def _word(interval: Interval | None) -> str:
     return {"yes": "better", "no": "worse"}.get(interval.below(), "not told apart")
 
 
-def _blocks(figures: ByArm, arm: str, other: str) -> list[list[float]]:
-    """Return the differences by block of text, for every seed that both arms have."""
+def by_block(figures: ByArm, arm: str, other: str) -> list[list[float]]:
+    """Return the differences in test loss between two arms by block of text, for every seed that both have.
+
+    figures: by arm and seed. arm, other: names of the arms.
+    """
     seeds = sorted(figures[arm].keys() & figures[other].keys())
     pairs = [(figures[arm][seed].get(BLOCKS), figures[other][seed].get(BLOCKS)) for seed in seeds]
     return [[a - b for a, b in zip(one, two, strict=True)] for one, two in pairs if one and two]
@@ -76,7 +88,7 @@ def _blocks(figures: ByArm, arm: str, other: str) -> list[list[float]]:
 
 def _text_error(figures: ByArm, arm: str, other: str) -> float | None:
     """Return the standard error of the difference over blocks of text, which says nothing of other seeds."""
-    blocks = [statistics.fmean(values) for values in zip(*_blocks(figures, arm, other), strict=True)]
+    blocks = [statistics.fmean(values) for values in zip(*by_block(figures, arm, other), strict=True)]
     return statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else None
 
 
@@ -103,7 +115,7 @@ def rates(figures: ByArm) -> str:
         ]
         rows.append([arm, *shown, "yes" if found["inside"] else "**no**"])
     columns = ["arm", *names, "between worse ones"]
-    title = "Learning rates: validation loss at a quarter of the length"
+    title = "Learning rates: validation loss of the shorter runs that tune them"
     return markdown([Section(title=title, columns=columns, rows=rows)]).strip("\n") if rows else ""
 
 
@@ -141,6 +153,6 @@ def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Ite
                 continue
             found = paired_differences(figures, arm, reference, LOSS)
             text = f"test loss at equal training FLOPs: at least {GOAL} nats below {reference}"
-            for claim in judge(arm, text, found, most=-GOAL, form="+.4f", blocks=_blocks(figures, arm, reference)):
+            for claim in judge(arm, text, found, most=-GOAL, form="+.4f", blocks=by_block(figures, arm, reference)):
                 refused = room is None or not room.there
                 yield replace(claim, verdict="no headroom") if refused else claim

@@ -1,0 +1,142 @@
+"""When does depth pay? Models of 8 and of 5 blocks at equal training FLOPs, by width and by length of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from skipstone.core.strict import PlainDict
+from skipstone.evaluate.tables import UNKNOWN, Section, markdown
+from skipstone_studies import protocol
+from skipstone_studies import protocol_page as pages
+from skipstone_studies.claims import ByArm, Claim, judge, mean, paired_differences
+from skipstone_studies.headroom import LEAST
+from skipstone_studies.study import Column, RecipeDict, Study
+
+DEEP, SHALLOW = 8, 5  # blocks
+HEAD = 32  # width of an attention head
+# Training FLOPs by width, in the order in which they run: short ones first.
+LENGTHS: dict[str, tuple[tuple[int, float], ...]] = {
+    "laptop": ((32, 3e12), (32, 1e13), (32, 3e13), (64, 1e13), (64, 3e13), (32, 1e14), (64, 1e14)),
+    "quick": ((16, 2e9), (16, 4e9)),
+}
+COMMON: dict[str, PlainDict] = {
+    "laptop": {"context": 256, "rows": 8, "test_rows": 4096, "tuning_rows": 256, "least_tokens": 2048},
+    "quick": {"context": 32, "rows": 4, "test_rows": 16, "tuning_rows": 16, "least_tokens": 1},
+}
+FIRST_RATE = 4e-3
+MOST_TUNING = 3e12  # training FLOPs of a run that tunes the rate, at most
+
+
+def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
+    """Return the recipes of dense models by name: for each width and length, one of 8 blocks and one of 5.
+
+    scale: "laptop" or "quick". corpus: the text.
+    """
+    return {
+        name_of(blocks, width, budget): _arm(scale, corpus, blocks, width, budget)
+        for width, budget in LENGTHS[scale]
+        for blocks in (DEEP, SHALLOW)
+    }
+
+
+def name_of(blocks: int, width: int, budget: float) -> str:
+    """Return the name of an arm. blocks, width: of its model. budget: its training FLOPs."""
+    return f"dense-{blocks}-width-{width}-{budget:.0e}".replace("e+", "e")
+
+
+def _arm(scale: str, corpus: str, blocks: int, width: int, budget: float) -> RecipeDict:
+    size = COMMON[scale]
+    return protocol.planned(
+        model={
+            "vocab_size": protocol.VOCABULARY,
+            "hidden_size": width,
+            "num_attention_heads": max(1, width // HEAD),
+            "num_hidden_layers": blocks,
+        },
+        data={"corpus": corpus, "tokenizer": "byte", "context": size["context"]},
+        train={"batch_size": size["rows"]},
+        protocol={
+            "rate": FIRST_RATE,
+            "budget": budget,
+            "tuning": min(0.25, MOST_TUNING / 4 / budget),
+            **{name: size[name] for name in ("test_rows", "tuning_rows", "least_tokens")},
+        },
+    )
+
+
+def _pairs(figures: ByArm) -> Iterator[tuple[int, float, str, str]]:
+    """Yield width, training FLOPs and the names of the two arms, for each pair of which both have run."""
+    lengths = dict.fromkeys(pair for scale in LENGTHS.values() for pair in scale)
+    for width, budget in lengths:
+        deep, shallow = name_of(DEEP, width, budget), name_of(SHALLOW, width, budget)
+        if figures.get(deep) and figures.get(shallow):
+            yield width, budget, deep, shallow
+
+
+def claims(figures: ByArm) -> Iterator[Claim]:
+    """Yield for each width and length whether 8 blocks are .02 nats better than 5.
+
+    figures: by arm and seed.
+    """
+    for _, _, deep, shallow in _pairs(figures):
+        found = paired_differences(figures, shallow, deep, pages.LOSS)
+        text = f"test loss at least {LEAST} nats below {shallow} at equal training FLOPs"
+        yield from judge(deep, text, found, least=LEAST, form="+.4f", blocks=pages.by_block(figures, shallow, deep))
+
+
+def details(figures: ByArm) -> str:
+    """Return the Markdown below the table: what 3 more blocks gain by width and length, and the learning rates.
+
+    figures: by arm and seed.
+    """
+    return "\n\n".join(part for part in (_gains(figures), pages.NOTE, pages.rates(figures)) if part)
+
+
+def _gains(figures: ByArm) -> str:
+    rows = []
+    for width, budget, deep, shallow in _pairs(figures):
+        read, size = mean(figures, deep, "training.tokens"), mean(figures, deep, "training.parameters")
+        rows.append(
+            [
+                str(width),
+                f"{budget:.0e}".replace("e+", "e"),
+                UNKNOWN if read is None or not size else f"{read / size:.0f}",
+                *pages.difference(figures, shallow, deep),
+            ]
+        )
+    columns = ["width", "training FLOPs", "bytes a parameter of 8 blocks", "seeds", "loss of 5 blocks − loss of 8"]
+    title = "What three more blocks gain at equal training FLOPs"
+    section = Section(title=title, columns=[*columns, "error from the text alone"], rows=rows)
+    return markdown([section]).strip("\n") if rows else ""
+
+
+DEPTH = Study(
+    name="depth",
+    purpose="how long must a model train before depth pays?",
+    about=(
+        "A router that leaves out blocks can only gain where blocks are worth their FLOPs. So the studies of routing "
+        f"ask first whether a model of {DEEP} blocks beats one of {SHALLOW} by {LEAST} nats at equal training FLOPs, "
+        "where the smaller model reads more text ([headroom](headroom.md), [decisive](decisive.md)). This study "
+        "measures that difference by width and by length of training, to find where such a study could be decided.\n\n"
+        "Dense byte models with heads of 32 and a context of 256, fp32, steps of 2,048 bytes; otherwise the protocol "
+        "of [decisive](decisive.md). The learning rate is tuned for each arm on runs of a quarter of the length, "
+        "but of 7.5e11 FLOPs at most. " + pages.COLUMNS_NOTE
+    ),
+    arms=arms,
+    seeds={"laptop": (0, 1, 2), "quick": (0,)},
+    columns=(
+        Column(key="loss", title="test loss, nats a byte", format=".4f"),
+        Column(key="validation_loss", title="validation loss", format=".4f"),
+        Column(key="training_flops.executed", title="training TFLOPs", format=".2f", unit=1e12),
+        Column(key="training.tokens", title="bytes read, M", format=".2f", unit=1e6),
+        Column(key="training.parameters", title="parameters, k", format=".0f", unit=1e3),
+        Column(key="tuning.rate", title="rate", format=".2g"),
+        Column(key="training.seconds", title="seconds", format=",.0f"),
+        Column(key="gflops_per_core_second", title="GFLOP/s per core", format=".1f"),
+    ),
+    make=protocol.tuned_run,
+    measure=protocol.measured,
+    measure_together=None,
+    claims=claims,
+    details=details,
+)
