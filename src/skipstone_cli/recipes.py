@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from skipstone_cli.errors import UserError
@@ -16,11 +17,22 @@ def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any
     config: the recipe with the overrides applied. overrides: as typed, "key=value". how: further arguments of
     `skipstone.train.early.check`.
     """
-    from skipstone.core.strict import mistakes
     from skipstone.train.early import check
 
-    try:
+    with told_as_typed(overrides):
         check(config, **how)
+
+
+@contextmanager
+def told_as_typed(overrides: Sequence[str]) -> Iterator[None]:
+    """Raise UserError for a ValueError of the `with` block, with each of its messages in the words that were typed.
+
+    overrides: as typed, "key=value".
+    """
+    from skipstone.core.strict import mistakes
+
+    try:
+        yield
     except ValueError as error:
         raise UserError(*(as_typed(line, overrides) for line in dict.fromkeys(mistakes(error)))) from None
 

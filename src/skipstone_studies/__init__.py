@@ -8,7 +8,7 @@ isoflop/       grids at equal training FLOPs, with recipes and sizes chosen by t
 adapting.py    runs that adapt a checkpoint, on text that it may have generated itself
 record.py      one JSON record per run
 page.py        renders records as results/NAME.md
-measure.py     measurements of one run, and of all runs of a seed together
+measure.py     measurements of a run in training, of a finished run, and of all runs of a seed together
 timing.py      training steps and forward passes of several models, timed interleaved
 gates.py       savings that soft gates claim and savings that hard passes realise
 text_blocks.py losses by blocks of the validation text

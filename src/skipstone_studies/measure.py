@@ -1,14 +1,23 @@
-"""Measurements of one finished run, and of all runs of a seed in one timing session."""
+"""Measurements of a run while it trains, of a finished run, and of all runs of a seed in one timing session."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.comparison import compare
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.text_generation import stream_text
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.cost import cost
 from skipstone.runs import Run
 from skipstone_studies.timing import training_speeds
 
@@ -43,3 +52,58 @@ def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
     """
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}
+
+
+@dataclass(kw_only=True)
+class CoreUse:
+    """How much of its processor cores a process used while it trained.
+
+    busy: CPU seconds per second and thread; 1 means that no other process took time from it. load: the machine's load
+    average.
+    """
+
+    busy: float = 0.0
+    load: float = 0.0
+
+
+@contextmanager
+def watched() -> Iterator[CoreUse]:
+    """Measure a process's use of its cores during a `with` block.
+
+    The yielded object is filled at the end, with the load average of the last minute.
+    """
+    clock = CoreUse()
+    wall, own = time.perf_counter(), time.process_time()
+    yield clock
+    clock.busy = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9) / torch.get_num_threads()
+    clock.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
+    """Return the training FLOPs of a run with the shares of kept tokens that its log reports, averaged over log lines.
+
+    model: the trained model. run: its folder. steps: optimizer steps.
+    """
+    config = run.config()
+    context, rows = config["data"]["context"], config["train"]["batch_size"]
+    logged = realised(run.metrics())
+    kept: dict[int, dict[str, float]] = {}
+    for i, block in enumerate(model.decoder.layers):
+        first = block.segment_start()  # whose decision is logged for all blocks of the segment
+        shares = {**(logged.get(first, {}) if first is not None else {}), **logged.get(i, {})}
+        kept[i] = {name: share * context for name, share in shares.items() if name in block.recorded()}
+    return cost(model, tokens=context, batch=rows, kept=kept).training.total * steps
+
+
+def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
+    """Return the mean share of kept tokens over the training's log lines, {index of the block: {mechanism: share}}."""
+    lines: dict[tuple[int, str], list[float]] = {}
+    for line in metrics:
+        for key, value in line.items() if line["split"] == "train" else ():
+            if key.startswith("capacity/"):
+                _, layer, name = key.split("/")
+                lines.setdefault((int(layer), name), []).append(value)
+    found: dict[int, dict[str, float]] = {}
+    for (block, mechanism), values in lines.items():
+        found.setdefault(block, {})[mechanism] = statistics.fmean(values)
+    return found

@@ -33,7 +33,7 @@ from skipstone.runs import Run, last_checkpoint
 from skipstone.train.recipe import read_recipe
 from skipstone.train.setup import model_config
 from skipstone.train.training import train
-from skipstone_studies.isoflop.measure import executed_training, watched
+from skipstone_studies.measure import executed_training, watched
 from skipstone_studies.record import digest
 from skipstone_studies.study import SAVE_MINUTES, Figures, RecipeDict
 from skipstone_studies.text_loss import by_block, mean_loss, rows, spaced

@@ -113,6 +113,33 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["data.contxt=4", "model.hiden_size=4"], ["did you mean 'context'?", "did you mean 'hidden_size'?"]),
+        (["train.beta1=2", "--budgets=-1"], ["got 2.0 (typed: train.beta1=2)", "budgets must be above 0, got -1.0"]),
+        (["model.mechanisms.0.capacity=7"], ["capacity must be in (0, 1], got 7.0"]),
+        (["arms={wide: {mechanisms: []}, deep: {nrom: rmsnorm}}"], ["arm 'deep': unknown key in model 'nrom'"]),
+        (["arms={wide: {}}", "--arms=wdie", "data.corpus=txet:x"], ["did you mean 'wide'?", "did you mean 'text'?"]),
+        (["--sizes=36,48x2"], ["size '36x4': the width must be a multiple of 8"]),
+    ],
+)
+def test_a_mistake_in_a_grid_is_answered_without_torch(words: list[str], says: list[str], command: Command) -> None:
+    told, loaded = command("isoflop", str(SRC.parent / "recipes" / "isoflop.yaml"), *words)
+    lines = told.splitlines()
+    assert loaded == []
+    assert len(lines) == len(says)
+    assert all(any(text in line for line in lines) for text in says)
+
+
+@pytest.mark.parametrize("name", ["isoflop", "activations"])
+def test_a_sound_grid_has_no_mistakes_without_torch(name: str, command: Command) -> None:
+    told, loaded = command("isoflop", str(SRC.parent / "recipes" / f"{name}.yaml"), "train.stpes=4")
+    assert loaded == []
+    assert told.count("\n") == 1
+    assert "'stpes'" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
         (["eval", "."], "'.' is neither a run folder (no config.yaml) nor a saved model (no config.json)"),
         (["report", "."], "'.' is neither a run folder"),
         (["compare", "."], "'.' is neither a run folder"),

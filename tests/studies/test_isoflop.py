@@ -272,5 +272,5 @@ def test_what_is_published_is_what_its_records_say(tmp_path: Path) -> None:
     for path in published:
         findings = find(runs.load(RESULTS, path.parent.name))
         name = path.parent.name
-        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == runs.table.page(findings)
-        assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == runs.page.render(findings)
+        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == runs.page.as_markdown(findings)
+        assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == runs.page.as_html(findings)

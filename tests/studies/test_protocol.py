@@ -15,7 +15,7 @@ from skipstone_studies import protocol
 from skipstone_studies import protocol_page as pages
 from skipstone_studies import record as records
 from skipstone_studies.catalogue import STUDIES
-from skipstone_studies.isoflop.measure import executed_training
+from skipstone_studies.measure import executed_training
 from skipstone_studies.protocol import ProtocolConfig, SharedStart, best_rate, climb, planned, tuning_figures
 from skipstone_studies.quality import decisive
 from skipstone_studies.run import reproduce

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from skipstone_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from skipstone_studies.isoflop.spec import GridSpec
 
 
 class GridScale(StrEnum):
@@ -100,8 +103,6 @@ def isoflop(
 
     Example: skipstone isoflop recipes/isoflop.yaml --estimate
     """
-    from skipstone_cli.overrides import load_recipe
-
     given = {
         "budgets": _numbers("--budgets", budgets),
         "sizes": _words("--sizes", sizes),
@@ -116,22 +117,35 @@ def isoflop(
         raise UserError("--flops-per-second would have no effect without --estimate")
     if estimate and render:
         raise UserError("--estimate and --render exclude each other; give only one of them")
-    config = load_recipe(recipe, overrides or [])
+    spec = _checked(recipe, overrides or [], given, scale)
 
     from skipstone_studies.isoflop import run
-    from skipstone_studies.isoflop.spec import make_spec
 
-    spec = make_spec(config, scale=scale.value, **given)
     target = runs if out is None else out
     if estimate:
         run.estimate(spec, flops_per_second)
         return
-    words = ["skipstone", "isoflop", str(recipe), *(overrides or []), *_options(given)]
-    words += [] if scale is GridScale.LAPTOP else [f"--scale={scale.value}"]
-    command = " ".join(words)
+    command = _command(recipe, overrides or [], given, scale)
     written = run.render(target, spec.name) if render else run.isoflop(spec, out=target, runs=runs, command=command)
     for path in written:
         typer.echo(f"written: {path}")
+
+
+def _checked(recipe: Path, overrides: list[str], given: Mapping[str, object], scale: GridScale) -> GridSpec:
+    """Return the specification of the grid. Raises UserError with all mistakes, without loading torch."""
+    from skipstone_cli.overrides import load_recipe
+    from skipstone_cli.recipes import told_as_typed
+    from skipstone_studies.isoflop.spec import checked_spec
+
+    config = load_recipe(recipe, overrides)
+    with told_as_typed(overrides):
+        return checked_spec(config, scale=scale.value, **given)
+
+
+def _command(recipe: Path, overrides: list[str], given: Mapping[str, object], scale: GridScale) -> str:
+    """Return the command as it would be typed, without output folders."""
+    words = ["skipstone", "isoflop", str(recipe), *overrides, *_options(given)]
+    return " ".join(words if scale is GridScale.LAPTOP else [*words, f"--scale={scale.value}"])
 
 
 def _options(given: Mapping[str, object]) -> list[str]:

@@ -3,11 +3,9 @@
 spec.py      `GridSpec` and `GridSize`: the specification of a grid; default grids by scale
 grid.py      the runs of a grid: recipes, steps, FLOPs; whether the corpus suffices
 estimate.py  FLOPs and hours of every run, before anything is trained
-measure.py   figures of one finished run
 curves.py    fits records by parabolas of loss over size; whether depth pays
 result.py    optima, shares of FLOPs and losses after equal times, with confidence intervals
-notes.py     notes to the tables
-table.py     renders the result as Markdown
-page.py      renders the result as one HTML page with charts
-run.py       `isoflop`: the stages of a grid, each a `Session`
+table.py     the tables and sentences of the result
+page.py      renders the result as Markdown and as one HTML page with charts
+run.py       `isoflop`: the stages of a grid, each a `Session`; figures of one finished run
 """

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 
 from skipstone.core.routing_module import causal_obstacle
-from skipstone.core.strict import PlainDict
+from skipstone.core.strict import PlainDict, mistakes
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train.recipe import Recipe, read_recipe
 from skipstone.train.setup import model_config
-from skipstone_studies.isoflop.spec import Changes, GridSize, GridSpec, RecipeDict
+from skipstone.train.setup import model_mistakes as recipe_mistakes
+from skipstone_studies.isoflop.spec import Changes, GridSize, GridSpec
 
 LOG_LINES = 60  # approximate number of log lines per run
 
@@ -57,7 +58,7 @@ class GridCell:
     budget: float
     rate: float
     steps: int
-    recipe: RecipeDict = field(repr=False)
+    recipe: PlainDict = field(repr=False)
 
     @property
     def arm(self) -> str:
@@ -164,7 +165,7 @@ class Grid:
             for arm in self.spec.arms
         ]
 
-    def _recipe(self, shape: ModelShape, steps: int, rate: float) -> RecipeDict:
+    def _recipe(self, shape: ModelShape, steps: int, rate: float) -> PlainDict:
         """Return the recipe of a run. Warm-up keeps its share of steps; validation is done once, by `measure`."""
         train = {
             **(self.spec.recipe.get("train") or {}),
@@ -185,7 +186,7 @@ class Grid:
 
 
 def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelShape:
-    model = sized(base, size, changes)
+    model = sized(base.model, base.data.context, size, changes)
     config = model_config(model, base.data.context, {})
     with torch.device("meta"):
         built = SkipstoneForCausalLM(config)
@@ -203,14 +204,35 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
     )
 
 
-def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
+def model_mistakes(spec: GridSpec) -> list[str]:
+    """Return one message per mistake in the models of a grid, at each of its sizes.
+
+    spec: the specification, whose recipe may be wrong in other sections. A mistake that not all arms share is told with
+    the name of the arm.
+    """
+    base = recipe_mistakes(spec.recipe)
+    if base:
+        return base
+    context = spec.data.context
+    found: dict[str, list[str]] = {}
+    for arm in spec.arms:
+        for size in spec.parsed_sizes():
+            try:
+                model_config(sized(spec.recipe["model"], context, size, spec.known[arm]), context, {})
+            except ValueError as error:
+                for line in mistakes(error):
+                    found.setdefault(line, []).append(arm)
+    return [line if {*arms} == {*spec.arms} else f"arm {arms[0]!r}: {line}" for line, arms in found.items()]
+
+
+def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> PlainDict:
     """Return a recipe's section `model` at another size.
 
-    base: the recipe. size: width and number of blocks; heads keep their size, so their number changes, and MLPs scale
-    with the width. changes: options in which the arm differs from the recipe. Raises ValueError for a width that does
-    not fit the heads.
+    model: the section. context: tokens per row. size: width and number of blocks; heads keep their size, so their
+    number changes, and MLPs scale with the width. changes: options in which the arm differs from the recipe. Raises
+    ValueError for a width that does not fit the heads.
     """
-    was = model_config(base.model, base.data.context, {})
+    was = model_config(model, context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)
     if size.width % (head_dim * groups):
         raise ValueError(
@@ -218,7 +240,7 @@ def sized(base: Recipe, size: GridSize, changes: Changes) -> PlainDict:
             f"({head_dim})" + (f" and {groups} share keys and values" if groups > 1 else "")
         )
     heads = size.width // head_dim
-    own = copy.deepcopy({**base.model, **changes})
+    own = copy.deepcopy({**model, **changes})
     if own.get("intermediate_size"):
         own["intermediate_size"] = round(own["intermediate_size"] * size.width / was.hidden_size)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -14,9 +15,15 @@ from skipstone.core.atomic_write import write_whole
 from skipstone.core.plain_text import parse_json
 from skipstone.core.sealed import sealed, unsealed
 from skipstone.core.strict import PlainDict, from_dict
+from skipstone.evaluate.evaluation import COUNTED_BATCHES
+from skipstone.evaluate.loaded_run import batches
 from skipstone.evaluate.tables import rich_table
+from skipstone.measure.flops import flop_check
+from skipstone.measure.losses import measure_loss
+from skipstone.measure.passes import PASSES
+from skipstone.runs import Run
 from skipstone.train.training import train
-from skipstone_studies.isoflop import page, table
+from skipstone_studies.isoflop import page
 from skipstone_studies.isoflop.curves import FOLDER, GridRecords, collect, lookup, nearest_optimum
 from skipstone_studies.isoflop.estimate import GridEstimate, step_times, step_times_at
 from skipstone_studies.isoflop.grid import (
@@ -28,13 +35,15 @@ from skipstone_studies.isoflop.grid import (
     read_corpus,
     read_corpus_if_cheap,
 )
-from skipstone_studies.isoflop.measure import CoreUse, figures, watched
 from skipstone_studies.isoflop.result import find
 from skipstone_studies.isoflop.spec import GridSpec
+from skipstone_studies.isoflop.table import COUNTED_ROWS
+from skipstone_studies.measure import CoreUse, executed_training, watched
 from skipstone_studies.session import Session
 from skipstone_studies.study import Figures, RecipeDict, Study
 from skipstone_studies.timing import training_speeds
 
+EXECUTED = PASSES["executed"]
 PLAN = "plan.json"  # the spec, kept beside the records
 
 
@@ -199,7 +208,7 @@ def render(out: Path, name: str) -> list[Path]:
     if not collected.records:
         raise ValueError(f"no records of the grid of {name!r} in {str(out)!r}: nothing to render")
     findings = find(collected)
-    written = {out / f"{name}.md": table.page(findings), out / f"{name}.html": page.render(findings)}
+    written = {out / f"{name}.md": page.as_markdown(findings), out / f"{name}.html": page.as_html(findings)}
     for path, text in written.items():
         write_whole(path, text)
     return list(written)
@@ -223,3 +232,46 @@ def load(out: Path, name: str) -> GridRecords:
 def _render_if_any(out: Path, name: str) -> list[Path]:
     """Render after a stage, unless there are no records yet."""
     return render(out, name) if load(out, name).records else []
+
+
+def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
+    """Return the figures of a finished run for its record.
+
+    cell: what was run. folder: the run folder. facts: the corpus with its rows. clock: use of cores during the
+    training. Losses are in nats and are measured on the whole validation set in the pass that really skips;
+    `training_flops` are of the whole training, `forward_flops` per token.
+    """
+    assert facts.data is not None
+    run = Run(folder)
+    model = run.load_model()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    data, device, train = facts.data, model.device, run.config()["train"]
+    rows = train["eval_batch_size"] or train["batch_size"]
+    found = measure_loss(model, EXECUTED, batches(data, rows, device), activations=False)
+    counted = flop_check(model, EXECUTED, batches(data, COUNTED_ROWS, device, rows=COUNTED_BATCHES * COUNTED_ROWS))
+    result = run.result()
+    return {
+        "cell": {
+            "arm": cell.arm,
+            "budget": cell.budget,
+            "size": str(cell.size),
+            "rate": cell.rate,
+            "steps": cell.steps,
+            "parameters": cell.shape.parameters,
+        },
+        "loss": found.loss,
+        "bits_per_byte": found.bits_per_byte(data.validation_bytes),
+        "predictions": found.predictions,
+        "capacity": {str(i): layer for i, layer in enumerate(_capacities(found.summaries.layers())) if layer},
+        "forward_flops": counted.counted,
+        "forward_flops_needed": counted.needed,
+        "forward_flops_dense": counted.dense,
+        "training_flops": {"planned": cell.flops, "executed": executed_training(model, run, cell.steps)},
+        "training": result,
+        "sharing": {"busy": clock.busy, "load": clock.load},
+        "corpus": {**facts.to_dict(), "seen": None if facts.tokens is None else result["tokens"] / facts.tokens},
+    }
+
+
+def _capacities(layers: list[dict[str, PlainDict]]) -> list[dict[str, float]]:
+    return [{name: found["capacity"] for name, found in layer.items() if "capacity" in found} for layer in layers]

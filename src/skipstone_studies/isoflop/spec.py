@@ -1,4 +1,7 @@
-"""The specification of an isoFLOP study: its recipe, budgets, sizes, learning rates and arms."""
+"""The specification of an isoFLOP study: its recipe, budgets, sizes, learning rates and arms.
+
+Nothing here loads torch, so that mistakes are reported at once.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from skipstone.core.strict import PlainDict, is_folder_name, unknown
+from skipstone.core.placeholders import checked_lightly
+from skipstone.core.strict import PlainDict, is_folder_name, mistakes, refuse, unknown
 from skipstone.data.config import DataConfig
 from skipstone.data.corpora import find_entry
 from skipstone.train.recipe import read_recipe
-from skipstone_studies.study import RecipeDict
 
 Changes = PlainDict  # changes of the recipe's section `model`
 DENSE = "dense"
@@ -56,7 +59,7 @@ def parse_size(word: object, blocks: int) -> GridSize:
     return GridSize(int(found[1]), int(found[2] or blocks))
 
 
-def arms_of(recipe: RecipeDict) -> dict[str, Changes]:
+def arms_of(recipe: PlainDict) -> dict[str, Changes]:
     """Return the default arms of a recipe, each with its changes of the section `model`.
 
     They are dense (no mechanisms), mod or routed (the recipe's mechanisms) and, if the recipe has Mixture-of-Depths,
@@ -87,7 +90,7 @@ class GridSpec:
     """
 
     name: str
-    recipe: RecipeDict
+    recipe: PlainDict
     budgets: list[float]
     sizes: list[str]
     rates: list[float]
@@ -153,7 +156,7 @@ def _check_list(field: str, values: Sequence[object]) -> None:
         raise ValueError(f"{field} must be at least one value, none twice; got {', '.join(map(str, values)) or 'none'}")
 
 
-def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> GridSpec:
+def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """Build a specification from a recipe and the values that the user gave.
 
     recipe: a plain dict; its section `arms` holds changes of the section `model` by arm. scale: laptop or paper, which
@@ -179,6 +182,29 @@ def make_spec(recipe: RecipeDict, *, scale: str = "laptop", **given: object) -> 
     values = {**values, "budgets": [float(b) for b in values["budgets"]], "rates": [float(r) for r in values["rates"]]}
     name = str(recipe.get("name") or "isoflop")
     return GridSpec(name=name, recipe=recipe, sizes=sizes, arms=arms, changes=changes, **values)
+
+
+def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
+    """Build a specification as `make_spec` does, after a check of its recipe and of the models of all arms and sizes.
+
+    Raises ValueError with one line for each mistake, without loading torch. Whether the corpus is there is not checked.
+    """
+    lines: list[str] = []
+    own = {key: value for key, value in recipe.items() if key != "arms"}
+    try:
+        read_recipe(own)
+    except ValueError as error:
+        lines += mistakes(error)
+    checked: object
+    module, checked = "skipstone.train.setup", own  # if there is no grid, the recipe's own model is checked
+    try:
+        spec = make_spec(recipe, scale=scale, **given)
+    except ValueError as error:
+        lines += mistakes(error)
+    else:
+        module, checked = "skipstone_studies.isoflop.grid", spec
+    refuse([*dict.fromkeys([*lines, *checked_lightly(module, "model_mistakes", checked)])])
+    return spec
 
 
 def _changes(arms: Any) -> dict[str, Changes] | None:

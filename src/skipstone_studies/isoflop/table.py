@@ -1,4 +1,4 @@
-"""Render the result as Markdown tables. Equal records give equal bytes."""
+"""The tables and sentences of a grid's result."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import statistics
 from collections.abc import Sequence
 
 from skipstone.core.strict import PlainDict
-from skipstone.evaluate.tables import UNKNOWN, Section, amount, markdown, number, percent
+from skipstone.evaluate.tables import UNKNOWN, Section, amount, number, percent
 from skipstone_studies.claims import DETECTABLE, Claim
 from skipstone_studies.intervals import Verdict
 from skipstone_studies.isoflop.curves import DOWNWARD, FEW, HIGH, INSIDE, LOW, Curve, GridPoint, GridRecords
 from skipstone_studies.isoflop.grid import Grid, compact
-from skipstone_studies.isoflop.measure import COUNTED_ROWS
-from skipstone_studies.isoflop.notes import notes
 from skipstone_studies.isoflop.result import DRAWS, IsoFlopResult, SameLoss, find
-from skipstone_studies.page import provenance
 
+COUNTED_ROWS = 8  # rows per batch whose FLOPs are counted, as in `skipstone eval`
 PLACES = {
     INSIDE: "inside the grid",
     LOW: "**at the grid's edge** (smallest size)",
@@ -23,29 +21,6 @@ PLACES = {
     DOWNWARD: "**no optimum: the parabola opens downward**; lowest point",
     FEW: "too few sizes for a parabola; lowest point",
 }
-
-
-def page(result: IsoFlopResult) -> str:
-    """Return the text of OUT/NAME.md: all tables of an isoFLOP result in Markdown."""
-    spec = result.collected.grid.spec
-    said = "\n".join(f"* {line}" for line in verdicts(result))
-    parts = [
-        f"# {spec.name}: equal training FLOPs",
-        about(result),
-        _arms(result),
-        *(["Best losses:", said] if said else []),
-    ]
-    parts += [markdown(sections(result)).rstrip("\n"), "### Notes"]
-    parts.append("\n".join(f"* {line}" for line in notes(result)))
-    found = result.collected.records
-    parts += [f"`{command}`" for command in dict.fromkeys(record.command for record in found)]
-    return "\n\n".join([*parts, provenance(found)]) + "\n"
-
-
-def _arms(result: IsoFlopResult) -> str:
-    """List the arms with their changes of the model."""
-    grid = result.collected.grid
-    return "\n".join(f"* *{arm}*: {own(grid, arm)}" for arm in grid.spec.arms)
 
 
 def about(result: IsoFlopResult) -> str:
