@@ -23,8 +23,8 @@ import yaml
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import WriteError, write_whole
-from skipstone.core.plain_text import check_yaml, parse_json
-from skipstone.core.sealed import check_text, sealed, unsealed, unsealed_line
+from skipstone.core.plain_text import check_yaml, parse_json, read_object, read_text
+from skipstone.core.sealed import check_text, read_sealed, sealed, unsealed_line
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 
@@ -196,7 +196,7 @@ class Run:
         Returns None if there are none, or if the recipe or the weights have changed since they were saved.
         """
         try:
-            values = parse_json((self.folder / VIEW).read_text(encoding="utf-8"))
+            values = read_object(self.folder / VIEW)
             same = values["sha256"] == self._digest() and sealed(values["view"])["sha256"] == values["of_view"]
             return dict(values["view"]) if same else None
         except (OSError, ValueError, KeyError, TypeError):
@@ -233,14 +233,7 @@ class Run:
         return read_text(self._file(name))
 
     def _json(self, name: str) -> PlainDict:
-        text = self._read(name)
-        try:
-            values = parse_json(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{str(self.folder / name)!r} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{str(self.folder / name)!r} cannot be read: it does not contain a JSON object")
-        return unsealed(values, self.folder / name)
+        return read_sealed(self._file(name))
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
@@ -268,14 +261,6 @@ def count_lines(path: Path) -> int:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises ValueError, naming it, if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from skipstone.core.atomic_write import complete, write_json
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.data.config import DataConfig
 from skipstone.data.prepare import PreparedData, prepare
@@ -35,7 +36,7 @@ from skipstone.train.setup import model_config
 from skipstone.train.training import train
 from skipstone_studies.measure import executed_training, watched
 from skipstone_studies.record import digest
-from skipstone_studies.study import SAVE_MINUTES, Figures, RecipeDict
+from skipstone_studies.study import SAVE_MINUTES, Figures, RecipeDict, recipe_file
 from skipstone_studies.text_loss import by_block, mean_loss, rows, spaced
 
 LEAST_TOKENS = 8192  # of an optimizer step
@@ -200,8 +201,8 @@ def _taken_over(recipe: RecipeDict, folder: Path) -> bool:
     """Copy a finished run of the same recipe, with its rates, from another study; return whether there was one."""
     scale = folder.parent.name
     for other in sorted(folder.parents[2].glob(f"*/{scale}/{folder.name}")):
-        note = other.with_name(f"{other.name}.recipe.json")
-        same = note.is_file() and json.loads(note.read_text(encoding="utf-8")) == recipe
+        note = recipe_file(other)
+        same = note.is_file() and read_object(note) == recipe
         if other != folder and same and Run(other).finished and (other / USE).is_file():
             tuned_there, rates = rates_file(other, recipe), rates_file(folder, recipe)
             if tuned_there.is_file():  # there is none where the rate was not tuned
@@ -272,7 +273,7 @@ def known_rates(path: Path) -> dict[float, float]:
     """Return the losses by learning rate in a file that `tuned` wrote; {} if it does not exist."""
     if not path.is_file():
         return {}
-    return {float(rate): float(loss) for rate, loss in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {float(rate): float(loss) for rate, loss in read_object(path).items()}
 
 
 def climb(loss_at: Callable[[float], float], first: float, factor: float, most: int) -> None:
@@ -343,7 +344,7 @@ def measured(folder: Path) -> Figures:
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()
     test = data_of(recipe["data"], "test")
     found = by_block(model, test, protocol.test_rows)
-    steps, result, use = recipe["train"]["steps"], run.result(), json.loads((folder / USE).read_text(encoding="utf-8"))
+    steps, result, use = recipe["train"]["steps"], run.result(), read_object(folder / USE)
     executed = executed_training(model, run, steps)
     chosen = spaced(len(test.validation), COUNTED_ROWS)
     counted = flop_check(model, PASSES["executed"], rows(test, chosen))
@@ -369,7 +370,7 @@ def measured(folder: Path) -> Figures:
 
 def recipe_of(folder: Path) -> RecipeDict:
     """Return the recipe, with its section `protocol`, that a `Session` has written beside a run folder."""
-    recipe: RecipeDict = json.loads(folder.with_name(f"{folder.name}.recipe.json").read_text(encoding="utf-8"))
+    recipe: RecipeDict = read_object(recipe_file(folder))
     return recipe
 
 

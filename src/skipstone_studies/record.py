@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from skipstone.core.atomic_write import write_whole
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict, PlainMapping, from_dict
 from skipstone.evaluate.tables import plain
 
@@ -84,11 +83,8 @@ def write(record: Record, out: Path) -> Path:
 def read(path: Path) -> Record:
     """Read a record's file. Raises ValueError, naming the file, if it is damaged or not a record."""
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
         names = {there: here for here, there in ON_DISK.items()}
-        if isinstance(values, dict):
-            values = {names.get(name, name): value for name, value in unsealed(values, path).items()}
-        return from_dict(Record, values)
+        return from_dict(Record, {names.get(name, name): value for name, value in read_sealed(path).items()})
     except ValueError as error:
         raise ValueError(f"{path} is no record that can be read: {error}") from None
 

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from skipstone.core.atomic_write import write_whole
 from skipstone.core.lock import Busy, locked
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict
 from skipstone.runs import CONFIG, MODEL_CONFIG, Run, last_checkpoint
 from skipstone.train.environment import describe
 from skipstone_studies import record as records
 from skipstone_studies.pace import TimeLeft, duration, work
 from skipstone_studies.record import Record, digest
-from skipstone_studies.study import RecipeDict, Study, seeded
+from skipstone_studies.study import RecipeDict, Study, recipe_file, seeded
 
 USER_ERRORS = (ValueError, OSError)
 
@@ -130,10 +130,10 @@ class Session:
 
     def _claim(self, folder: Path, recipe: RecipeDict) -> None:
         """Make sure that an existing folder belongs to `recipe`, renaming one of another recipe."""
-        note = folder.with_name(f"{folder.name}.recipe.json")
+        note = recipe_file(folder)
         if folder.exists() and not note.is_file():
             raise ValueError(f"{str(folder)!r} exists but was not made by this command; remove it or use --runs")
-        if folder.exists() and (before := parse_json(note.read_text(encoding="utf-8"))) != recipe:
+        if folder.exists() and (before := read_object(note)) != recipe:
             aside = folder.with_name(f"{folder.name}.{digest(before)}")
             if aside.exists():
                 raise ValueError(f"{str(aside)!r} is in the way of moving {str(folder)!r} aside; remove one of them")
@@ -186,10 +186,10 @@ class Session:
     def _is_here(self, arm: str, seed: int) -> bool:
         """Return whether the run folder exists, is finished and belongs to the recipe."""
         folder = self.folder(arm, seed)
-        note = folder.with_name(f"{folder.name}.recipe.json")
+        note = recipe_file(folder)
         if not (note.is_file() and is_made(folder)):
             return False
-        return bool(parse_json(note.read_text(encoding="utf-8")) == seeded(self.arms[arm], seed))
+        return bool(read_object(note) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
         """Print a message after the study's name."""

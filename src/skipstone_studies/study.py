@@ -105,6 +105,11 @@ class Study:
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 
+def recipe_file(folder: Path) -> Path:
+    """Return the path of the file beside a run folder that contains the recipe which the folder belongs to."""
+    return folder.with_name(f"{folder.name}.recipe.json")
+
+
 def seeded(recipe: RecipeDict, seed: int) -> RecipeDict:
     """Return a copy of a recipe with a seed in its sections train and data.
 

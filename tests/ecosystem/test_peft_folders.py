@@ -127,7 +127,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor is left over": (tensors(lambda found: found.update({PLACE: torch.zeros(2, 16)})), "no place for .*9"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "the weights .* are missing"),
     "damaged weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), "header"),
-    "a list": (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "must hold an object, got list"),
+    "a list": (
+        lambda folder: (folder / "adapter_config.json").write_text("[1]"),
+        "cannot be read: it does not contain a JSON object",
+    ),
 }
 
 

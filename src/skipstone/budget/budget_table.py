@@ -14,8 +14,7 @@ from typing import Any
 
 from skipstone.budget.handles import ThresholdHandle, find_handles
 from skipstone.core.atomic_write import check_writable, write_whole
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import from_dict
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -209,12 +208,7 @@ class BudgetTable:
             raise FileNotFoundError(
                 f"{str(folder)!r} has no {FILE}, which a budget needs: `skipstone calibrate` writes it"
             )
-        try:
-            values = parse_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
-        if isinstance(values, dict):
-            values = unsealed(values, path)
+        values = read_sealed(path)
         return from_dict(cls, _of_today(values) if path.name == LEGACY else values, path.name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.core.atomic_write import naming
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 
 FILES = "files.json"
 
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]] | None:
     if not path.is_file():
         return None
     try:
-        values: Any = parse_json(path.read_text(encoding="utf-8"))
+        values: Any = read_object(path)
         known = {name: (entry["bytes"], entry["sha256"]) for name, entry in values.items()}
         inside = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in known)
         if not inside or not all(isinstance(size, int) and isinstance(text, str) for size, text in known.values()):

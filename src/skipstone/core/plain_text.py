@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from skipstone.core.strict import PlainDict
 
 LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # bytes of a file; values in it once its aliases are unfolded
 
@@ -14,6 +17,30 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises ValueError, naming the file, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+
+
+def read_object(path: Path) -> PlainDict:
+    """Return the JSON object that a UTF-8 file contains.
+
+    Raises ValueError, naming the file, if its text is not JSON, is nested too deeply or is no object, and OSError if
+    the file cannot be opened.
+    """
+    text = read_text(path)
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} cannot be read: it does not contain a JSON object")
+    return values
 
 
 def check_yaml(text: str) -> None:

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 from skipstone.core.checksums import Damaged
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict, PlainMapping
 
 KEY, LINE_KEY = "sha256", "crc32"
@@ -39,6 +40,15 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
             f"yours, remove the key {KEY!r} from it"
         )
     return content
+
+
+def read_sealed(path: Path) -> PlainDict:
+    """Return the JSON object in a file that `sealed` made, without the key `sha256`, after comparing the hash.
+
+    A file without that key is read unchecked. Raises what `plain_text.read_object` raises, and `Damaged` if the
+    content has a different SHA-256.
+    """
+    return unsealed(read_object(path), path)
 
 
 def sealed_text(text: str) -> str:

@@ -20,8 +20,7 @@ import numpy as np
 from skipstone.core import atomic_write, progress_bar
 from skipstone.core.checksums import file_sha256
 from skipstone.core.lock import locked
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict, from_dict
 from skipstone.data.corpora import find_entry, load_corpus
 from skipstone.data.corpus import parse_percent, split_by_hash
@@ -140,7 +139,7 @@ class _Work:
                 )
             return None
         try:
-            state = unsealed(parse_json(path.read_text(encoding="utf-8")), path)
+            state = read_sealed(path)
             self.shards = {
                 split: [from_dict(Shard, shard, split) for shard in shards] for split, shards in state["shards"].items()
             }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.core import checksums
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import unknown
 from skipstone.data.corpus import Corpus
 from skipstone.data.fetch import offline
@@ -166,12 +166,8 @@ def load_saved(folder: Path) -> PreTrainedTokenizerBase:
 
     checksums.check(folder, leave_out=".safetensors")
     for name in ("tokenizer_config.json", "tokenizer.json"):
-        path = folder / name
-        try:
-            if path.is_file():
-                parse_json(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+        if (folder / name).is_file():
+            read_object(folder / name)  # a cut file is reported before the library reads it
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception

@@ -23,6 +23,7 @@ from skipstone.budget import BudgetTable
 from skipstone.budget.handles import find_handles
 from skipstone.core import checksums
 from skipstone.core.atomic_write import write_whole
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import ROWS, calibrate_run, spread
 from skipstone.evaluate.loaded_run import load_run
@@ -247,7 +248,7 @@ def _work(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> tuple[flo
 def _write(folder: Path, candidates: int) -> str:
     """Write the number of candidates into the model's configuration, and the checksums anew."""
     path = folder / CONFIG if (folder / CONFIG).is_file() else folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_object(path)
     values["head_candidates"] = candidates
     write_whole(path, json.dumps(values, indent=2) + "\n")
     if (folder / checksums.FILES).is_file():

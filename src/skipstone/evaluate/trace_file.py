@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from skipstone.core.atomic_write import check_free, complete
+from skipstone.core.plain_text import read_text
 from skipstone.core.strict import unknown
 from skipstone.measure.token_trace import COLUMNS
-from skipstone.runs import Run, read_text
+from skipstone.runs import Run
 
 LINES = 1 << 16  # of a row group in a parquet file
 Line = Sequence[object]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from skipstone.core import atomic_write
 from skipstone.core.checksums import Damaged, file_sha256
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict
 
 ENTRIES, WEIGHTS = "skipstone_routing.json", "skipstone_routing.safetensors"
@@ -47,18 +46,15 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
     file of entries that is missing or invalid, and for an entry or weights file that differs from its hash.
     """
     path = folder / ENTRIES
+    if not path.is_file():
+        raise ValueError(f"cannot read {str(path)!r}: no such file")
+    found = read_sealed(path)
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            found = unsealed(found, path)
         version, entries, known = found["version"], found["mechanisms"], found.get(HASH)
         if version != VERSION or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"version {version!r}, expected {VERSION}")
-    except Damaged:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot read {str(path)!r}: {reason}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from None
     if known is not None and (folder / WEIGHTS).is_file() and file_sha256(folder / WEIGHTS) != known:
         raise Damaged(f"{str(folder / WEIGHTS)!r} is damaged: its SHA-256 is not the one in {ENTRIES}")
     return list(entries)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 from skipstone.core.routing_module import RoutingModule
 from skipstone.model.loading import about, check_complete, quiet
 from skipstone.model.source_folder import ADAPTER
@@ -29,10 +29,8 @@ def base_of(folder: Path) -> str:
     configuration that cannot be read or names no base, for an adapter that cannot be merged into weights (prompt
     learning), for an adapter of an adapter, and if PEFT is not installed.
     """
+    values = read_object(folder / ADAPTER)
     with about(str(folder / ADAPTER)):
-        values = parse_json((folder / ADAPTER).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"the file must hold an object, got {type(values).__name__}")
         kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise ValueError(f"base_model_name_or_path must name the adapter's base, got {base!r}")

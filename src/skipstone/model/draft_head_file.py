@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from skipstone.core.atomic_write import check_writable, naming, partial_of, remove, sync_names, write_whole
 from skipstone.core.checksums import Damaged, file_sha256
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.draft_head import DraftHead
@@ -100,13 +99,7 @@ def stamp(folder: str | Path) -> tuple[str, float, float]:
 
 
 def _about(path: Path) -> PlainDict:
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} cannot be read: it does not contain a JSON object")
-    values = unsealed(values, path)
+    values = read_sealed(path)
     if values.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r}: format must be {FORMAT}, got {values.get('format')!r}")
     return values

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from skipstone.core import checksums
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import parse_json, read_object
 from skipstone.core.strict import PlainDict, is_folder_name
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the text that git-lfs leaves in place of a file
@@ -77,12 +77,7 @@ def _check_generation(path: Path) -> None:
     """
     if not path.is_file():
         return
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} cannot be read: it does not contain a JSON object")
+    values = read_object(path)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(name)
         for each in value if isinstance(value, list) else [value]:
@@ -101,7 +96,7 @@ def _check_blob(path: Path) -> None:
 def _check_index(path: Path) -> None:
     """Raise ValueError for an index of weights that cannot be read or that names files outside of its folder."""
     try:
-        names = {*parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        names = {*read_object(path)["weight_map"].values()}
         outside = [name for name in names if not is_folder_name(name)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is no index of weights: {error!r}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.report import charts
 from skipstone.report.axes import Frame, bounds
@@ -37,7 +37,7 @@ def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str
 
 def _read(file: Path) -> tuple[str, Points]:
     try:
-        values = parse_json(file.read_text(encoding="utf-8"))
+        values = read_object(file)
         run, points = str(values["run"]), list(values["budgets"])
         points = [_of_today(point) for point in points]
         assert all({"target", "realised", "flops_per_token", "loss"} <= set(point) for point in points)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.checksums import Damaged
-from skipstone.core.plain_text import parse_json
+from skipstone.core.plain_text import read_object
 from skipstone.runs import CHECKPOINTS, checkpoints
 from skipstone.train.log_window import FILE as WINDOW
 
@@ -93,7 +93,7 @@ def _look_at(checkpoint: Path) -> None:
 def _open(path: Path) -> None:
     """Read enough of a file to see that it is complete; raises whatever its library raises."""
     if path.suffix == ".json":
-        parse_json(path.read_text(encoding="utf-8"))
+        read_object(path)
     elif path.suffix == ".safetensors":
         from safetensors import safe_open
 

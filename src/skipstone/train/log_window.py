@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipstone.core.plain_text import parse_json
-from skipstone.core.strict import PlainDict
+from skipstone.core.plain_text import read_object
 
 FILE = "window.json"
 STATE: dict[str, type] = {"began": int, "tokens": int, "total_tokens": int, "seconds": float, "total_seconds": float}
@@ -108,7 +107,7 @@ class LogWindow:
         if not path.is_file():
             raise ValueError(f"checkpoint {str(folder)!r} has no {FILE}: it was not written by skipstone train")
         try:
-            state: PlainDict = parse_json(path.read_text(encoding="utf-8"))
+            state = read_object(path)
             sums = torch.tensor([float(value) for value in state["sums"]])
             values = {name: kind(state[name]) for name, kind in STATE.items()}
             values |= {name: int(state.get(name, 0)) for name in SKIPPED}

@@ -12,8 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from skipstone.core.atomic_write import write_whole
-from skipstone.core.plain_text import parse_json
-from skipstone.core.sealed import sealed, unsealed
+from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict, from_dict
 from skipstone.evaluate.evaluation import COUNTED_BATCHES
 from skipstone.evaluate.loaded_run import batches
@@ -223,7 +222,7 @@ def load(out: Path, name: str) -> GridRecords:
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist: no isoFLOP study {name!r} was started there")
     try:
-        spec = from_dict(GridSpec, unsealed(parse_json(path.read_text(encoding="utf-8")), path))
+        spec = from_dict(GridSpec, read_sealed(path))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
     return collect(Grid(spec), lookup(out, name))

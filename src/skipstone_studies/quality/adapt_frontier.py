@@ -21,6 +21,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from skipstone.budget import BudgetTable
 from skipstone.core.atomic_write import complete
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.loaded_run import batches, load_run
@@ -135,7 +136,7 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
             tokenizer.save_pretrained(partly)
         if model.config.neuron_groups is not None:
             config = partly / "config.json"
-            values = json.loads(config.read_text(encoding="utf-8"))
+            values = read_object(config)
             values["neuron_groups"] |= _shares(budget)
             config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.prune import export_pruned
 from skipstone.core.atomic_write import complete, write_whole
+from skipstone.core.plain_text import read_object
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.loaded_run import batches, load_run
 from skipstone.evaluate.metrics import sample_ids
@@ -113,7 +114,7 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 
 def measured(folder: Path, rows: int) -> Figures:
     """Return `nats`, the loss per token on `rows` rows by the pass that skips, and `bytes`, the weights' file size."""
-    text = json.loads((folder / TEXT).read_text(encoding="utf-8"))
+    text = read_object(folder / TEXT)
     loaded = load_run(folder, **text)
     assert loaded.data is not None
     given = batches(loaded.data, 8, loaded.model.device, rows)
@@ -128,7 +129,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
     """
     tasks = {}
     for arm, folder in runs.items():
-        loaded = load_run(folder, **json.loads((folder / TEXT).read_text(encoding="utf-8")))
+        loaded = load_run(folder, **read_object(folder / TEXT))
         tasks[arm] = decode_task(loaded.model, sample_ids(loaded, 1, PROMPT), NEW)
     rates = take_turns(tasks, ROUNDS)
     return {arm: {"tokens_per_second": rate.tokens_per_second, "spread": rate.spread} for arm, rate in rates.items()}

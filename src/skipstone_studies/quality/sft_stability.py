@@ -29,13 +29,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from skipstone.adapt.harden import mean_logits
 from skipstone.core.atomic_write import complete
+from skipstone.core.plain_text import read_object
 from skipstone.core.records import ActivationRecord, expect
 from skipstone.core.strict import PlainDict, PlainMapping
 from skipstone.measure.passes import PASSES
 from skipstone.mechanisms import PolyGLU
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
-from skipstone_studies.study import Column, Figures, RecipeDict, Study, train_run
+from skipstone_studies.study import Column, Figures, RecipeDict, Study, recipe_file, train_run
 
 VOCABULARY, CONTEXT, ROWS, HELD_OUT = 1024, 256, 2, 64
 BASE_STEPS, STEPS = 3000, 13_067
@@ -203,7 +204,7 @@ def measured(folder: Path) -> Figures:
     except ImportError:
         raise ValueError("this study fine-tunes with TRL: pip install trl") from None
     run, rows = Run(folder), chats()
-    recipe = json.loads(folder.with_name(f"{folder.name}.recipe.json").read_text(encoding="utf-8"))
+    recipe = read_object(recipe_file(folder))
     model, tokenizer, steps = run.load_model(), run.load_tokenizer(), recipe["sft_steps"]
     out, every = folder / SFT, max(1, steps // LINES)
     out.mkdir(exist_ok=True)
