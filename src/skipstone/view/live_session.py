@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from skipstone.core.progress_bar import stages
 from skipstone.core.strict import PlainDict, from_dict, unknown
 from skipstone.generate.build_draft import EXIT, LOOKUP, SKIP
 from skipstone.view.live_model import LiveModel, rounded
 
+T = TypeVar("T")
 PROMPT = 20_000  # characters at most
 NEW_TOKENS = 1024
 DRAFTS = (None, LOOKUP, EXIT, SKIP)
@@ -89,15 +91,19 @@ class AttentionRequest:
     budget: float | None = None
 
 
+def _parsed(kind: type[T], values: object) -> T:
+    if not isinstance(values, dict):
+        raise ValueError("a request must be a JSON object")
+    return from_dict(kind, values, "request")
+
+
 def read_attention_request(values: object, models: int) -> AttentionRequest:
     """Return the request for attention weights that decoded JSON describes.
 
     values: the decoded JSON. models: number of loaded models. Raises ValueError, with a message of one line, for values
     that are not allowed.
     """
-    if not isinstance(values, dict):
-        raise ValueError("a request must be a JSON object")
-    request: AttentionRequest = from_dict(AttentionRequest, values, "request")
+    request = _parsed(AttentionRequest, values)
     if not 0 <= request.model < models:
         raise ValueError(f"model must be from 0 to {models - 1}, got {request.model}")
     return request
@@ -119,9 +125,7 @@ def read_request(values: object, models: int) -> Request:
     values: the decoded JSON. models: number of loaded models. Raises ValueError, with a message of one line, for values
     that are not allowed.
     """
-    if not isinstance(values, dict):
-        raise ValueError("a request must be a JSON object")
-    request: Request = from_dict(Request, values, "request")
+    request = _parsed(Request, values)
     request.check(models)
     return request
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import Overrides
 from skipstone_cli.paths import existing_source
 
 
@@ -16,12 +17,7 @@ def adapt(
         Path,
         typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes mechanisms, budget, data and training."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
-        ),
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/NAME, by the recipe's name.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")

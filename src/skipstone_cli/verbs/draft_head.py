@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import RunFolder
 from skipstone_cli.errors import UserError
 from skipstone_cli.output import publish
 from skipstone_cli.paths import existing_dir, existing_run
 
 
 def draft_head(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    run: RunFolder,
     corpus: Annotated[
         str | None,
         typer.Option(

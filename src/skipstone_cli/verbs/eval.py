@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import RunFolder
 from skipstone_cli.errors import UserError
 from skipstone_cli.output import check_targets, publish
 from skipstone_cli.paths import existing_dir, existing_run
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    run: RunFolder,
     split: Annotated[
         str, typer.Option(help="Split of the corpus: validation, test or train, as far as it has them.")
     ] = "validation",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import RunFolder
 from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_dir, existing_run
 from skipstone_cli.shading import show
@@ -24,7 +24,7 @@ Draft = Annotated[
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    run: RunFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[
         int | None,

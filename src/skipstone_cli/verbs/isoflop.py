@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from skipstone_cli.arguments import Overrides
 from skipstone_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,12 +64,6 @@ Recipe = Annotated[
     Path,
     typer.Argument(
         metavar="RECIPE.yaml", help="Base recipe. Its arms, or dense, its mechanisms and random choice, are compared."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
     ),
 ]
 Render = Annotated[

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import Overrides, RecipeFile
+
 
 def plan(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes model, data and training.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
-        ),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpus: Annotated[
         int, typer.Option(min=1, metavar="N", help="Number of GPUs that train together, in nodes of 8.")
     ] = 8,

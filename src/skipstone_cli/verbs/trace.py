@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import RunFolder
 from skipstone_cli.output import Reporter
 from skipstone_cli.paths import existing_dir, existing_file, existing_run, new_path
 
 
 def trace(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")],
+    run: RunFolder,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to trace, a file in UTF-8.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Table to write: .parquet, .csv or .jsonl.")],
     context: Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's maximum.")] = None,

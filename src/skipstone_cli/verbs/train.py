@@ -7,19 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from skipstone_cli.arguments import Overrides, RecipeFile
 from skipstone_cli.errors import UserError
 
 
 def train(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes model, data and training.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
-        ),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/NAME, by the recipe's name.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")

@@ -1,0 +1,19 @@
+"""Arguments that several verbs take, in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="YAML file that describes model, data and training.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value", help="Replace a value of the recipe, as train.steps=500; the last one of a key wins."
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run or of a saved model.")]
