@@ -80,7 +80,8 @@ def parts(folder: Path) -> list[Any]:
     from fuzz import Target
     from fuzz_targets import file_of
     from skipstone.data.tokenizers import load_saved
-    from skipstone.model.source_folder import check_folder, check_numbers
+    from skipstone.model.source_folder import check_folder
+    from skipstone.model.weight_files import check_weight_files, weight_files
     from skipstone.train.setup import model_mistakes
     from train.tool import MODELS
 
@@ -100,7 +101,10 @@ def parts(folder: Path) -> list[Any]:
         told = json.dumps(value).encode()
         (folder / "values").mkdir(exist_ok=True)
         (folder / "values" / "model.safetensors").write_bytes(struct.pack("<Q", len(told)) + told + bytes(20))
-        return check_numbers(folder / "values")
+        return check_weight_files(folder / "values", quantised=False)
+
+    def numbers(home: Path) -> object:
+        return check_weight_files(home, quantised=False)
 
     def at(name: str, read: Callable[[Path], object]) -> Callable[[Any], object]:
         return file_of(folder, name, lambda path: read(path.parent))
@@ -108,8 +112,8 @@ def parts(folder: Path) -> list[Any]:
     return [
         Target("fields of a configuration", [*MODELS.values()], fields),
         Target("header of safetensors, values", [header], with_header),
-        Target("header of safetensors, checked", [weights], at("numbers/model.safetensors", check_numbers)),
-        Target("index of safetensors, checked", [index], at("index/model.safetensors.index.json", check_folder)),
+        Target("header of safetensors, checked", [weights], at("numbers/model.safetensors", numbers)),
+        Target("index of safetensors, checked", [index], at("index/model.safetensors.index.json", weight_files)),
         Target("generation_config.json", [ends], at("ends/generation_config.json", check_folder)),
         Target("tokenizer.json, small", [json.loads(small.to_str())], at("small/tokenizer.json", load_saved)),
     ]

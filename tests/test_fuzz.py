@@ -12,7 +12,8 @@ import pytest
 from fuzz import Target, attack, drawn, mutated
 from skipstone.core.plain_text import check_yaml, parse_json
 from skipstone.core.strict import is_folder_name
-from skipstone.model.source_folder import check_folder, check_room
+from skipstone.model.source_folder import check_room
+from skipstone.model.weight_files import weight_files
 from skipstone_studies.isoflop.spec import make_spec
 
 
@@ -74,9 +75,9 @@ def test_paths_out_of_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"arm must be the name of a folder, got '\.\./x'"):
         make_spec({"name": "x", "arms": {"../x": {}}})
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "../../secret"}}')
-    with pytest.raises(ValueError, match=r"names '../../secret', which is no file of its folder"):
-        check_folder(tmp_path)
+    index.write_text('{"metadata": {}, "weight_map": {"a": "../../secret.bin"}}')
+    with pytest.raises(ValueError, match=r"names '../../secret.bin', which is no file of its folder"):
+        weight_files(tmp_path)
 
 
 def test_sizes_are_compared_before_anything_is_allocated(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from skipstone.core.sealed import read_sealed, sealed
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "Expecting value"),
+        (b"", "it is empty"),
         (b'{"a": ', "Expecting value"),
         (b"\xff{}", "can't decode byte"),
         (b"[1]", "it does not contain a JSON object"),

@@ -89,7 +89,10 @@ def no_tensors(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a list": (lambda folder: (folder / "config.json").write_text("[1]"), "must be an object, got list"),
+    "a list": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        "config.json' cannot be read: it does not contain a JSON object",
+    ),
     "git-lfs": (pointer, "is a pointer of git-lfs, not the file itself; run `git lfs pull`"),
     "adapter": (adapter, r"holds a model and an adapter \(adapter_config.json\); move"),
     "half": (half, "source"),

@@ -37,7 +37,7 @@ def read_object(path: Path) -> PlainDict:
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+        raise ValueError(f"{str(path)!r} cannot be read: {error if text.strip() else 'it is empty'}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} cannot be read: it does not contain a JSON object")
     return values

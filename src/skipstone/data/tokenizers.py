@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.core import checksums
-from skipstone.core.plain_text import read_object
+from skipstone.core.source_files import read_tokenizer
 from skipstone.core.strict import unknown
 from skipstone.data.corpus import Corpus
 from skipstone.data.fetch import offline
@@ -160,26 +160,14 @@ def load_saved(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved in a folder, without running any code from the folder.
 
     Raises `Damaged` (a ValueError) if a file differs from the folder's recorded hashes, and ValueError, naming the
-    folder, if the tokenizer cannot be read.
+    file or the folder, if the tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
-
     checksums.check(folder, leave_out=".safetensors")
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            read_object(folder / name)  # a cut file is reported before the library reads it
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {reason}") from error
+    return read_tokenizer(folder, local_files_only=True)
 
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=offline(), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileNotFoundError(f"tokenizer pretrained:{name} could not be loaded: {reason}") from error
+        return read_tokenizer(name, local_files_only=offline())
+    except ValueError as error:
+        raise FileNotFoundError(f"tokenizer pretrained:{name} could not be loaded: {error}") from error

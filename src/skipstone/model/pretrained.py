@@ -12,7 +12,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers.utils import cached_file
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.core.progress_bar import stages
+from skipstone.core.source_files import check_tokenizer_files, read_tokenizer
 from skipstone.core.strict import PlainDict
 from skipstone.model.adapters import base_of, merged
 from skipstone.model.card import write_card
@@ -29,7 +29,8 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
-from skipstone.model.source_folder import ADAPTER, check_folder, check_numbers, check_room
+from skipstone.model.source_folder import ADAPTER, check_folder, check_room
+from skipstone.model.weight_files import check_weight_files
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -91,11 +92,13 @@ def _load(
         ours = changed(_load_ours(name, dtype))
         assert isinstance(ours, SkipstoneForCausalLM)
         return ours
-    check_numbers(Path(name))
     with about(name), quiet():
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
         translated = config_of(config)  # refuses before gigabytes are read
+    if gguf_file is None:
+        check_weight_files(Path(name), quantised=False)
+    with about(name), quiet():
         if gguf_file is None:
             check_room(Path(name), translated.weights())
         theirs, info = AutoModelForCausalLM.from_pretrained(
@@ -123,6 +126,8 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
     with complete(Path(out)) as partial, stages(*names) as stage:
         next(stage)
         name, gguf_file = _locate(source, gguf_file)
+        if gguf_file is None:
+            check_tokenizer_files(Path(name))  # before gigabytes are read
         model = load_pretrained(name, dtype, gguf_file=gguf_file)
         tokenizer = load_tokenizer(name, gguf_file)
         next(stage)
@@ -176,7 +181,10 @@ def _config_values(name: str, gguf_file: str | None) -> PlainDict:
 
 def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
     with about(name), quiet():
-        check_room(Path(name), SkipstoneConfig.from_pretrained(name).weights())
+        config = SkipstoneConfig.from_pretrained(name)
+    check_weight_files(Path(name), quantised=True)
+    with about(name), quiet():
+        check_room(Path(name), config.weights())
         model, info = SkipstoneForCausalLM.from_pretrained(
             name, dtype=named_dtype(dtype, "auto"), ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -207,8 +215,8 @@ def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrain
     present = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
     if gguf_file is None and not any(present):
         return None
-    with about(name), quiet():
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
+    with quiet():
+        return read_tokenizer(name, **_gguf(gguf_file))
 
 
 def _gguf(gguf_file: str | None) -> dict[str, str]:
