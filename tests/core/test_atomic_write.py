@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from skipstone.core import atomic_write, checksums
 from skipstone.core.atomic_write import WriteError
@@ -65,6 +67,21 @@ def test_a_folder_takes_the_place_of_an_earlier_try(tmp_path: Path) -> None:
         (tmp_path / "partial" / text).write_text(text)
         atomic_write.replace_folder(tmp_path / "partial", tmp_path / "model")
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/two"]
+
+
+def test_weights_may_be_read_by_whom_the_umask_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(name: str) -> int:
+        with atomic_write.complete(tmp_path / name) as partial:
+            partial.mkdir()
+            save_file({"weight": torch.zeros(1)}, partial / "model.safetensors")
+            (partial / "run.sh").touch(0o700)
+        assert (tmp_path / name / "run.sh").stat().st_mode & 0o777 == 0o700
+        return (tmp_path / name / "model.safetensors").stat().st_mode & 0o777
+
+    monkeypatch.setattr(atomic_write, "UMASK", 0o027)
+    assert saved("a") == 0o640
+    monkeypatch.setattr(atomic_write, "UMASK", 0o077)
+    assert saved("b") == 0o600
 
 
 def test_output_is_complete_or_absent(tmp_path: Path) -> None:

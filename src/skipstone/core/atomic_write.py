@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ FOREIGN = (
     "basic_ios",
     "unexpected pos",
 )  # in messages of torch's writer after a failed write
+PRIVATE = 0o600  # the mode of files that safetensors writes, whatever the umask
+UMASK = os.umask(0o077)  # there is no other way to read it
+os.umask(UMASK)
 FULL = 1 << 20  # bytes; with less free space than this, a failed write is blamed on a full disk
 
 
@@ -145,9 +149,14 @@ def check_writable(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Flush a folder and everything below it to disk (fsync), passing over what cannot be opened."""
+    """Flush a file, or a folder and everything below it, to disk (fsync), passing over what cannot be opened.
+
+    Files that only their owner may read get the mode that the umask gives to new files: safetensors ignores the umask.
+    """
     for path in (*folder.rglob("*"), folder):
         with suppress(OSError):  # some systems cannot open folders
+            if stat.S_IMODE(path.lstat().st_mode) == PRIVATE:
+                path.chmod(0o666 & ~UMASK)
             file = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(file)

@@ -33,6 +33,7 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
     partial = atomic_write.partial_of(folder / WEIGHTS)
     with atomic_write.naming(folder / WEIGHTS):
         save_file(tensors, partial)
+        atomic_write.sync(partial)
         partial.replace(folder / WEIGHTS)
     content = {"version": VERSION, "mechanisms": entries, HASH: file_sha256(folder / WEIGHTS)}
     atomic_write.write_json(folder / ENTRIES, sealed(content))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from skipstone.core.atomic_write import check_writable, naming, partial_of, remove, sync_names, write_whole
+from skipstone.core.atomic_write import check_writable, naming, partial_of, remove, sync, sync_names, write_whole
 from skipstone.core.checksums import Damaged, file_sha256
 from skipstone.core.sealed import read_sealed, sealed
 from skipstone.core.strict import PlainDict, PlainMapping
@@ -55,8 +54,7 @@ def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) ->
     with naming(path):
         try:
             save_file({name: x.contiguous().cpu() for name, x in head.state_dict().items()}, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(aside)
             digest = file_sha256(aside)
             aside.replace(path)
             sync_names(path.parent)
