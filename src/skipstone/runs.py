@@ -100,11 +100,11 @@ class Run:
         return values
 
     def environment(self) -> PlainDict:
-        """Return environment.json: versions, commit, machine, seed, start time and command of the training."""
+        """Return environment.json as a dict: versions, commit, machine, seed, start time and command."""
         return self._json(ENVIRONMENT)
 
     def result(self) -> PlainDict:
-        """Return result.json, the summary of the finished training.
+        """Return the content of result.json, the summary of the finished training.
 
         Raises ValueError for a run that is not finished, and for a file that is damaged or cannot be read.
         """

@@ -54,7 +54,7 @@ class Reporter:
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:
     """Raise an error if an output file exists or cannot be created, before anything is measured.
 
-    json, markdown: paths; None: not requested.
+    json, markdown: the paths of the files; None means that the file is not wanted.
     """
     from skipstone.core.atomic_write import check_writable
 
@@ -65,9 +65,9 @@ def check_targets(*, json: Path | None, markdown: Path | None) -> None:
 
 
 def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:
-    """Print the table of `figures`, and write it to the requested files.
+    """Print the table of `figures`, and write it to the files that the user wants.
 
-    json, markdown: paths; None: not requested. Raises UserError if a file exists.
+    json, markdown: the paths of the files; None means that the file is not wanted. Raises UserError if a file exists.
     """
     from rich.console import Console
 

@@ -25,9 +25,9 @@ def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any
 
 @contextmanager
 def told_as_typed(overrides: Sequence[str]) -> Iterator[None]:
-    """Raise UserError for a ValueError of the `with` block, with each of its messages in the words that were typed.
+    """Turn a ValueError of the `with` block into a UserError whose messages show values as they were typed.
 
-    overrides: as typed, "key=value".
+    overrides: the words of the command line, "key=value".
     """
     from skipstone.core.strict import mistakes
 

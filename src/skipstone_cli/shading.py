@@ -25,11 +25,11 @@ class ShadedPiece(Protocol):
 
     @property
     def text(self) -> str:
-        """The text."""
+        """The text of the piece."""
 
     @property
     def compute(self) -> float:
-        """The share of the compute in the blocks, 0 to 1."""
+        """The share of the blocks' computation that the piece took, from 0 to 1."""
 
 
 def style(compute: float) -> str:
@@ -41,7 +41,7 @@ def show(pieces: Iterable[ShadedPiece], *, colour: bool, console: Console | None
     """Print pieces of text as they arrive; with `colour`, shade each by its share of compute and print a legend.
 
     If the output is no colour terminal (a pipe, or NO_COLOR is set), `colour` writes one line for each piece instead:
-    per cent, tab, text as JSON. console: where to print; None: stdout.
+    per cent, tab, text as JSON. console: where to print; None means stdout.
     """
     from rich.console import Console
 

@@ -33,8 +33,8 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
     recipe: as `skipstone adapt` reads it, with two more keys. `source`: the name of a checkpoint, or {"arm": NAME} for
     the run of another arm of the same study and seed; without it, a model is trained from random weights. `sampled`:
     options of `sampled_text`, whose text then becomes the corpus. Without a section `adapt`, the source is stored
-    unchanged. folder: the run folder to write. resume: whether to continue an interrupted run. callbacks: of the
-    trainer.
+    unchanged. folder: the run folder to write. resume: whether to continue an interrupted run. callbacks: further
+    callbacks of the trainer.
     """
     if "source" not in recipe:
         train_run(recipe, folder, resume, callbacks)
@@ -89,7 +89,7 @@ def run_beside(folder: Path, arm: str) -> Run:
 def text_folder(folder: Path, options: PlainDict) -> Path:
     """Return the folder for text sampled with these options, which all arms and seeds of a study share.
 
-    folder: the run folder of any arm. options: those of `sampled_text`.
+    folder: the run folder of any arm. options: the arguments of `sampled_text`, by name.
     """
     return folder.with_name(f"text-{digest(options)}")
 
@@ -98,8 +98,8 @@ def sampled_text(source: str, out: Path, also: str | None = None, **options: Any
     """Sample text from a checkpoint into the folder `out`, unless that exists already; return the folder.
 
     source: path or hub name of the checkpoint. also: a corpus whose validation split is put in front of the sampled
-    training text; None: no such text. options: of `skipstone.adapt.self_generated.write`. Raises `Busy` while another
-    process samples into it.
+    training text; None means that nothing is. options: further arguments of `skipstone.adapt.self_generated.write`.
+    Raises `Busy` while another process samples into the folder.
     """
     if not out.is_dir():
         with locked(out), complete(out) as partial:  # raises Busy while another process samples it

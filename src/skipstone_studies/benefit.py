@@ -58,12 +58,13 @@ def maskable(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 @dataclass(kw_only=True)
 class Traced:
-    """What one pass of the whole model says about each of N tokens; a unit is blocks that are skipped together.
+    """The figures of each of N tokens in one pass of the whole model, from which routers' scores are derived.
 
-    nats: fp32 [N], loss of predicting the next token, 0 where there is no label. predicted: bool [N], where there is
-    one. entropy: fp32 [N], of the prediction, in nats. surprise: fp32 [N], loss of predicting the token itself, 0 for
-    the first of a row. gradient: by unit, fp32 [N], norm of the gradient of the loss at the output of its last block.
-    stream: by unit, fp32 [N, D], what enters its first block, divided by its root mean square.
+    A unit is a group of blocks that are skipped together. nats: fp32 [N], loss of predicting the next token, 0 where
+    there is no label. predicted: bool [N], where there is a label. entropy: fp32 [N], entropy of the prediction in
+    nats. surprise: fp32 [N], loss of predicting the token itself, 0 for the first token of a row. gradient: for each
+    unit, fp32 [N], the norm of the loss's gradient at the output of the unit's last block. stream: for each unit, fp32
+    [N, D], the residual stream that enters its first block, divided by its root mean square.
     """
 
     nats: Tensor
@@ -81,9 +82,10 @@ class _Seen:
 
 
 def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit]) -> Traced:
-    """Run the whole model over the rows and return, for each token, everything that scores are made of.
+    """Run the whole model over rows and return the figures of each token from which scores are derived.
 
-    model: from `maskable`. rows: of equal length. units: tuples of blocks that are skipped together.
+    model: a model that `maskable` returned. rows: rows of equal length. units: tuples of blocks that are skipped
+    together.
     """
     parts: list[Traced] = []
     for batch in _batches(rows):
@@ -174,9 +176,11 @@ def measured_benefit(
 class Regression:
     """A ridge regression that predicts the benefit of a unit for a token from what a causal router could see.
 
-    Inputs are the residual stream, random rectified features of it, and the token's surprise. stream_ND: fp32,
-    normalised. surprise_N: fp32, nats. benefit_N: fp32, the targets. generator: of the random features. The ridge
-    strength is the one that predicts every fourth token best after fitting the others.
+    The benefit is the number of nats by which the blocks of the unit lower the token's loss. Inputs are the residual
+    stream, random rectified features of it, and the token's surprise. stream_ND: fp32, the normalised stream.
+    surprise_N: fp32, the loss of predicting the token itself, in nats. benefit_N: fp32, the targets. generator: the
+    source of the random features. The ridge strength is the one that predicts every fourth token best after fitting the
+    others.
     """
 
     def __init__(self, stream_ND: Tensor, surprise_N: Tensor, benefit_N: Tensor, generator: torch.Generator) -> None:
@@ -221,8 +225,7 @@ def oracle(
     repeats: int = 2,
     seed: int = 0,
 ) -> PlainDict:
-    """Measure for each unit (blocks that are skipped together) of a dense model how much it lowers the loss of each
-    token.
+    """Measure for each unit (blocks that are skipped together) of a dense model how much it lowers each token's loss.
 
     fit: rows to which a regression of this benefit is fitted. held_out: rows on which everything else is measured.
     repeats: as in `measured_benefit`. Returns plain values for a record: `loss` of the whole model in nats per

@@ -25,7 +25,7 @@ def tables(measured: PlainMapping, what: str) -> str:
     """Return Markdown tables of the benefit of blocks for one model, and the verdict below them.
 
     They show losses by score and by share of kept tokens, for blocks that are skipped together and as a mean over
-    single blocks. measured: what `benefit.oracle` returned. what: the name of the model, for titles.
+    single blocks. measured: the dict that `benefit.oracle` returned. what: the name of the model, for titles.
     """
     units = measured["units"]
     singles, stacks = [u for u in units if len(u["blocks"]) == 1], [u for u in units if len(u["blocks"]) > 1]
@@ -74,7 +74,8 @@ def _units(measured: PlainMapping, title: str) -> Section:
 def advantage(unit: PlainMapping, score: str, share: float) -> float:
     """Return by how many nats the loss is lower than with random tokens if `score` chooses which tokens are updated.
 
-    unit: an entry of `units` of `benefit.oracle`. score: such as "entropy". share: of the tokens that are updated.
+    unit: an entry of `units` of `benefit.oracle`. score: name of the score, such as "entropy". share: the share of
+    tokens that are updated.
     """
     kept: Mapping[str, float] = unit["kept"][f"{share:g}"]
     return kept[RANDOM] - kept[score]
@@ -83,8 +84,8 @@ def advantage(unit: PlainMapping, score: str, share: float) -> float:
 def verdict(measured: PlainMapping) -> str:
     """Return Markdown lines, one per unit, on what a router could gain at the two smallest shares of tokens.
 
-    A router could gain if the regression beats random tokens by at least 0.02 nats. measured: what `benefit.oracle`
-    returned.
+    A router could gain if the regression beats random tokens by at least 0.02 nats. measured: the dict that
+    `benefit.oracle` returned.
     """
     lines = []
     for unit in measured["units"]:

@@ -36,7 +36,7 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSeries:
-    """One arm of a study (one of the compared recipes) as drawn in a chart.
+    """An arm of a study (one of the compared recipes) as it is drawn in a chart.
 
     style: colour and dash. dots: its points. line: points (x, y) of a curve through them, such as a fitted parabola.
     star: the optimum, or None.
@@ -89,7 +89,7 @@ def panel(
 ) -> Drawn:
     """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
 
-    drawn: the arms. x_title: name of the quantity. title: of the picture, for screen readers. x_range, y_range:
+    drawn: the arms. x_title: name of the quantity. title: the picture's title, for screen readers. x_range, y_range:
     smallest and largest value; points outside are cut off. level: a reference line, or None. label: formats the values
     on the x axis.
     """

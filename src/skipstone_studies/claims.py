@@ -19,10 +19,10 @@ Published = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedColumn:
-    """A column of a table that compares figures of a paper with ours.
+    """A column of a table that compares a paper's figures with ours.
 
-    title: its heading. key: dotted path of our figure in a record's figures. published: the figure's name among the
-    published ones; "": the paper has none. format: for Python's format().
+    title: its heading. key: dotted path of our figure in a record's figures. published: name of the figure among the
+    paper's; "" means that the paper has none. format: a format specification, as for Python's format().
     """
 
     title: str
@@ -34,7 +34,7 @@ class PublishedColumn:
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
     """Return one figure of an arm for every seed that has it.
 
-    figures: by arm and seed. key: dotted path of the figure.
+    figures: the figures of every run, by arm and seed. key: dotted path of the figure.
     """
     return [value for found in figures.get(arm, {}).values() if (value := lookup(found, key)) is not None]
 
@@ -46,9 +46,10 @@ def mean(figures: ByArm, arm: str, key: str) -> float | None:
 
 
 def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
-    """Return, for every seed that both arms have, the figure of `arm` minus that of `other`.
+    """Return, for every seed that both arms have, the figure of `arm` minus the figure of `other`.
 
-    figures: by arm and seed. key: dotted path of the figure. other_key: that of the other arm's figure; None: the same.
+    figures: the figures of every run, by arm and seed. key: dotted path of the figure. other_key: dotted path of the
+    figure of `other`; None means the same path.
     """
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
@@ -70,10 +71,11 @@ def judge(
 ) -> Iterator[Claim]:
     """Yield the claim that the mean of `found` is below `most`, or above `least`, with its verdict.
 
-    The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", as for
-    one seed. arm, text: whom and what the claim is about. found: one value per seed, such as paired differences; if
-    empty, nothing is yielded. most, least: give one of them. form: format of numbers. told: text shown before the
-    interval. blocks: for each seed, the values by block of text, which add the variation over text to the interval.
+    The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", which is
+    also the verdict on a single seed. arm: name of the arm. text: what is claimed, in words. found: one value per seed,
+    such as paired differences; if empty, nothing is yielded. most, least: the limit; exactly one of them is given.
+    form: a format specification for numbers. told: text shown before the interval. blocks: for each seed, the values by
+    block of text, which add the variation over text to the interval.
     """
     if not found:
         return
@@ -102,8 +104,9 @@ RULE = (
 class ArmComparison:
     """A comparison of one figure between several arms and a reference arm, by differences between runs of equal seed.
 
-    key: dotted path of the figure. title: its name. against: the reference, which is subtracted. arms: those compared;
-    (): all that have the figure. format: of the differences. better: whether low or high values are better.
+    key: dotted path of the figure. title: its name. against: name of the reference arm, whose figure is subtracted.
+    arms: names of the arms to compare; () means all arms that have the figure. format: a format specification for the
+    differences. better: whether "low" or "high" values are better.
     """
 
     key: str
@@ -117,7 +120,7 @@ class ArmComparison:
 def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Claim]:
     """Yield, for each arm of each comparison, the claim that the arm is better than the reference, with its verdict.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     for one in compared:
         for arm in (arm for arm in one.arms or figures if arm != one.against):
@@ -130,8 +133,8 @@ def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Cla
 def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool = False) -> str:
     """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
 
-    figures: by arm and seed. refused: whether to give no verdict because a deeper model has no lower loss, so that
-    there is nothing for routing to win (`skipstone_studies.headroom`).
+    figures: the figures of every run, by arm and seed. refused: whether to give no verdict because a deeper model has
+    no lower loss, so that there is nothing for routing to win (`skipstone_studies.headroom`).
     """
     sections = []
     for one in compared:

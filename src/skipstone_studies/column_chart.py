@@ -16,8 +16,8 @@ from skipstone_studies.study import Column
 def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
     """Draw a column of a study's table: for each arm a dot at its mean over seeds, and a short line at every seed.
 
-    values: for each arm its values by seed, at least one. title: of the picture, for screen readers. The best mean, if
-    the column says which end is better, is drawn as a square.
+    values: for each arm its values by seed, at least one. title: the picture's title, for screen readers. The best
+    mean, if the column says which end is better, is drawn as a square.
     """
     means = {arm: statistics.fmean(found) for arm, found in values.items()}
     best = None if column.better is None else (min if column.better == "low" else max)(means.values())

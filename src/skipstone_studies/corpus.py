@@ -10,8 +10,8 @@ from skipstone.data.corpora import load_corpus
 def first_available(names: Sequence[str]) -> tuple[str | None, str]:
     """Return the first of these corpora that is available, and why those before it are not ("" if it is the first).
 
-    names: in order of preference; for an empty list, (None, "") is returned. Corpora that can be downloaded are
-    downloaded. Raises FileNotFoundError with the last one's reason if none is available.
+    names: the corpora in order of preference; for an empty list, (None, "") is returned. Corpora that can be downloaded
+    are downloaded. Raises FileNotFoundError with the last one's reason if none is available.
     """
     reason = ""
     for name in names:

@@ -34,12 +34,12 @@ Layers = Sequence[Mapping[str, PlainMapping]]
 
 
 def savings(evaluation: PlainMapping) -> Figures:
-    """Return how much computation gates claim to save, and how much a pass really skips.
+    """Return how much of the blocks' work gates claim to save, and how much a pass really skips.
 
     evaluation: the figures of `skipstone eval`. alpha: mean weight of the gates in the soft pass of training. claimed:
-    the share of all blocks' work that this weight counts as saved (arXiv 2605.05222). skipped: the share that the main
-    pass really skips. gap: loss of the pass that skips minus that of the soft pass, in nats. Figures of passes that
-    were not run are absent.
+    the share of all (token, block) pairs that this weight counts as saved (arXiv 2605.05222). skipped: the share of
+    these pairs that the main pass really skips. gap: loss of the pass that skips minus the loss of the soft pass, in
+    nats. Figures of passes that were not run are absent.
     """
     ways = evaluation["ways"]
     found: Figures = {}
@@ -95,9 +95,10 @@ def variants(folder: Path) -> dict[str, float]:
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
     """Return figures of a model with early exit at several thresholds; {} for other models.
 
-    folder: its run. thresholds: of the exit gate, from 0 to 1. The result has for each, under `exit_name` of it: loss,
-    in nats; stretches, the loss by block of text (see `skipstone_studies.text_blocks`); skipped, the share of tokens
-    times blocks that is left out; flops, counted per token, including all keys and values and the routers.
+    folder: the run folder. thresholds: thresholds of the exit gate, from 0 to 1. The result has for each threshold,
+    under the key `exit_name` of it: loss, in nats; stretches, the loss by block of text (see
+    `skipstone_studies.text_blocks`); skipped, the share of (token, block) pairs that is left out; flops, counted per
+    token, including all keys and values and the routers.
     """
     loaded = load_run(folder)
     gates, found = _found(loaded.model, EarlyExit), {}
@@ -123,7 +124,7 @@ def exit_name(threshold: float) -> str:
 class RandomMasks(Pass):
     """A forward pass with random imposed decisions: the i-th gated block keeps each token with probability shares[i].
 
-    generator: of the random numbers, seeded with 0.
+    generator: the source of random numbers, seeded with 0.
     """
 
     shares: tuple[float, ...]

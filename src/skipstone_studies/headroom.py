@@ -19,10 +19,11 @@ REFUSED = "No headroom: nothing to route."
 
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
-    """By how much the full model's loss is lower than the best shallower model's, which is what routing could win.
+    """The headroom of a model: by how much its loss is lower than the best shallower model's.
 
-    full, rival: the names of the two arms. gain: mean loss of the shallower one minus that of the full one, in nats.
-    interval: of this difference over seeds; None for one seed.
+    Routing, which lets tokens skip blocks, could win no more than this. full, rival: the names of the two arms. gain:
+    mean loss of the shallower one minus the mean loss of the full one, in nats. interval: confidence interval of this
+    difference over seeds; None for one seed.
     """
 
     full: str
@@ -48,7 +49,8 @@ class Headroom:
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
     """Return the headroom of the full model over the best of several shallower ones; None if either has no figures.
 
-    figures: by arm and seed. full, shallower: names of arms. key: dotted path of a loss in nats.
+    figures: the figures of every run, by arm and seed. full, shallower: names of arms. key: dotted path of a loss in
+    nats.
     """
     losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
     if not losses or mean(figures, full, key) is None:

@@ -25,7 +25,7 @@ Verdict = Literal["yes", "no", "inconclusive", "no headroom"]
 class Interval:
     """The mean of paired differences with its confidence interval.
 
-    mean: of the differences. errors: independent parts of its standard error (from seeds, from text), each with its
+    mean: the mean difference. errors: independent parts of its standard error (from seeds, from text), each with its
     degrees of freedom. confidence: level of the interval. The half width is the root of the sum of squares of the
     parts' half widths: exact if one part dominates, slightly too wide if several are similar.
     """
@@ -79,9 +79,10 @@ class Interval:
 class Claim:
     """A claim about one arm of a study, with its verdict.
 
-    arm: its name. text: what is claimed, which states the rule. found: our measurement as text. verdict: by that rule;
-    "no headroom" if routing is not judged. estimate: the measurement as a number, or None. ends: of its confidence
-    interval; None for one seed. limit: the number that the rule compares the estimate with.
+    arm: name of the arm. text: the claim in words, which state the rule for the verdict. found: our measurement as
+    text. verdict: "yes", "no" or "inconclusive" by the rule; "no headroom" if routing is not judged. estimate: the
+    measurement as a number, or None. ends: the two ends of its confidence interval; None for one seed. limit: the
+    number that the rule compares the estimate with.
     """
 
     arm: str

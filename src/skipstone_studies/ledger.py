@@ -36,8 +36,9 @@ SCALE = "another scale"
 class Compute:
     """The cost of one run's training.
 
-    tokens: read in training. hours: on a GPU, or core hours. flops: of the training; None if the record does not say.
-    parameters: of the model; None if the record does not say. gpu: whether it ran on a GPU.
+    tokens: number of tokens read in training. hours: GPU hours if it ran on a GPU, else core hours. flops: FLOPs of the
+    training; None if the record does not say. parameters: number of parameters of the model; None if the record does
+    not say. gpu: whether it ran on a GPU.
     """
 
     tokens: float
@@ -70,9 +71,7 @@ def compute(out: Path) -> str:
 
 
 def compute_section(out: Path) -> Section:
-    """Return the table of the training costs of every study with records in `out`, with the sum of all in
-    its last row.
-    """
+    """Return the table of the training costs of every study with records in `out`; its last row has the sums."""
     found = {name: [compute_of(record) for record in records.read_all(out, name)] for name in names(out)}
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
@@ -125,7 +124,8 @@ def _row(name: str, found: Sequence[Compute | None]) -> list[str]:
 class Judged:
     """The claims of one table of a study.
 
-    study: its name. claims: with their verdicts. records: from which they were derived. seeds: their number, in words.
+    study: name of the study. claims: the claims with their verdicts. records: the records from which they were derived.
+    seeds: their number of seeds, in words.
     """
 
     study: str
@@ -135,9 +135,7 @@ class Judged:
 
 
 def claims(out: Path) -> str:
-    """Return a Markdown table of every claim of all studies in `out`, with verdicts by arm and what could
-    change them.
-    """
+    """Return a Markdown table of every claim of all studies in `out`: verdicts by arm, and what could change them."""
     return without_title(claims_section(judged(out)))
 
 

@@ -60,7 +60,7 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
     """Draw a row per arm: the estimate with its confidence interval, beside the limit that the claim compares it with.
 
-    claims: with the same text, of different arms. title: of the picture, for screen readers.
+    claims: with the same text, of different arms. title: the picture's title, for screen readers.
     """
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]

@@ -23,10 +23,10 @@ from skipstone_studies.timing import training_speeds
 
 
 def standard(folder: Path) -> PlainDict:
-    """Return the usual figures of a finished run: its own summary, and its evaluation.
+    """Return the usual figures of a finished run: the summary that its training wrote, and its evaluation.
 
-    folder: of the run. training: result.json. evaluation: losses, capacities and FLOPs, as `skipstone eval` measures
-    them.
+    folder: the run folder. The keys are `training`, the content of result.json, and `evaluation`, the losses,
+    capacities and FLOPs that `skipstone eval` measures.
     """
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
@@ -34,8 +34,8 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm. training_speed: see `timing.training_speeds`. comparison: figures of `skipstone
-    compare`.
+    runs: the run folder of each arm. The keys are `training_speed` (see `timing.training_speeds`) and `comparison`, the
+    figures of `skipstone compare`.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
@@ -47,8 +47,8 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
 def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
     """Return text that a run's model generates with the default settings of `skipstone generate`.
 
-    folder: of the run. prompt: the beginning. seed: of sampling. Returns {"prompt", "pieces"}, where pieces are pairs
-    of a piece of text and its share of the dense model's compute.
+    folder: the run folder. prompt: the beginning of the text. seed: the seed of the sampling. Returns {"prompt",
+    "pieces"}, where pieces are pairs of a piece of text and the share of the blocks' computation that it took.
     """
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}
@@ -82,7 +82,7 @@ def watched() -> Iterator[CoreUse]:
 def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
     """Return the training FLOPs of a run with the shares of kept tokens that its log reports, averaged over log lines.
 
-    model: the trained model. run: its folder. steps: optimizer steps.
+    model: the trained model. run: the finished run. steps: number of optimizer steps.
     """
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]
@@ -96,7 +96,10 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> floa
 
 
 def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
-    """Return the mean share of kept tokens over the training's log lines, {index of the block: {mechanism: share}}."""
+    """Return the mean share of the tokens reaching a mechanism that it kept, over the training's log lines.
+
+    metrics: the entries of metrics.jsonl. The result is {index of the block: {mechanism: share}}.
+    """
     lines: dict[tuple[int, str], list[float]] = {}
     for line in metrics:
         for key, value in line.items() if line["split"] == "train" else ():

@@ -20,7 +20,8 @@ OTHER_SESSION = "The arms of a seed were not all timed in one session, so their 
 def render(study: Study, records: Sequence[Record]) -> str:
     """Return a study's page results/NAME.md as Markdown, from its records alone.
 
-    records: of one study. Those of configurations that the study no longer has are left out, and counted at the end.
+    records: the records of one study. Those of configurations that the study no longer has are left out, and counted at
+    the end.
     """
     parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
@@ -40,9 +41,9 @@ def left_out(shown: int, known: int) -> str:
 
 
 def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
-    """Yield the records of each table of a study: one for every scale and corpus that has records.
+    """Yield the records of each table of a study: one table for every scale and corpus that has records.
 
-    scale: only that of this name; None: all.
+    records: the records of the study. scale: name of the only scale to yield; None means all.
     """
     for name in (name for name in SCALES if name in study.seeds and scale in (None, name)):
         for arms in study.variants(name):
@@ -167,8 +168,8 @@ def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
 class Cell:
     """A cell of a study's table.
 
-    text: mean and spread. ratio: to the first arm; "" if the column shows none. best: whether it is the best of its
-    column.
+    text: mean and spread. ratio: the ratio of the mean to the first arm's; "" if the column shows none. best: whether
+    it is the best of its column.
     """
 
     text: str
@@ -201,7 +202,7 @@ def _marked(cell: Cell) -> str:
 def mean_and_spread(values: Sequence[float], form: str) -> str:
     """Format values as their mean and standard deviation, `1.234 ± 0.005`; a single one as `1.234`; none as a dash.
 
-    form: for Python's format().
+    form: a format specification, as for Python's format().
     """
     if not values:
         return UNKNOWN

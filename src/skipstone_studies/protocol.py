@@ -53,10 +53,10 @@ USE = "use.json"  # in a run folder: the share of its cores that the process had
 class ProtocolConfig:
     """The section `protocol` of a recipe: training FLOPs, and how the learning rate is tuned.
 
-    budget: training FLOPs. rate: the learning rate that is tried first. factor: ratio of neighbouring rates. most: how
-    many rates are tried at most. tuning: length of the runs that tune it, as a share of the whole; 0: `rate` is not
-    tuned. tuning_rows: validation rows that judge a rate. test_rows: rows of the test split, evenly spaced over it;
-    None: all.
+    budget: training FLOPs. rate: the learning rate that is tried first. factor: ratio of neighbouring rates. most:
+    largest number of rates that are tried. tuning: length of the runs that tune the rate, as a share of the whole
+    training; 0 means that `rate` is not tuned. tuning_rows: number of validation rows that judge a rate. test_rows:
+    number of rows of the test split, evenly spaced over it; None means all of them.
     """
 
     budget: float
@@ -75,8 +75,8 @@ class ProtocolConfig:
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
     """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
 
-    model, data, train, protocol: sections of the recipe. Raises ValueError for steps of fewer than 8,192 tokens, or
-    than `protocol["least_tokens"]` if that is given.
+    model, data, train, protocol: sections of the recipe. Raises ValueError if a step has fewer than 8,192 tokens, or
+    fewer than `protocol["least_tokens"]` if that is given.
     """
     protocol = dict(protocol)
     least = protocol.pop("least_tokens", LEAST_TOKENS)
@@ -112,7 +112,7 @@ def lengths(steps: int) -> PlainDict:
 def step_flops(model: str, context: int, rows: int) -> float:
     """Return the mean training FLOPs of a step by the cost model, at the configured capacities and their warm-ups.
 
-    model: the section of the recipe, as JSON text. context: tokens per row. rows: per step.
+    model: the recipe's section `model`, as JSON text. context: tokens per row. rows: rows per step.
     """
     values = json.loads(model)
     for entry in values.get("mechanisms") or ():
@@ -133,7 +133,8 @@ def rows_of(config: DataConfig, split: str, training: bool) -> PreparedData:
 def data_of(values: PlainMapping, split: str = "validation", training: bool = False) -> PreparedData:
     """Return the rows of a recipe's section `data`; whatever does not depend on the seed is prepared once per process.
 
-    values: the section. split: what becomes `validation`. training: whether to load training rows, too.
+    values: the section. split: the split that becomes `validation` in the result. training: whether to load training
+    rows, too.
     """
     config = read_recipe({"data": dict(values)}).data
     found = rows_of(replace(config, seed=0), split, training)
@@ -166,9 +167,7 @@ class SharedStart(TrainerCallback):
 
 
 def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[str, torch.Tensor]:
-    """Return the initial weights, by name, of a model without mechanisms and with `blocks` blocks, built
-    from `seed`.
-    """
+    """Return the initial weights, by name, of a model with `blocks` blocks and no mechanisms, built from `seed`."""
     plain = SkipstoneConfig(**{**config.to_dict(), "mechanisms": None, "num_hidden_layers": blocks})
     state = torch.get_rng_state()
     set_seed(seed)
@@ -316,9 +315,10 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def tuning_figures(losses: dict[float, float]) -> PlainDict:
-    """Return what a record says of the tuning of the learning rate.
+    """Return the entries of a record that describe how the learning rate was tuned.
 
-    That is: the finite losses by rate; the best rate; inside, whether rates on both sides of it were tried.
+    losses: the validation loss by rate. The entries are the finite losses by rate, the best rate, and `inside`, whether
+    rates on both sides of the best one were tried.
     """
     best, finite = best_rate(losses), {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return {
@@ -336,9 +336,9 @@ def untuned(rate: float) -> PlainDict:
 def measured(folder: Path) -> Figures:
     """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities and times.
 
-    loss: on the test split, in nats per byte. blocks: the same by block of text. training_flops: planned, and executed
-    with the capacities that were logged. training.busy: CPU seconds per second and thread. gflops_per_core_second: of
-    training, by CPU time.
+    folder: the run folder. Keys: `loss`, the loss on the test split in nats per byte; `blocks`, the same by block of
+    text; `training_flops`, as planned, and as executed with the capacities that were logged; `training.busy`, CPU
+    seconds per second and thread; `gflops_per_core_second`, the training's GFLOPs divided by its CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()

@@ -26,7 +26,7 @@ COLUMNS_NOTE = (
 def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
     """Return by how much the full model's test loss is below that of its best shallower rival; None if one has not run.
 
-    figures: by arm and seed. full, rivals: names of arms.
+    figures: the figures of every run, by arm and seed. full, rivals: names of arms.
     """
     return headroom(figures, full, rivals, LOSS)
 
@@ -34,7 +34,8 @@ def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None
 def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
     """Return a sentence on the headroom, without which no verdict on routing is given.
 
-    room: from `room_of`; None: the sentence says which arms have not run. full, rivals: names of arms.
+    room: the result of `room_of`; if it is None, the sentence says which arms have not run. full, rivals: names of
+    arms.
     """
     if room is not None:
         return room.sentence()
@@ -60,9 +61,10 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
 
 
 def difference(figures: ByArm, arm: str, against: str) -> list[str]:
-    """Return three cells of a table: number of seeds, difference in test loss with its interval, and the text's error.
+    """Return three cells of a table: number of seeds, difference in test loss with interval, and error over the text.
 
-    figures: by arm and seed. arm, against: names of two arms that share a seed.
+    The last cell is the standard error of the difference over blocks of text. figures: the figures of every run, by arm
+    and seed. arm, against: names of two arms that share a seed.
     """
     found = paired_differences(figures, arm, against, LOSS)
     interval, text = paired(found, by_block(figures, arm, against)), _text_error(figures, arm, against)
@@ -79,7 +81,7 @@ def _word(interval: Interval | None) -> str:
 def by_block(figures: ByArm, arm: str, other: str) -> list[list[float]]:
     """Return the differences in test loss between two arms by block of text, for every seed that both have.
 
-    figures: by arm and seed. arm, other: names of the arms.
+    figures: the figures of every run, by arm and seed. arm, other: names of the arms.
     """
     seeds = sorted(figures[arm].keys() & figures[other].keys())
     pairs = [(figures[arm][seed].get(BLOCKS), figures[other][seed].get(BLOCKS)) for seed in seeds]

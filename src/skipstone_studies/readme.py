@@ -14,7 +14,7 @@ from skipstone_studies.study import Study
 def check(path: Path, name: str) -> None:
     """Raise an error unless a README exists and has two marks, between which a table can be written.
 
-    name: of the marks, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises FileNotFoundError or ValueError.
+    name: the name in the marks, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises FileNotFoundError or ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"README {str(path)!r} does not exist")
@@ -24,7 +24,7 @@ def check(path: Path, name: str) -> None:
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Write a study's table into a README between the marks with the study's name, and change nothing else.
 
-    records: those of the table.
+    records: the records that the table shows.
     """
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 

@@ -25,11 +25,12 @@ ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of field
 class Record:
     """The result of one run of one arm of a study, stored as a JSON file.
 
-    study, scale, arm, seed: which run. config: the arm's recipe, without the seed. digest: hash of that recipe.
-    environment: versions, commit, machine. command: the shell command that makes it. figures: the measurements, nested.
-    timing_session: time and arms of the session in which figures that compare arms were taken; None until then.
-    converted: for a record made from the output of an earlier script, {"file", "commit"}; it has no digest, and config
-    has what that output says of the run. format_version: of the file.
+    study, scale, arm, seed: the run to which the result belongs. config: the arm's recipe, without the seed. digest:
+    hash of that recipe. environment: versions, commit, machine. command: the shell command that makes the result.
+    figures: the measurements, nested. timing_session: time and arms of the session in which figures that compare arms
+    were taken; None until then. converted: for a record made from the output of an earlier script, {"file", "commit"};
+    such a record has no digest, and its config is what that output says of the run. format_version: version of the file
+    format.
     """
 
     study: str
@@ -67,9 +68,7 @@ def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
 
 
 def write(record: Record, out: Path) -> Path:
-    """Write a record atomically below the folder `out`, replacing an earlier one of the same run, and
-    return its path.
-    """
+    """Write a record atomically below the folder `out`, replacing an earlier one of its run, and return its path."""
     path = path_of(out, record.study, record.scale, record.arm, record.seed)
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
@@ -92,7 +91,7 @@ def read(path: Path) -> Record:
 def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
     """Return the record of a run; None if there is none.
 
-    out: folder of all records. name, scale, arm, seed: of the study and the run.
+    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm and seed of the run.
     """
     path = path_of(out, name, scale, arm, seed)
     return read(path) if path.is_file() else None

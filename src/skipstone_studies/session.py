@@ -34,11 +34,12 @@ USER_ERRORS = (ValueError, OSError)
 class Session:
     """One study at one scale, with its run folders and records; it runs what is missing.
 
-    Several processes may share its folders: each arm of a seed is locked while it runs. arms: recipes by name, without
-    seeds. runs: parent of the run folders. out: parent of the records. console: for messages. only: the arms to run;
-    None: all. jobs: arms that run at a time. made_by: the shell command that makes the records; "": `skipstone
-    reproduce ...`. failures: one message each. busy: arms left out because another process runs them. spent: seconds of
-    each arm run in this process.
+    Several processes may share its folders: each arm of a seed is locked while it runs. study, scale: what is run.
+    arms: recipes by name, without seeds. runs: parent folder of the run folders. out: parent folder of the records.
+    console: where messages are printed. only: names of the arms to run; None means all. jobs: number of arms that run
+    at a time. made_by: the shell command that makes the records; "" means `skipstone reproduce ...`. failures: one
+    message for each arm that failed. busy: arms left out because another process runs them. spent: seconds of each arm
+    run in this process.
     """
 
     study: Study

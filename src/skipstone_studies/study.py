@@ -26,7 +26,8 @@ SAVE_MINUTES = 10.0  # minutes between checkpoints, the most work that an interr
 def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Train a model from random weights into a run folder.
 
-    recipe: as `skipstone train` reads it. resume: whether to continue an interrupted run. callbacks: of the trainer.
+    recipe: the recipe, as `skipstone train` reads it. folder: the run folder. resume: whether to continue an
+    interrupted run. callbacks: further callbacks of the trainer.
     """
     train(recipe, out=folder, resume=resume, progress=True, save_minutes=SAVE_MINUTES, callbacks=callbacks)
 
@@ -35,10 +36,10 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 class Column:
     """A column of a study's table.
 
-    key: dotted path of the figure in a record's figures. title: the heading. format: for Python's format(). unit: the
-    figure is divided by it. better: which end is shown in bold; None: neither. relative: whether to add each arm's
-    ratio to the first arm. spread: whether the figure is {median, min, max} of several measurements, all of which are
-    shown.
+    key: dotted path of the figure in a record's figures. title: the heading. format: a format specification, as for
+    Python's format(). unit: the figure is divided by it. better: which end, "low" or "high", is shown in bold; None
+    means neither. relative: whether to add each arm's ratio to the first arm. spread: whether the figure is {median,
+    min, max} of several measurements, all of which are shown.
     """
 
     key: str
@@ -59,16 +60,18 @@ class Column:
 class Study:
     """The definition of a study: what is run, what is measured, and what its published page shows.
 
-    name: of the study. purpose: one line, for lists. about: paragraphs above the table. arms: given a scale, returns
-    the compared recipes by name, without seeds; the first is the reference. seeds: those of each scale, which set
-    train.seed and data.seed. corpora: the first available one replaces that of the recipes; (): it stays. make: makes
-    the run of an arm. clock: for timings without runs: returns the figures of an arm from its recipe; `make`, `measure`
-    and `measure_together` are not used then. measure: returns figures of a finished run, given its folder.
-    measure_together: returns further figures of all runs of a seed, by arm, taken in one session so that they compare
-    fairly; None: there are none. columns: of the table. The others are called when the page is rendered: derive:
-    returns figures by arm that follow from those of all arms of a seed. details: returns Markdown below a table, from
-    the figures by arm and seed. claims: returns the claims that are judged, from the same. pictures: returns SVG files
-    by name, from the same. closing: returns text printed below the table in the terminal.
+    name: the name of the study. purpose: one line, for lists. about: paragraphs above the table. arms: a function that
+    returns the compared recipes of a scale by name, without seeds; the first is the reference. seeds: the seeds of each
+    scale, which set train.seed and data.seed. corpora: names of corpora, the first available of which replaces the
+    recipes' own; () means that the own one stays. make: a function that makes the run of an arm. clock: for timings
+    without runs, a function that returns the figures of an arm from its recipe; `make`, `measure` and
+    `measure_together` are not used then. measure: a function that returns figures of a finished run, given its folder.
+    measure_together: a function that returns further figures of all runs of a seed, by arm, taken in one session so
+    that they compare fairly; None means that there are none. columns: the columns of the table.
+
+    The other functions are called when the page is rendered. derive returns figures by arm that follow from the figures
+    of all arms of a seed. The rest get the figures by arm and seed: details returns Markdown below a table, claims the
+    claims that are judged, pictures SVG files by name, and closing text printed below the table in the terminal.
     """
 
     name: str
@@ -91,8 +94,8 @@ class Study:
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
         """Return the recipes of all arms at a scale, by name.
 
-        corpus: replaces that of the recipes; None: it stays. Raises ValueError for a scale that the study does not
-        have.
+        corpus: name of a corpus that replaces the recipes' own; None means that it stays. Raises ValueError for a scale
+        that the study does not have.
         """
         choose(f"scale of study {self.name!r}", scale, self.seeds)
         arms = {name: copy.deepcopy(dict(recipe)) for name, recipe in self.arms(scale).items()}

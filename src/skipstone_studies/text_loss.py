@@ -34,7 +34,7 @@ def by_block(
 ) -> list[LossResult]:
     """Return losses on evenly spaced validation rows, divided into at most `blocks` consecutive parts, one result each.
 
-    Tokens are skipped as in generation. count: how many rows; None: all.
+    Tokens are skipped as in generation. count: how many rows; None means all.
     """
     chosen = spaced(len(data.validation), count)
     parts = min(blocks, len(chosen))
@@ -48,7 +48,7 @@ def by_block(
 def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None) -> float:
     """Return the loss in nats per prediction on evenly spaced validation rows, skipping tokens as in generation.
 
-    count: how many rows; None: all.
+    count: how many rows; None means all.
     """
     (found,) = by_block(model, data, count, 1)
     return found.loss

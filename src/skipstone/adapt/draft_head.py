@@ -43,8 +43,8 @@ class TrainedHead:
     """A trained draft head and the figures of its training.
 
     head: the head. steps: number of optimizer steps. rows: number of rows that it was trained on. tokens: tokens per
-    row. right: shares of the model's most probable tokens that the head guesses on held-out rows: one token ahead, two,
-    and so on. The head reads the true text up to the guessed token.
+    row. right: on held-out rows, the share of positions at which the head guesses the model's most probable token, one
+    token ahead, two tokens ahead, and so on; the tokens before the guessed one are those of the text.
     """
 
     head: DraftHead
@@ -56,10 +56,10 @@ class TrainedHead:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """What a draft head reads in training, for N rows of T tokens.
+    """The model's outputs on N rows of T tokens, from which a draft head learns.
 
-    ids_NT: token ids, int64. hidden_NTD: the model's last hidden states, bf16. mass_V: the model's probability of each
-    of V tokens, fp32, summed over all positions.
+    ids_NT: token ids, int64. hidden_NTD: the model's last hidden states, bf16. mass_V: fp32, for each of V tokens the
+    probability that the model gives it, summed over all positions.
     """
 
     ids_NT: Tensor

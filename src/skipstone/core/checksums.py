@@ -15,9 +15,7 @@ FILES = "files.json"
 
 
 class Damaged(ValueError):
-    """Error for a file that is missing or differs from what was written; the message is one line that names
-    the file.
-    """
+    """Error for a file that is missing or differs from what was written; the message is one line and names the file."""
 
 
 def file_sha256(path: Path) -> str:

@@ -37,11 +37,14 @@ class DepthModule(RoutingModule):
 
     @property
     def capacity(self) -> float | None:
-        """The largest share of tokens that a pass keeps after any warm-up; None if the mechanism guarantees none."""
+        """The largest share of a row's tokens that a pass keeps after any warm-up; None if there is no such limit."""
         return None
 
     def set_capacity(self, capacity: float) -> None:
-        """Set `capacity`, the share of tokens to keep, at most 1; for mechanisms whose `budget_by` is "capacity"."""
+        """Set `capacity`, the share of a row's tokens to keep, at most 1.
+
+        Only for mechanisms whose `budget_by` is "capacity".
+        """
         raise NotImplementedError
 
     @property
@@ -56,7 +59,10 @@ class DepthModule(RoutingModule):
 
     @property
     def intended_share(self) -> float | None:
-        """The share of tokens that a training pass should keep now; None if it computes all or has no such target."""
+        """The share of the tokens reaching the mechanism that a training pass should keep at present.
+
+        None if such a pass computes all of them or has no such target.
+        """
         return None
 
     @property

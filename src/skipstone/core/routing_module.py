@@ -60,16 +60,12 @@ class RoutingModule(nn.Module):
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the mechanism decides nothing itself, so that callers must pass masks of kept tokens in
-        every call.
-        """
+        """Whether callers must pass masks of kept tokens in every call, because the mechanism decides nothing."""
         return False
 
     @property
     def follows_scores(self) -> bool:
-        """Whether a threshold of the mechanism follows scores of training passes, so that `advance` needs
-        `statistics`.
-        """
+        """Whether a threshold follows the scores of training passes, so that `advance` needs `statistics`."""
         return False
 
     def statistics(self, record: Record) -> Tensor | None:
@@ -172,8 +168,9 @@ class RoutingModule(nn.Module):
 
 
 def require_causal(modules: Iterable[RoutingModule]) -> None:
-    """Raise ValueError if one of these modules needs later tokens to decide; the message names decisions
-    that do not.
+    """Raise ValueError if one of these modules needs later tokens to decide.
+
+    The message names decisions that need none.
     """
     for module in modules:
         module.require_causal()

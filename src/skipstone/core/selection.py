@@ -48,9 +48,7 @@ class Selection:
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
-        """Return [B, T, ...] with y_BKD [B, K, ...] at the selected tokens and `fill` at all others; inverse of
-        `gather`.
-        """
+        """Return [B, T, ...] with y_BKD at the selected tokens and `fill` elsewhere; inverse of `gather`."""
         raise NotImplementedError
 
     def mask(self) -> Tensor:
@@ -58,9 +56,7 @@ class Selection:
         raise NotImplementedError
 
     def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
-        """Return the N selected tokens of all rows concatenated, [1, N, ...], if `unpadding` is set; else
-        as `gather`.
-        """
+        """Return the N selected tokens of all rows concatenated, [1, N, ...]; as `gather` without `unpadding`."""
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:

@@ -76,9 +76,7 @@ class StreamGate(NamedTuple):
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors among the fields, with the tensors of `scorer` and `line`: all that a decoding
-        step reads.
-        """
+        """Return every tensor that a decoding step reads: those of the fields, of `scorer` and of `line`."""
         scorers = (self.scorer, self.line.scorer or Scorer())
         found = [x for scorer in scorers for x in scorer if isinstance(x, Tensor)]
         return [*found, *(x for x in (self.line.threshold, self.scale) if x is not None)]
@@ -131,11 +129,12 @@ StreamMix = Functions | Mixture
 
 
 class NeuronChoice(NamedTuple):
-    """Which neurons an MLP multiplies for a token, chosen from its activations a = act(W_gate x).
+    """A description of how an MLP chooses, for each token, the neurons that it multiplies.
 
-    decision: zeros: those with a != 0; largest: the `tried` groups with the largest mean of |a| typical, and for the
-    last matrix the `kept` ones of these with the largest mean of |a * W_up x|. size: neurons of a group. typical: fp32
-    [F]. name: of the record.
+    The choice follows from the activations a = act(W_gate x). decision: "zeros" keeps the neurons with a != 0;
+    "largest" computes W_up x for the `tried` groups with the largest mean of |a| * typical, and multiplies the last
+    matrix for the `kept` groups among these with the largest mean of |a * W_up x|. size: number of neurons in a group.
+    typical: fp32 [F], a factor for each of F neurons. name: the name of the record.
     """
 
     name: str
@@ -146,7 +145,7 @@ class NeuronChoice(NamedTuple):
     size: int = 1
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a step reads."""
+        """Return every tensor that a decoding step reads."""
         return [self.typical]
 
 

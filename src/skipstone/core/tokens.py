@@ -213,9 +213,7 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x_BTD [B, T, ...] without padding, concatenated: [1, N, ...]; x_BTD itself without
-        `unpadding`.
-        """
+        """Return the tokens of x_BTD [B, T, ...] without padding, [1, N, ...]; x_BTD itself without `unpadding`."""
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
@@ -226,9 +224,7 @@ class Tokens:
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x_BTD whose update is computed: [B, K, ...], K per row, or without padding
-        [1, N, ...].
-        """
+        """Return the tokens of x_BTD whose update is computed: [B, K, ...], or [1, N, ...] without padding."""
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:

@@ -44,15 +44,14 @@ class Unpadding:
         return _picked(x_BKD.expand(self.shape[0], *x_BKD.shape[1:]), self.place_N)
 
     def pad(self, y_1ND: Tensor) -> Tensor:
-        """Return padded rows [B, K, ...] of N concatenated tokens y_1ND [1, N, ...], with 0 for padding; inverse of
-        `unpad`.
+        """Return padded rows [B, K, ...] of N concatenated tokens, with 0 for padding; inverse of `unpad`.
+
+        y_1ND: the tokens, [1, N, ...].
         """
         return _scattered(y_1ND, self.place_N, self.shape)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the same N tokens as `unpad`, [1, N, ...], from the rows x_BTD [B, T, ...] before tokens were
-        selected.
-        """
+        """Return the same N tokens as `unpad`, [1, N, ...], from the rows x_BTD [B, T, ...] before the selection."""
         return _picked(x_BTD, self.source_N)
 
     def scatter(self, y_1ND: Tensor, length: int) -> Tensor:

@@ -39,7 +39,10 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 
 def weight_marks(*linears: nn.Module) -> list[int]:
-    """Return numbers that change when a weight is replaced or written into, which makes copies of it stale."""
+    """Return numbers that differ once a weight has been replaced or written into, so that stale copies are noticed.
+
+    linears: the layers whose weights are compared.
+    """
     weights = [linear.weight for linear in linears]
     places = [id(w) if type(w) is not nn.Parameter else w.data_ptr() for w in weights]
     return [*places, *(0 if w.is_inference() else w._version for w in weights)]  # type: ignore[operator, union-attr, misc]

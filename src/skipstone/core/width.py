@@ -86,8 +86,9 @@ class GroupRouter(RoutingModule):
     def matrix_share(self, share: Share, single_token: bool) -> Share:
         """Return the share of the MLP's three matrices that is multiplied if the share `share` of its groups is on.
 
-        share: a share from 0 to 1, as a fraction or a tensor with one value per token; the result has the same type.
-        single_token: whether the call has one token and needs no gradients, so that matrices can be read in part.
+        The result is a share of the matrices' weights. share: a share from 0 to 1, as a fraction or a tensor with one
+        value per token; the result has the same type. single_token: whether the call has one token and needs no
+        gradients, so that matrices can be read in part.
         """
         raise NotImplementedError
 
@@ -178,7 +179,10 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def stream_choice(self) -> NeuronChoice | None:
-        """Return how it chooses at present, for compiled steps; None means they call it as usual."""
+        """Return a description of how the router chooses neurons at present, for compiled decoding steps.
+
+        Return None if it cannot be described so; compiled steps then call the MLP as usual.
+        """
         return None
 
 
@@ -201,9 +205,7 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return the modules that make decisions in this MLP, by record name, including the MLP itself if
-        it makes any.
-        """
+        """Return the modules that make decisions in this MLP, by record name; the MLP itself may be among them."""
         return self.activation.routing_modules()
 
     def in_words(self) -> str | None:
@@ -223,18 +225,20 @@ class FeedForward(nn.Module):
         return tokens
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return how many passes (see `dense_passes`) `tokens` tokens of a row make; parts of a pass are fractions.
+        """Return how many passes through the MLP (see `dense_passes`) the tokens of one row make; parts of passes
+        count.
 
-        kept: what `measured` returned for a forward pass; without an entry of this MLP, the result follows from the
-        configuration. single_token: whether the call has one token and needs no gradients, so that matrices can be read
-        in part.
+        tokens: number of the row's tokens that reach the MLP. kept: the dict that `measured` returned for a forward
+        pass; without an entry of this MLP, the result follows from the configuration. single_token: whether the call
+        has one token and needs no gradients, so that matrices can be read in part.
         """
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return what `passes` needs to know of a forward pass, by record name; empty for a dense MLP.
+        """Return the work that a forward pass caused in this MLP, by record name, in the form that `passes` accepts.
 
-        records: the records of that pass, by name.
+        The number is, for example, the share of neuron groups that were on, or the number of choices of experts per
+        row. The dict is empty for a dense MLP. records: the records of that pass, by name.
         """
         return {}
 

@@ -81,9 +81,7 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """The source of each of N rows, and the row's place in the order in which that source is read: two
-        arrays [N].
-        """
+        """The source of each of N rows, and the row's place in the reading order of the source: two arrays [N]."""
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)

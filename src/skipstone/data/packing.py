@@ -157,9 +157,7 @@ class CoveringWindows(_Windows):
 
     @property
     def num_labels(self) -> int:
-        """The number of tokens that all rows together predict, so that the mean loss is the summed loss
-        divided by it.
-        """
+        """The number of tokens that all rows together predict, by which the summed loss is divided to get the mean."""
         if self.document_starts is None:
             return self.tokens - 1
         return self.tokens - int(np.searchsorted(self.document_starts, self.tokens))

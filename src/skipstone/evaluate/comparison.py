@@ -49,10 +49,10 @@ class Comparison:
 
     @property
     def captured(self) -> dict[str, dict[str, float]]:
-        """The share of the gap between the dense and the forced run's accuracy that each run closes.
+        """The share of the gap between two reference runs' accuracies that each run closes.
 
-        It is {run: {bin of difficulty: share}}, where 1 means as good as routing by the known difficulty; empty unless
-        both a dense and a forced run are named.
+        It is {run: {bin of difficulty: share}}. The references are the dense run (0) and the run routed by the known
+        difficulty (1). Empty unless both are named.
         """
         if self.dense is None or self.forced is None:
             return {}

@@ -106,7 +106,10 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def amount(value: float | None) -> str:
-    """Format an amount: an integer up to a million, then with a letter (12,345 or 12.35M); a dash for None and nan."""
+    """Format a number for a table: as an integer below a million, else with a letter, such as 12,345 or 12.35M.
+
+    None and nan give a dash.
+    """
     if value is None or math.isnan(value):
         return UNKNOWN
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

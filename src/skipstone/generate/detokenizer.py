@@ -18,11 +18,10 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that a
 
 
 class Detokenizer:
-    """A streaming decoder that turns token ids into text, in whole characters; joined, its pieces equal the decoded
-    text.
+    """A streaming decoder that turns token ids into text, in whole characters.
 
-    tokenizer: the model's tokenizer. prompt: ids before the first new one, on which the text of the new ones may
-    depend.
+    Its pieces, joined, equal the decoded text. tokenizer: the model's tokenizer. prompt: ids before the first new one,
+    on which the text of the new ones may depend.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:

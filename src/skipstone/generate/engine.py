@@ -171,7 +171,7 @@ def drafting_of(
 
 
 class Decoder:
-    """A checked prompt, and the loop that continues it when the decoder is called.
+    """A checked prompt, and the loop that continues it: calling a decoder yields a `DecodingPass` for each new token.
 
     The arguments are those of `stream`; invalid ones raise ValueError.
     """

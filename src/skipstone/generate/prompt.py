@@ -53,9 +53,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
-    """Raise ValueError if `prompt` tokens and `new` further ones exceed the model's context
-    (max_position_embeddings).
-    """
+    """Raise ValueError if `prompt` tokens and `new` further ones exceed the model's context."""
     limit = model.config.max_position_embeddings
     if prompt + new > limit:
         raise ValueError(

@@ -125,11 +125,11 @@ class Length:
 
 
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a token of each row from the model's distribution, int64 [B], given a drafted token (arXiv 2211.17192).
+    """Accept or replace one drafted token of each row so that the result follows the model's own distribution.
 
-    probability_BV: the model's distribution, [B, V]. guess_B: int64, the drafted tokens. generator: source of the
-    random numbers. A guess of probability p is returned with probability p; otherwise a token is drawn from the
-    distribution without it. The result is distributed as without a draft.
+    Returns int64 [B]. probability_BV: the model's distribution, [B, V]. guess_B: int64, the drafted tokens. generator:
+    source of the random numbers. A guess of probability p is returned with probability p; otherwise a token is drawn
+    from the distribution without it (speculative sampling, arXiv 2211.17192).
     """
     at_B1 = guess_B[:, None]
     given_B = probability_BV.gather(1, at_B1)[:, 0]

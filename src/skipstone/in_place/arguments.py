@@ -135,8 +135,9 @@ def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
 
 
 def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
-    """Return a copy of the arguments in which `change` has been applied to the attention mask (None if
-    there was none).
+    """Return a copy of the arguments in which `change` has been applied to the attention mask.
+
+    change: a function of the mask, which is None if there was none.
     """
     return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
 

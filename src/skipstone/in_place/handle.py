@@ -81,9 +81,7 @@ class RoutedDecoder:
             yield f"layers.{routed.layer}", routed.mechanisms
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of the mechanisms alone, for an optimizer that leaves the model's own
-        weights unchanged.
-        """
+        """Yield the parameters of the mechanisms alone, for an optimizer that leaves the model's weights unchanged."""
         for mechanism in self.routing_modules():
             yield from mechanism.parameters()
 

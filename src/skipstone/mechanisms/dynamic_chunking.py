@@ -92,7 +92,7 @@ class DynamicChunking(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The share of tokens that the ratio loss aims at; 1 after `set_identity`, which keeps all tokens."""
+        """The share of the tokens that the ratio loss aims to keep; 1 after `set_identity`, which keeps all tokens."""
         return 1.0 if self.keeps_all else float(self.config.share)
 
     @property

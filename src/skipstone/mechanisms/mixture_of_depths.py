@@ -88,7 +88,9 @@ class MixtureOfDepths(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The share of tokens that the block keeps after any warm-up; the present one is `decision.capacity.now`."""
+        """The share of a document's tokens that the block keeps after any warm-up; `decision.capacity.now` is the
+        present one.
+        """
         return self.decision.capacity.final
 
     def set_capacity(self, capacity: float) -> None:
@@ -259,8 +261,9 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return each row's top `capacity` share by the scores in `record`, bool [B, T]; None if decisions read no
-        scores.
+        """Return each row's top `capacity` share by the recorded scores, bool [B, T]; None if decisions read no scores.
+
+        record: the record of the pass.
         """
         if not self.decision.reads_scores:
             return None

@@ -132,11 +132,11 @@ class Progress(nn.Module):
 
 
 class Capacity(nn.Module):
-    """The share of tokens that a block keeps: `now` falls from 1 to `final` over a warm-up of the training.
+    """The share of a document's tokens that a block keeps, which may fall from 1 to `final` during a warm-up.
 
     final: the share after the warm-up. warmup: the length of the warm-up as a fraction of the training; 0 means no
     warm-up. shape: the shape of the fall, "linear" or "cosine". A warm-up lets a block learn on every token before it
-    has to choose; Mixture-of-Recursions (arXiv 2507.10524) has one as well.
+    has to choose; Mixture-of-Recursions (arXiv 2507.10524) has one as well. The present share is `now`.
     """
 
     def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:

@@ -160,7 +160,9 @@ class TokenSelective(DepthMechanism):
 
     @property
     def capacity(self) -> float | None:
-        """The share of tokens kept by passes that skip, after any warm-up; None if a threshold on p decides."""
+        """The share of a document's tokens that passes with skipping keep after any warm-up; None if a threshold
+        decides.
+        """
         return None if self.decision is None else self.decision.capacity.final
 
     @property

@@ -130,8 +130,9 @@ class ZeroNeurons(ActivationGroupRouter):
         return share_of_one_token(share, single_token)
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the magnitudes of the activations a_BTF, fp32 [B, T, F], and which of them are not 0, bool
-        [B, T, F].
+        """Return the magnitudes of all activations, fp32 [B, T, F], and which of them are not 0, bool [B, T, F].
+
+        a_BTF: the activations.
         """
         return a_BTF.detach().float().abs(), a_BTF != 0
 

@@ -21,9 +21,10 @@ def write_card(
     realised: Realised | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the model card, README.md, into a folder; title, source, realised and losses are as in `render_card`.
+    """Write the model card of a model as README.md into a folder.
 
-    Raises FileExistsError if the folder has a README.md that was not written by this function.
+    title, source, realised and losses are as in `render_card`. Raises FileExistsError if the folder has a README.md
+    that was not written by this function.
     """
     path = Path(folder) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8"):

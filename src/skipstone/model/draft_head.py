@@ -29,10 +29,11 @@ ALIKE = 0.99  # cosine of them: copies of a model in bf16 and int8 are above it,
 
 
 class DraftHead(nn.Module):
-    """One Llama block of a model's width and heads, and the projection of its two inputs.
+    """A draft head: a small network that guesses a model's hidden state one token ahead (EAGLE, arXiv 2401.15077).
 
-    shortlist_R: int64, the tokens that can be guessed, ascending. told: fp32 [K, D], embeddings and the final norm of
-    the model that the head belongs to.
+    It is a projection of two inputs, a hidden state and the embedding of the token after it, followed by one Llama
+    block of the model's width. shortlist_R: int64, the R tokens that can be guessed, ascending. told: fp32 [K, D], a
+    few embeddings and the final norm's weight of the model, by which a head of another model is recognised.
     """
 
     shortlist_R: Tensor
@@ -51,10 +52,11 @@ class DraftHead(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, embedding_BTD: Tensor, cache: Cache | None = None, mask_BT: Tensor | None = None
     ) -> Tensor:
-        """Return guesses of the hidden states one token later, normalised, [B, T, D].
+        """Return guesses of the model's hidden states one token later, normalised, [B, T, D].
 
-        hidden: of the tokens, normalised, or guesses of them. embedding: of the tokens after these. cache: of this
-        head. mask: as the model's attention_mask.
+        hidden_BTD: normalised hidden states of T tokens, or earlier guesses of them. embedding_BTD: embeddings of the
+        tokens that follow these. cache: the head's own cache, or None. mask_BT: 0 for padding, as in the model's
+        attention_mask; None means no padding.
         """
         out = self.stack(
             inputs_embeds=self.join(torch.cat((self.hidden_norm(hidden_BTD), self.embedding_norm(embedding_BTD)), -1)),
@@ -67,13 +69,14 @@ class DraftHead(nn.Module):
         return out.last_hidden_state  # type: ignore[no-any-return]
 
     def new_cache(self) -> Cache:
-        """Return an empty cache for the keys and values of the block."""
+        """Return an empty cache for the keys and values of the head's block."""
         return DynamicCache(config=self.stack.config)
 
     def require(self, model: SkipstoneForCausalLM, name: str = "the draft head") -> None:
-        """Raise ValueError, one line that begins with `name`, unless this is a head of the model.
+        """Raise ValueError unless this head was trained for the model.
 
-        Copies of the model in another precision count as the same model.
+        The message is one line that begins with `name`. Copies of the model in another precision count as the same
+        model.
         """
         D = model.config.hidden_size
         if self.told.shape[1] != D:
@@ -91,7 +94,10 @@ class DraftHead(nn.Module):
 
 
 def told_of(model: SkipstoneForCausalLM) -> Tensor:
-    """Return what tells the model from others, fp32 [K, D]: embeddings of tokens spread evenly, and the final norm."""
+    """Return a fingerprint of a model that survives a change of precision, fp32 [K, D].
+
+    It consists of the embeddings of tokens spread evenly over the vocabulary and the weight of the final norm.
+    """
     ids = torch.linspace(0, model.config.vocab_size - 1, TOLD, device=model.device).long()
     with torch.no_grad():
         norm = getattr(model.decoder.norm, "weight", None)
@@ -100,7 +106,7 @@ def told_of(model: SkipstoneForCausalLM) -> Tensor:
 
 
 def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
-    """Return the rows of the model's output head for these tokens, fp32 [R, D]."""
+    """Return the rows of the model's output head for the token ids ids_R, fp32 [R, D]."""
     head = model.lm_head
     if isinstance(head, Int8Linear):
         return int8.restore(head.weight[ids_R], head.weight_scale[ids_R])
@@ -108,10 +114,10 @@ def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
 
 
 class ReadyHead:
-    """A draft head with the rows of a model's output head, in the form that guesses fastest on the model's device.
+    """A draft head prepared for guessing fast on a model's device, with the rows of the model's head that it needs.
 
-    On a CPU with numba all matrices have int8 weights, also beside a model without: a guess need not be exact. size:
-    number of its weights.
+    On a CPU with numba all of its matrices are rounded to int8, even if the model's are not, because a guess need not
+    be exact. size: its number of weights.
     """
 
     def __init__(self, head: DraftHead, model: SkipstoneForCausalLM) -> None:
@@ -141,7 +147,10 @@ class ReadyHead:
             token_11 = self.token(hidden_11D)
 
     def token(self, hidden_B1D: Tensor) -> Tensor:
-        """Return the shortlisted tokens of the largest logits, int64 [B, 1]."""
+        """Return for each row the shortlisted token with the largest logit, int64 [B, 1].
+
+        hidden_B1D: a guessed hidden state for each row.
+        """
         return self.head.shortlist_R[self.shortlist(hidden_B1D).argmax(-1)]
 
 

@@ -21,7 +21,10 @@ FORMAT, WEIGHTS = 1, "weights_sha256"
 
 
 def require_draft_head(folder: str | Path) -> Path:
-    """Return the file of the head in a folder. Raises FileNotFoundError, one line, without one."""
+    """Return the path of the draft head's weights in a folder.
+
+    Raises FileNotFoundError, with a message of one line, if the weights or their description are missing.
+    """
     path = Path(folder) / FILE
     if not path.is_file() or not path.with_name(ABOUT).is_file():
         raise FileNotFoundError(
@@ -32,9 +35,10 @@ def require_draft_head(folder: str | Path) -> Path:
 
 
 def refuse_draft_head(folder: str | Path) -> None:
-    """Raise FileExistsError where a folder has a head already, OSError where nothing can be written.
+    """Raise an error if no draft head can be saved in a folder.
 
-    Weights without their description are what a killed process has left.
+    It is FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written.
+    Weights without their description do not count as a head: a killed process has left them.
     """
     path = Path(folder) / ABOUT
     if path.exists():
@@ -43,10 +47,11 @@ def refuse_draft_head(folder: str | Path) -> None:
 
 
 def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) -> Path:
-    """Write a head and what is known of it beside the weights of its model.
+    """Write a draft head and its description beside the weights of its model, and return the path of its weights.
 
-    The description is written last and has the hash of the weights, so a killed process leaves no head that is read.
-    Raises FileExistsError where there is a head, `WriteError` where the disk is full.
+    about: the entries of the description, such as the steps of its training. The description is written last and
+    contains the hash of the weights, so that a killed process leaves no head that would be read. Raises FileExistsError
+    if there is a head already, and `WriteError` if the disk is full.
     """
     refuse_draft_head(folder)
     path = Path(folder) / FILE
@@ -66,10 +71,11 @@ def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) ->
 
 
 def load_draft_head(model: SkipstoneForCausalLM, folder: str | Path | None = None) -> DraftHead:
-    """Read the draft head in a folder, or in the one that the model was loaded from.
+    """Load the draft head in a folder, with frozen weights and in evaluation mode.
 
-    Raises FileNotFoundError without one, `Damaged` for files that are not what was written, ValueError for a head of
-    another model or another format.
+    model: the model that the head belongs to. folder: None means the folder from which the model was loaded. Raises
+    FileNotFoundError if there is no head, `Damaged` if its files are not as they were written, and ValueError for a
+    head of another model or of another format.
     """
     path = require_draft_head(model.name_or_path if folder is None else folder)
     values = _about(path.with_name(ABOUT))
@@ -91,7 +97,10 @@ def load_draft_head(model: SkipstoneForCausalLM, folder: str | Path | None = Non
 
 
 def stamp(folder: str | Path) -> tuple[str, float, float]:
-    """Return what changes when the head in a folder is replaced. Raises FileNotFoundError without one."""
+    """Return values that change when the draft head in a folder is replaced: the path and the files' times of change.
+
+    Raises FileNotFoundError if there is no head.
+    """
     path = require_draft_head(folder)
     return str(path.resolve()), path.stat().st_mtime, path.with_name(ABOUT).stat().st_mtime
 

@@ -87,14 +87,19 @@ def _chooses(mlp: Any) -> bool:
 
 
 def choice_of(block: Block) -> NeuronChoice | None:
-    """Return how the MLP of a block that can be a row chooses neurons; None if it computes all."""
+    """Return the description of how a block's MLP chooses neurons for a compiled step; None if it computes all neurons.
+
+    block: a block that a compiled step can run.
+    """
     return block.mlp.router.stream_choice() if isinstance(block.mlp, MagnitudeMLP) else None
 
 
 def layouts_of(blocks: Sequence[Block]) -> dict[int, bool]:
-    """Return the ids of weights and scales that may lie input by input, and whether they are to.
+    """Return how the down projections of MLPs that choose neurons have to lie in memory for a compiled step.
 
-    A row of the last matrix then belongs to a neuron.
+    The result maps the id of each weight and scale tensor to True if the tensor must lie neuron by neuron (each
+    neuron's weights next to each other), and to False if it must lie output by output, as usual. Tensors of other
+    layers are absent.
     """
     found: dict[int, bool] = {}
     for block in blocks:

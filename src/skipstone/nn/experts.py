@@ -288,9 +288,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
 
     def dense_passes(self, tokens: float) -> float:
-        """Return the number of choices that `tokens` tokens make, `top_k` each; each costs one pass through
-        an expert.
-        """
+        """Return the number of choices that `tokens` tokens make, `top_k` each; each costs one expert's pass."""
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:

@@ -60,7 +60,10 @@ class MagnitudeMLP(DivisibleMLP):
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def train(self, mode: bool = True) -> MagnitudeMLP:
-        """Set the mode; how many neurons are on is measured anew after a training."""
+        """Set training or evaluation mode, as in torch; training mode also makes the MLP choose neurons again.
+
+        Choosing is switched off where it does not pay (`NeuronShares`), which may change by training.
+        """
         if mode:
             self.skips = True
         super().train(mode)

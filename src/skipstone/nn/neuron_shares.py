@@ -18,9 +18,11 @@ STEPS = 64  # of one token, after which shares are looked at
 
 
 class NeuronShares:
-    """Counts the neurons that single tokens need, block by block, and tells an MLP where it is not to skip any.
+    """Counts the neurons that single tokens need in each MLP, and switches choosing off where it does not pay.
 
-    An MLP that has been told so keeps computing all neurons until it is trained or built again (`MagnitudeMLP.skips`).
+    Choosing neurons does not pay if too many are needed, because reading them one by one is slower than reading a whole
+    matrix. An MLP that is switched off (`MagnitudeMLP.skips`) computes all neurons until it is trained or built again.
+    blocks: the blocks whose MLPs are watched.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -29,7 +31,11 @@ class NeuronShares:
         self.needed, self.tokens, self.steps = dict.fromkeys(self.mlps, 0), dict.fromkeys(self.mlps, 0), 0
 
     def add(self, stored: Sequence[Sequence[int]]) -> None:
-        """Count a step: how many tokens reached each MLP, and how many neurons these needed, the last two numbers."""
+        """Add the counts of one decoding step.
+
+        stored: for each block three numbers, of which the second is how many tokens reached its MLP, and the third how
+        many neurons these needed, summed over the tokens.
+        """
         for i in self.mlps:
             _, tokens, needed = stored[i]
             self.tokens[i] += tokens

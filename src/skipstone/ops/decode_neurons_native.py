@@ -43,7 +43,12 @@ one_apart, two_apart, four_apart, eight_apart = (_dots(tokens, 0) for tokens in 
 
 @compiled
 def tried(choice: Array, a: Array, on: Array, scores: Array) -> None:
-    """Mark which neurons are multiplied for each token, on [K, F], and write the scores [K, G] of groups."""
+    """Choose the neurons for which the up matrix is multiplied, token by token; compiled by numba.
+
+    choice: how neurons are chosen (columns as listed in this file). a: activations of the gates, fp32 [K, F] for K
+    tokens and F neurons. on: bool [K, F], where the choice is written. scores: fp32 [K, G], where the score of each of
+    G groups of neurons is written, by which the groups are chosen.
+    """
     if choice[DECISION] == ZEROS:
         for n in range(a.shape[0]):
             for f in range(a.shape[1]):
@@ -62,7 +67,12 @@ def tried(choice: Array, a: Array, on: Array, scores: Array) -> None:
 
 @compiled
 def kept(choice: Array, h: Array, on: Array) -> None:
-    """Leave those marks whose products h [K, F] are among the largest."""
+    """Drop from `on` the neurons whose group is not among those with the largest products; compiled by numba.
+
+    choice: how neurons are chosen (columns as listed in this file); nothing is dropped if as many groups are kept as
+    were tried. h: products of activation and up projection, fp32 [K, F] for K tokens and F neurons. on: bool [K, F],
+    the choice of `tried`, changed in place: the neurons that stay are multiplied by the down matrix.
+    """
     if choice[DECISION] == ZEROS or choice[KEPT] == choice[TRIED]:
         return
     size, apart = choice[SIZE], NEVER if h.shape[0] == 1 else ZERO
@@ -88,7 +98,10 @@ def _spread(score: Array, count: int, size: int, on: Array) -> None:
 
 @compiled
 def fill(x: Array, part: Array, value: float) -> None:
-    """Set some columns of x [K, F] to a number."""
+    """Set columns of x to a number, for all tokens; compiled by numba.
+
+    x: [K, F]. part: the first column and the one after the last. value: the number.
+    """
     for n in range(x.shape[0]):
         for f in range(part[0], part[1]):
             x[n, f] = value
@@ -96,7 +109,10 @@ def fill(x: Array, part: Array, value: float) -> None:
 
 @compiled
 def needed(on: Array, rows: Array) -> int:
-    """Write the neurons that some token needs to `rows`, ascending; return their number."""
+    """Write the indices of the neurons that at least one token needs to `rows`, ascending, and return their number.
+
+    Compiled by numba. on: bool [K, F], the neurons that each of K tokens needs. rows: int64 [F].
+    """
     count = 0
     for f in range(on.shape[1]):
         some = on[0, f]
@@ -109,7 +125,11 @@ def needed(on: Array, rows: Array) -> int:
 
 @compiled
 def or_all(count: int, rows: Array) -> int:
-    """Return how many neurons are read; write all of them to `rows` if that is less work."""
+    """Return how many neurons' weights to read: `count`, or all if reading all of them is less work than picking.
+
+    Compiled by numba. count: number of neurons that some token needs. rows: their indices come first; if all neurons
+    are to be read, their indices 0, 1, 2, ... are written here.
+    """
     if np.float32(count) <= WORTH * np.float32(len(rows)):
         return count
     for f in range(len(rows)):
@@ -119,7 +139,13 @@ def or_all(count: int, rows: Array) -> int:
 
 @compiled
 def note(said: Array, choice: Array, tokens: Array, sizes: Array, on: Array, scores: Array, which: int) -> None:
-    """Write down the scores and which groups are tried (0) or kept (1), if that is wanted."""
+    """Write the scores of neuron groups, and which groups are on, into the tables that become the caller's records.
+
+    Compiled by numba. said: addresses of the tables of scores (0 means that no records are wanted) and of marks, index
+    of the block, and number of blocks. choice: how neurons are chosen. tokens: indices of the K tokens in the call.
+    sizes: number of the call's tokens and of neurons. on: bool [K, F]. scores: fp32 [K, G]. which: 0 for the groups
+    that are tried, 1 for those that are kept.
+    """
     (scores_at, marks_at, block, blocks), (T, F), (K, G) = said, sizes, scores.shape
     if not scores_at:
         return
@@ -133,7 +159,13 @@ def note(said: Array, choice: Array, tokens: Array, sizes: Array, on: Array, sco
 
 @compiled
 def multiplied(matrix: Array, x_at: int, places: Array, width: int, rows: Array, a: Array, on: Array, h: Array) -> None:
-    """Compute h = a * (weight x) for the neurons of a list, 0 for tokens that do not need them. h: [K, F], 0 before."""
+    """Compute h = a * (weight x) for the listed neurons, and 0 where a token does not need one; compiled by numba.
+
+    matrix: the up matrix, as for `product`. x_at: address of the fp32 tokens [K, width]. places: addresses, of which
+    the second and third hold the tokens rounded to int16 and their factors. width: number of inputs. rows: indices of
+    the neurons. a: activations [K, F]. on: bool [K, F], the neurons that each token needs. h: [K, F], where the result
+    is written; columns of other neurons are left as they are.
+    """
     K, F = a.shape
     if matrix[1]:
         _multiplied_int8(matrix, places, width, rows, h)
@@ -198,9 +230,11 @@ def _multiplied_int8(matrix: Array, places: Array, width: int, rows: Array, h: A
 def summed(
     matrix: Array, h_at: int, places: Array, sizes: Array, rows: Array, y_at: int, first: int, last: int
 ) -> None:
-    """Compute the outputs from `first` to before `last`, multiples of 16 or the end, from the neurons of a list.
+    """Multiply the listed neurons by the down matrix, for the outputs from `first` to `last` - 1; compiled by numba.
 
-    sizes: K, F, D. The weight lies as [F, D] at its address, and scales as [M, D]. h, places: as for `product`.
+    matrix: the down matrix, whose weight lies neuron by neuron, [F, D], and its scales as [M, D]. h_at: address of the
+    products [K, F]. places: as for `product`. sizes: K, F and D. rows: indices of the neurons. y_at: address of the
+    outputs [K, D]. first, last: multiples of 16, or D.
     """
     K, _F, D = sizes
     y = _lying(y_at, (K, D), ONE)
@@ -339,6 +373,9 @@ def _added(given: Array, where: Array, factor: Array, sums: Array, first: int, l
 
 @compiled
 def part_of_list(count: int, part: int, parts: int) -> Array:
-    """Return the first place of a part of a list and the one after its last."""
+    """Return the first index of one thread's part of a list and the index after its last one; compiled by numba.
+
+    count: length of the list. part, parts: index and number of threads.
+    """
     each = -(-count // parts)
     return min(part * each, count), min((part + 1) * each, count)

@@ -54,7 +54,7 @@ class Sizes:
 
     @property
     def threads(self) -> int:
-        """The number of threads worth using for a block of this many weights, from 1 to 8."""
+        """The number of threads, from 1 to 8, that are worth using for blocks of these sizes."""
         weights = self.width * (2 * (self.heads + self.groups) * self.head_size + 3 * self.neurons)
         return min(max(weights // EACH, 1), MOST_THREADS)
 

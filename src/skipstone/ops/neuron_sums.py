@@ -135,7 +135,10 @@ def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 @intrinsic
 def fetch(context, address, size):  # type: ignore[no-untyped-def]
-    """Ask for so many bytes of memory, which are needed soon."""
+    """Ask the processor to load `size` bytes at `address` into its cache; for code compiled by numba only.
+
+    context: supplied by numba, not by the caller.
+    """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         lines = builder.sdiv(builder.add(given[1], I64(LINE - 1)), I64(LINE))

@@ -24,9 +24,10 @@ CORRELATIONS = {
 
 
 def card(run: RunView) -> PlainDict | None:
-    """Return the pictures of which tokens took a run's compute: bars by group of tokens, and its correlation with loss.
+    """Return the pictures of how a run's compute was distributed over tokens, as variables of the page's template.
 
-    Keys: `run`, `groups` (title and picture), `correlation`. None if the run skips nothing or was not measured.
+    Keys: `run`; `groups`, pairs of a title and a picture with a bar for each group of tokens; `correlation`, a picture
+    of how compute correlates with the loss. None if the run skips nothing or was not measured.
     """
     allocation = None if run.trace is None or not run.trace.routed else run.trace.allocation
     if allocation is None:

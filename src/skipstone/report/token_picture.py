@@ -26,7 +26,7 @@ def visible(token: str) -> str:
 
 
 def picture(trace: TokenTrace, count: int, title: str) -> Drawn:
-    """Draw the weight of each block's update for the first `count` tokens, blocks from the bottom upwards.
+    """Draw, for the first `count` tokens, the weight of each block's update, with blocks from the bottom upwards.
 
     Cells of skipped tokens are empty. trace: what a model decided for a text. title: text for screen readers.
     """

@@ -36,11 +36,11 @@ class LogWindow:
         self._since: float | None = None
 
     def add(self, token_loss: Tensor, auxiliary_loss: Tensor, tokens: int) -> None:
-        """Add one micro-batch.
+        """Add the losses and tokens of one micro-batch.
 
-        token_loss, auxiliary_loss: scalar tensors, what this process's part of the micro-batch adds to the step's mean
-        losses (these are the sums over micro-batches and processes). tokens: number of tokens of the micro-batch over
-        all processes.
+        token_loss, auxiliary_loss: scalar tensors, the amounts that this process's rows of the micro-batch add to the
+        mean losses of the optimizer step; summed over the step's micro-batches and over all processes, they give these
+        means. tokens: number of tokens of the micro-batch over all processes.
         """
         self.sums += torch.stack((token_loss.detach(), auxiliary_loss.detach())).to(self.sums)
         self.tokens += tokens

@@ -20,7 +20,7 @@ LOST = ("gloo/transport", "NCCL", "ncclRemoteError", "Connection closed by peer"
 
 
 class PeerLostError(ConnectionError):
-    """Another process of this training has ended before its last step."""
+    """The error raised if another process of this training has ended before its last step."""
 
 
 @contextmanager

@@ -66,10 +66,10 @@ class RouterWatch:
         self._held: tuple[PlainDict, dict[int, Tensor], int] | None = None
 
     def see(self, step: int, inputs: PlainDict, records: Sequence[Records]) -> None:
-        """Examine the first micro-batch of a step after its forward pass; `after_backward` must follow.
+        """Examine the records of the first micro-batch of a step after its forward pass.
 
-        step: the optimizer step, from 1. inputs: the micro-batch. records: what each mechanism decided, one dict for
-        each block.
+        `after_backward` must be called next. step: the optimizer step, from 1. inputs: the micro-batch. records: what
+        each mechanism decided, one dict for each block.
         """
         if self._first is None:
             self._first, self._began = step, time.perf_counter()

@@ -49,8 +49,8 @@ class Fit:
     """The parabola loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c, fitted by least squares to sizes x.
 
     coefficients: (a, b, c). middle: the mean of ln x. low, high: smallest and largest fitted size. optimum: the vertex
-    if it is a minimum within [low, high], else a measured point. residuals: of the points, in nats; empty for fewer
-    than three sizes, which determine no parabola.
+    if it is a minimum within [low, high], else a measured point. residuals: measured minus fitted losses, in nats;
+    empty for fewer than three sizes, which determine no parabola.
     """
 
     coefficients: tuple[float, float, float]
@@ -92,7 +92,8 @@ class Fit:
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
     """Fit a parabola of loss over the logarithm of size by least squares.
 
-    xs: sizes, positive and distinct. losses: in nats. For fewer than three sizes, the result only has the lowest point.
+    xs: sizes, positive and distinct. losses: the losses in nats. For fewer than three sizes, the result only has the
+    lowest point.
     """
     middle, u, solution = _sizes(tuple(xs))
     y = np.asarray(losses, np.float64)
@@ -151,7 +152,8 @@ Lookup = Callable[[GridCell, int], Record | None]
 def lookup(out: Path, name: str) -> Lookup:
     """Return a function that finds the record of a run, given its cell and seed; None if there is none.
 
-    out: the folder of records. name: of the grid. Records made with another recipe than the cell's are ignored.
+    out: the folder of records. name: the name of the grid. Records made with another recipe than the cell's are
+    ignored.
     """
     return partial(_find, out, name)
 
@@ -163,9 +165,9 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoint:
-    """A cell of the grid (arm, budget, size, learning rate) with the records of its seeds.
+    """A cell of the grid (arm, budget, size, learning rate) with the records of its runs, one for each seed.
 
-    records: that of the grid's own seed first.
+    records: the records, of which the one with the grid's first seed comes first.
     """
 
     cell: GridCell
@@ -249,7 +251,7 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
     """Return the cell whose size is nearest to the optimum of the curve through `points`.
 
-    points: of one arm and budget. Only the first seed of each counts.
+    points: the points of one arm and budget; only the first seed of each is used.
     """
     xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
     best = fit(xs, ys).optimum.x
@@ -294,8 +296,8 @@ def make_curve(
 ) -> Curve:
     """Build a curve and fit its parabola.
 
-    arm: its name. xs: sizes in parameters. forward: executed forward FLOPs per token. losses: in nats. seeds: number of
-    seeds of each loss.
+    arm: its name. xs: sizes in parameters. forward: executed forward FLOPs per token. losses: the losses in nats.
+    seeds: number of seeds of each loss.
     """
     return Curve(
         arm=arm,
@@ -310,8 +312,8 @@ def make_curve(
 def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
     """Return by how many nats a deeper model beats the best shallower one of the same width.
 
-    points: of one arm and budget. The largest gain over all widths is returned; None if no width was run with two
-    numbers of blocks.
+    points: the points of one arm and budget. The largest gain over all widths is returned; None if no width was run
+    with two numbers of blocks.
     """
     found = []
     for width in {point.cell.size.width for point in points}:
@@ -326,7 +328,7 @@ def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
     """Return why no verdict is given on an arm at a budget; "" if one is given.
 
     An arm that routes tokens gets a verdict only if depth pays for the base arm, by at least .02 nats: otherwise
-    skipping blocks has nothing to lose. collected: all records. budget: in training FLOPs.
+    skipping blocks has nothing to lose. collected: all records. budget: the training FLOPs of a run.
     """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""

@@ -145,7 +145,8 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 class GridEstimate:
     """The estimated FLOPs and hours of all runs of a grid.
 
-    facts: on the corpus. step_times: by model. source: how they were found, in words.
+    facts: what is known of the corpus. step_times: the times of a training step, by model. source: how these times were
+    found, in words.
     """
 
     grid: Grid

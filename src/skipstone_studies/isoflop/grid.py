@@ -48,10 +48,10 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """A run of the grid except for its seed.
+    """A run of the grid, whatever its seed: an arm at one size, budget and learning rate.
 
-    shape: arm and size with their costs. budget: training FLOPs that it may use. rate: peak learning rate. steps:
-    optimizer steps that the budget allows. recipe: what is trained.
+    shape: arm and size with their costs. budget: training FLOPs that the run may use. rate: peak learning rate. steps:
+    optimizer steps that the budget allows. recipe: the recipe of the run, without a seed.
     """
 
     shape: ModelShape
@@ -90,7 +90,8 @@ class Grid:
     """The runs that a specification describes, with their costs; nothing is trained or read from disk.
 
     spec: arms, sizes, budgets and learning rates. base: the parsed recipe. once: whether each window of text is read at
-    most once. sizes, budgets: in ascending order. Models are built without memory, on the meta device.
+    most once. sizes, budgets: the sizes and budgets of the specification in ascending order. Models are built without
+    memory, on the meta device.
     """
 
     def __init__(self, spec: GridSpec) -> None:
@@ -181,7 +182,7 @@ class Grid:
 
     @property
     def other_seeds(self) -> Sequence[int]:
-        """The further seeds that run at the optima, besides the grid's own."""
+        """The further seeds with which the sizes nearest to the optima are run, besides the grid's first seed."""
         return range(self.spec.seed + 1, self.spec.seed + self.spec.optimum_seeds)
 
 
@@ -207,8 +208,8 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
 def model_mistakes(spec: GridSpec) -> list[str]:
     """Return one message per mistake in the models of a grid, at each of its sizes.
 
-    spec: the specification, whose recipe may be wrong in other sections. A mistake that not all arms share is told with
-    the name of the arm.
+    spec: the specification, whose recipe may be wrong in other sections. The message about a mistake that not all arms
+    share begins with the name of the arm.
     """
     base = recipe_mistakes(spec.recipe)
     if base:
@@ -257,8 +258,9 @@ def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> P
 class CorpusFacts:
     """What is known of the corpus of a grid.
 
-    vocab_size: None if it was not read. tokens: of the training split; None if unlimited or not known. sha256: of the
-    training split's token ids. data: its rows; None if it was not read. trouble: why it was not read; "" if it was.
+    vocab_size: size of the vocabulary; None if the corpus was not read. tokens: number of tokens in the training split;
+    None if unlimited or not known. sha256: hash of the training split's token ids. data: its rows; None if it was not
+    read. trouble: why it was not read; "" if it was.
     """
 
     vocab_size: int | None = None

@@ -25,8 +25,8 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 class EqualTime:
     """The losses of all arms after the same seconds of training.
 
-    curves: loss over size, by arm; losses are interpolated between runs of different budgets. stretched: by arm, the
-    sizes whose loss is extrapolated beyond the budgets that were run.
+    curves: loss over size, by arm; losses are interpolated between runs of different budgets. stretched: for each arm,
+    the sizes whose loss is extrapolated beyond the budgets that were run.
     """
 
     seconds: float
@@ -36,7 +36,7 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """A loss interpolated on a straight line between two measured points.
+    """A loss that was read off a straight line between two measured points.
 
     beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as much noise.
     """
@@ -134,13 +134,13 @@ class Noise:
 class SameLoss:
     """A comparison of an arm with the best model of the base arm at the same budget.
 
-    parameters: of the arm's smallest size that reaches the base's best loss. share: forward FLOPs per token at that
-    size, relative to the base's best model; None if no size reaches it. at_most: the smallest size of the grid already
-    reaches it. ratio: parameters at that size, relative to the base's best model. gap: the arm's best loss minus the
-    base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share and ratio, over the draws that
-    reach the loss. reached: the fraction of these draws. gap_low, gap_high: 90 % interval of the gap. detectable: gaps
-    that would be found with each of `intervals.POWERS`. refused: why there is no verdict; "". Intervals are None if the
-    noise is not known.
+    parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share: forward FLOPs
+    per token at that size, relative to the base's best model; None if no size reaches it. at_most: whether even the
+    smallest size of the grid reaches it. ratio: parameters at that size, relative to the base's best model. gap: the
+    arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share and
+    ratio, over the draws that reach the loss. reached: the fraction of these draws. gap_low, gap_high: 90 % interval of
+    the gap. detectable: gaps that would be found with each probability in `intervals.POWERS`. refused: why there is no
+    verdict; "" if there is one. Intervals are None if the noise is not known.
     """
 
     arm: str
@@ -193,8 +193,8 @@ def noise(collected: GridRecords) -> Noise | None:
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
     """Compare every arm with the base arm at one budget.
 
-    curves: loss over size, by arm. name: of the base arm. spread: the noise of a loss; None: no intervals. Empty
-    without a curve of the base.
+    curves: loss over size, by arm. name: the name of the base arm. spread: the noise of a loss; None means no
+    intervals. Empty without a curve of the base.
     """
     base = curves.get(name)
     if base is None:
@@ -275,9 +275,9 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 class IsoFlopResult:
     """The result of an isoFLOP grid, as far as it was run.
 
-    collected: the records. curves: loss over size, {budget: {arm: curve}}. noise: of one run's loss; None if not known.
-    same: comparisons of the arms with the base, by budget. times: losses after equal training times. same_times:
-    comparisons with the base at each of these times.
+    collected: the records. curves: loss over size, {budget: {arm: curve}}. noise: the noise of one run's loss; None if
+    not known. same: comparisons of the arms with the base, by budget. times: losses after equal training times.
+    same_times: comparisons with the base at each of these times.
     """
 
     collected: GridRecords

@@ -108,9 +108,10 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run cells with all of `seeds`, unless they are recorded, then render table and page.
+        """Run cells with each of `seeds`, unless they are recorded, then render table and page.
 
-        name: of the stage, for messages. timed: also measure the training speeds of all cells in turns.
+        name: the name of the stage, for messages. timed: whether to measure the training speeds of all cells in turns
+        as well.
         """
         if not cells or not seeds:
             return
@@ -183,8 +184,8 @@ def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
 def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
     """Print FLOPs and time of every run of a grid; train nothing.
 
-    flops_per_second: training FLOPs per second of another machine; None: time this one. Raises ValueError for
-    impossible runs.
+    flops_per_second: training FLOPs per second of another machine; None means that this machine is timed. Raises
+    ValueError for impossible runs.
     """
     facts = read_corpus_if_cheap(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -236,9 +237,9 @@ def _render_if_any(out: Path, name: str) -> list[Path]:
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
     """Return the figures of a finished run for its record.
 
-    cell: what was run. folder: the run folder. facts: the corpus with its rows. clock: use of cores during the
-    training. Losses are in nats and are measured on the whole validation set in the pass that really skips;
-    `training_flops` are of the whole training, `forward_flops` per token.
+    cell: the cell of the grid that was run. folder: the run folder. facts: the corpus with its rows. clock: use of
+    cores during the training. Losses are in nats and are measured on the whole validation set in the pass that really
+    skips; `training_flops` are those of the whole training, `forward_flops` those of one token.
     """
     assert facts.data is not None
     run = Run(folder)

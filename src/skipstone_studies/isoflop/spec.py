@@ -81,12 +81,13 @@ def arms_of(recipe: PlainDict) -> dict[str, Changes]:
 class GridSpec:
     """The specification of an isoFLOP grid: arms and sizes that are trained with equal training FLOPs.
 
-    name: of the study and its folder. recipe: the base, as `skipstone train` reads it, with its vocabulary size.
-    budgets: training FLOPs of a run. sizes: WIDTH or WIDTHxBLOCKS; heads keep their size. rates: learning rates that
-    every arm tries at the smallest budget and middle size. arms: those to run. changes: by arm, the changes of the
-    recipe's section `model`, for all arms that could run; None: `arms_of`. rate_rule: the best rate is used for all
-    sizes (constant), or scaled with 1 / width (inverse_width). seed: of the grid. optimum_seeds: number of seeds at the
-    size nearest to each optimum, the grid's own included. allow_repeats: runs may read the corpus more than once.
+    name: the name of the study and of its folder. recipe: the base, as `skipstone train` reads it, with its vocabulary
+    size. budgets: training FLOPs of a run. sizes: model sizes, WIDTH or WIDTHxBLOCKS; heads keep their size. rates:
+    learning rates that every arm tries at the smallest budget and middle size. arms: names of the arms to run. changes:
+    the changes of the recipe's section `model` for every arm that could run, by arm; None means `arms_of`. rate_rule:
+    whether the best rate is used for all sizes (constant), or scaled with 1 / width (inverse_width). seed: the first
+    seed, with which every cell of the grid is run. optimum_seeds: number of seeds at the size nearest to each optimum,
+    the first one included. allow_repeats: whether runs may read the corpus more than once.
     """
 
     name: str
@@ -160,8 +161,8 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
     """Build a specification from a recipe and the values that the user gave.
 
     recipe: a plain dict; its section `arms` holds changes of the section `model` by arm. scale: laptop or paper, which
-    provides the values that are not given. given: fields of `GridSpec`; None: not given. Raises ValueError for invalid
-    sizes, arms and numbers.
+    provides the values that are not given. given: fields of `GridSpec`; those that are None count as not given. Raises
+    ValueError for invalid sizes, arms and numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
@@ -185,9 +186,9 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 
 
 def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """Build a specification as `make_spec` does, after a check of its recipe and of the models of all arms and sizes.
+    """Build a specification as `make_spec` does, after checking its recipe and the models of all arms and sizes.
 
-    Raises ValueError with one line for each mistake, without loading torch. Whether the corpus is there is not checked.
+    Raises ValueError with one line for each mistake, without loading torch. Whether the corpus exists is not checked.
     """
     lines: list[str] = []
     own = {key: value for key, value in recipe.items() if key != "arms"}

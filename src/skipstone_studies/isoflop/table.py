@@ -45,7 +45,7 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """Return the changes of the model that distinguish an arm, in words."""
+    """Return in words how the model of an arm differs from the base recipe's model."""
     parts = []
     for key, value in grid.spec.known[arm].items():
         if key == "mechanisms":

@@ -55,10 +55,10 @@ def arms(
     sampled: bool,
     move_to: tuple[float, ...] = (),
 ) -> dict[str, RecipeDict]:
-    """Return the recipes by name: the pretrained source, the source tuned, and methods that compute less.
+    """Return the recipes by name: the pretrained source, the source trained further, and methods that compute less.
 
     scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of
-    cross-entropy in the loss; distillation from the source has the rest, and with 0 no tuned source is trained.
+    cross-entropy in the loss; distillation from the source has the rest, and with 0 the source is not trained further.
     sampled: whether training rows are also drawn from text that the source generated. move_to: budgets (shares of the
     source's FLOPs) to which the routed models are also set after training.
     """
@@ -122,8 +122,8 @@ def _recipe(
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
 
-    recipe: the latter has the key `at_budget`. resume: whether to continue an interrupted training. callbacks: of the
-    trainer.
+    recipe: the arm's recipe; if it has the key `at_budget`, another arm's model is saved. resume: whether to continue
+    an interrupted training. callbacks: further callbacks of the trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
@@ -294,7 +294,7 @@ COMPARED = tuple(
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: comparisons with the source and the tuned source, and samples.
 
-    figures: by arm and seed. Comparisons need more than one seed.
+    figures: the figures of every run, by arm and seed. Comparisons need more than one seed.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 
@@ -304,8 +304,8 @@ def frontier(
 ) -> Study:
     """Build a study of methods that make one pretrained model compute less.
 
-    name, purpose: of the study. more: text appended to its description. rows: evaluated rows per text. seeds: of the
-    laptop scale. options: arguments of `arms`.
+    name, purpose: name and purpose of the study. more: text appended to its description. rows: number of evaluated rows
+    per text. seeds: the seeds at scale "laptop". options: arguments of `arms`.
     """
     learns = options["language_modelling"] > 0
     about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()

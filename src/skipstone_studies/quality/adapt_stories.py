@@ -68,7 +68,7 @@ def _recipe(model: PlainDict, **options: object) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the losses of one run on held-out stories and on wikitext-2, and the counted FLOPs per token of stories.
 
-    folder: of the run. Losses are in nats per token, by the pass that skips.
+    folder: the run folder. Losses are in nats per token, by the pass that skips.
     """
     stories = f"text:{text_folder(folder, SAMPLED)}"
     found: PlainDict = {}

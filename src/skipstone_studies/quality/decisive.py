@@ -58,7 +58,7 @@ def arm(
     """Return the recipe of one arm: a byte model with the training protocol of this study.
 
     scale: "laptop", "paper" or "quick", for sizes and training FLOPs. corpus: the text. blocks: number of blocks.
-    mechanisms: entries of the model's `mechanisms`; None: dense. budget: training FLOPs as a share of the scale's.
+    mechanisms: entries of the model's `mechanisms`; None means dense. budget: training FLOPs as a share of the scale's.
     """
     size: Mapping[str, object] = SCALES[scale]
     least = {"least_tokens": LEAST_TOKENS[scale]} if scale in LEAST_TOKENS else {}
@@ -117,10 +117,10 @@ GOES_ON = (
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield for each arm whether its test loss is .02 nats below that of dense-8, and of the control "random".
+    """Yield for each arm the claims that its test loss is .02 nats below dense-8's and below that of random tokens.
 
-    figures: by arm and seed. The verdict is "no headroom" if dense-8 is not better than dense-5, as depth then does not
-    pay.
+    figures: the figures of every run, by arm and seed. The verdict is "no headroom" if dense-8 is not better than
+    dense-5, because then depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 
@@ -128,7 +128,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: headroom of depth, differences between arms, and learning rates.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     room = pages.room_of(figures, FULL, [RIVAL])
     refused = room is None or not room.there

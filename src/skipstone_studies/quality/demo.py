@@ -17,10 +17,10 @@ class Size:
     """The size of the demonstration's five models and of their training.
 
     hidden_size, num_hidden_layers, num_attention_heads: as in SkipstoneConfig. context: tokens per row. batch_size:
-    rows per step. steps: of training. learning_rate: its peak. capacity: share of tokens that Mixture-of-Depths keeps
-    in every other block. eval_rows: validation rows evaluated during training. validation_rows: rows evaluated after
-    it. tokenizer: as in DataConfig; None: the corpus's default. log_every: steps per log line; None: about 60 lines in
-    all. evaluations: how often the validation loss is measured during training.
+    rows per step. steps: number of training steps. learning_rate: its peak. capacity: share of tokens that
+    Mixture-of-Depths keeps in every other block. eval_rows: validation rows evaluated during training. validation_rows:
+    rows evaluated after it. tokenizer: as in DataConfig; None means the corpus's default. log_every: steps per log
+    line; None means about 60 lines in all. evaluations: how often the validation loss is measured during training.
     """
 
     hidden_size: int
@@ -141,7 +141,10 @@ def measured(folder: Path) -> Figures:
 
 
 def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the text that the first seed of each arm generated, as Markdown. figures: by arm and seed."""
+    """Return the text that the first seed of each arm generated, as Markdown.
+
+    figures: the figures of every run, by arm and seed.
+    """
     parts = ["### Samples"]
     for arm, by_seed in figures.items():
         found = by_seed[min(by_seed)]
@@ -161,7 +164,7 @@ LARGER = (
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """Return the text printed below the table: samples, arms faster than dense, and results of a larger scale.
 
-    scale: of the run. figures: by arm and seed.
+    scale: of the run. figures: the figures of every run, by arm and seed.
     """
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]

@@ -40,7 +40,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def name_of(blocks: int, width: int, budget: float) -> str:
-    """Return the name of an arm. blocks, width: of its model. budget: its training FLOPs."""
+    """Return the name of an arm. blocks, width: number of blocks and width of its model. budget: its training FLOPs."""
     return f"dense-{blocks}-width-{width}-{budget:.0e}".replace("e+", "e")
 
 
@@ -76,7 +76,7 @@ def _pairs(figures: ByArm) -> Iterator[tuple[int, float, str, str]]:
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each width and length whether 8 blocks are .02 nats better than 5.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     for _, _, deep, shallow in _pairs(figures):
         found = paired_differences(figures, shallow, deep, pages.LOSS)
@@ -87,7 +87,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: what 3 more blocks gain by width and length, and the learning rates.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     return "\n\n".join(part for part in (_gains(figures), pages.NOTE, pages.rates(figures)) if part)
 

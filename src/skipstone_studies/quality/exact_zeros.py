@@ -94,8 +94,8 @@ def _recipe(scale: str, corpus: str, neurons: int, activation: object, price: fl
 def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[object]) -> None:
     """Train the model of an arm; all arms of a seed start from the weights of one dense model where shapes agree.
 
-    recipe: of the arm. folder: of the run. resume: whether to continue an interrupted training. callbacks: of the
-    trainer.
+    recipe: the arm's recipe. folder: the run folder. resume: whether to continue an interrupted training. callbacks:
+    further callbacks of the trainer.
     """
     protocol.tuned_run(recipe, folder, resume, callbacks, blocks=BLOCKS)  # type: ignore[arg-type]
 
@@ -159,7 +159,7 @@ COLUMNS = (
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm whether it loses at most .01 nats to SwiGLU and reads at most 80 % of its MLPs' bytes.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     for arm in figures:
         if arm == DENSE or DENSE not in figures:
@@ -173,7 +173,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: loss differences, shares of neurons that are not 0, and TEAL as a control.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     parts = [
         *(pages.differences(figures, reference, refused=False) for reference in (DENSE, NARROW)),

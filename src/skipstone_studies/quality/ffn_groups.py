@@ -104,8 +104,8 @@ def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
 def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
     """Return by arm loss_ratio and mlp_ratio, which compare it with SwiGLU.
 
-    loss_ratio: the loss relative to SwiGLU's, minus 1. mlp_ratio: the MLPs' FLOPs relative to SwiGLU's. figures: of all
-    arms of one seed. Returns {} without SwiGLU.
+    loss_ratio: the loss relative to SwiGLU's, minus 1. mlp_ratio: the MLPs' FLOPs relative to SwiGLU's. figures: the
+    figures of all arms with one seed, by arm. Returns {} without SwiGLU.
     """
     if DENSE not in figures:
         return {}
@@ -123,7 +123,7 @@ def _loss(figures: Figures) -> float:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 

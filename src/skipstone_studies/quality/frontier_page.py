@@ -25,7 +25,10 @@ PROMPT_TEXT, SAMPLED_TOKENS = "The old bridge across the river was built in", 40
 
 
 def samples(figures: ByArm) -> str:
-    """Return the text that the first seed of each arm generates, as a Markdown list. figures: by arm and seed."""
+    """Return the text that the first seed of each arm generates, as a Markdown list.
+
+    figures: the figures of every run, by arm and seed.
+    """
     first = {arm: seeds[min(seeds)] for arm, seeds in figures.items()}
     texts = {arm: " ".join(found["greedy"].split()) for arm, found in first.items() if "greedy" in found}
     lines = [f"* {arm}: “{PROMPT_TEXT} **{text}**”" for arm, text in texts.items()]
@@ -33,15 +36,18 @@ def samples(figures: ByArm) -> str:
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
-    """Return an SVG chart of loss by FLOPs for each evaluated text, by its name. figures: by arm and seed."""
+    """Return an SVG chart of loss by FLOPs for each evaluated text, by its name.
+
+    figures: the figures of every run, by arm and seed.
+    """
     return {text: picture(figures, text) for text in TEXTS if values(figures, "source", f"{text}.loss")}
 
 
 def picture(figures: ByArm, text: str) -> str:
     """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
 
-    Lines begin at the tuned source, or at the source if none was tuned. figures: by arm and seed. text: a key of
-    `TEXTS`.
+    Lines begin at the tuned source, or at the source if none was tuned. figures: the figures of every run, by arm and
+    seed. text: a key of `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}

@@ -57,7 +57,7 @@ def measured(folder: Path) -> Figures:
 
 
 def units_of(blocks: int) -> list[Unit]:
-    """Return the sets of blocks whose benefit is measured: the middle half together, then each alone.
+    """Return the sets of blocks whose benefit is measured: the middle half of the blocks together, then each alone.
 
     blocks: number of blocks of the model. The middle half is left out if it is a single block.
     """
@@ -79,7 +79,7 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield whether 8 blocks are .02 nats better than 5, at equal training FLOPs and on the same text.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
         found = paired_differences(figures, rival, FULL, pages.LOSS)
@@ -90,7 +90,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: headroom of depth, differences, learning rates, and benefit of blocks.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     seeds = figures.get(FULL, {})
     found = next((of_seed[ORACLE] for of_seed in seeds.values() if ORACLE in of_seed), None)
@@ -170,7 +170,10 @@ def _path(name: str) -> str:
 
 
 def checkpoint_details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the Markdown tables of blocks' benefits for each checkpoint's first seed. figures: by arm and seed."""
+    """Return the Markdown tables of blocks' benefits for each checkpoint's first seed.
+
+    figures: the figures of every run, by arm and seed.
+    """
     parts = [benefit_page.tables(seeds[min(seeds)][ORACLE], arm) for arm, seeds in figures.items() if seeds]
     return "\n\n".join([*parts, benefit_page.NOTE])
 

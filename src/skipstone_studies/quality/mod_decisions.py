@@ -72,9 +72,10 @@ def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | 
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with the gap between training and executed loss and the realised capacity.
 
-    gap: executed loss relative to that with decisions of training, minus 1. capacity: share of tokens kept by routed
-    block. overshoot: the 99th percentile of rows' kept shares relative to the capacity, minus 1. precision, recall, f1:
-    of executed decisions against the row's top tokens by score. All but gap are absent for dense models.
+    gap: executed loss relative to the loss with the decisions of training, minus 1. capacity: for each routed block,
+    the share of its tokens that it keeps. overshoot: the 99th percentile over rows of the kept share, relative to the
+    capacity, minus 1. precision, recall, f1: how well the executed decisions agree with the row's top tokens by score.
+    All but gap are absent for dense models.
     """
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]
@@ -114,7 +115,8 @@ COMPARED = tuple(ArmComparison(key=LOSS, title="executed loss in nats", against=
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm whether it is better than dense and than random; "no headroom" if depth does not pay.
 
-    figures: by arm and seed. Depth pays if the dense model is better than the one of half its depth.
+    figures: the figures of every run, by arm and seed. Depth pays if the dense model is better than the one of half its
+    depth.
     """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     for claim in as_claims(figures, COMPARED):
@@ -124,7 +126,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: whether depth pays, and comparisons with dense and with random.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     parts = (

@@ -69,8 +69,8 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, and for PolyGLU how its neurons choose their activations.
 
     diversity, dynamic_entropy, static_entropy: means over layers of the methods of `MixFigures`. hardened: change of
-    the loss in nats when each neuron keeps one activation, chosen on training rows. neurons: by layer, the share of
-    neurons by strongest activation. course: `course` of the run.
+    the loss in nats when each neuron keeps one activation, chosen on training rows. neurons: for each layer, the share
+    of neurons whose strongest activation is each of the functions. course: the result of `course` for the run.
     """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
@@ -118,7 +118,7 @@ DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield verdicts on the paper's two claims about entropies, and on whether neurons differ and can be hardened.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     for arm in figures:
         share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]
@@ -139,7 +139,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts, strongest activations by layer, and routing during training.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
     parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]

@@ -138,8 +138,8 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
     """Return by arm the perplexity, and the interaction of skipping and quantising in nats.
 
-    The interaction is the loss added by both together minus the sum of the losses that each adds alone. figures: of all
-    arms of one seed. first: name of the dense arm.
+    The interaction is the loss added by both together minus the sum of the losses that each adds alone. figures: the
+    figures of all arms with one seed, by arm. first: name of the dense arm.
     """
     found: dict[str, Figures] = {}
     for name, of_arm in figures.items():
@@ -157,7 +157,8 @@ def quantised(
 ) -> Study:
     """Build the study of quantised weights of one family of models.
 
-    name, purpose, about: of the study. runs, options: arguments of `arms`. rows: evaluated rows.
+    name, purpose, about: name, purpose and description of the study. runs, options: arguments of `arms`. rows:
+    evaluated rows.
     """
     return Study(
         name=name,

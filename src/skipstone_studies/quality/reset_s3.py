@@ -61,9 +61,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def mixture(**options: Any) -> PlainDict:
-    """Return a `mechanisms` entry of Mixture-of-Depths on all blocks but the first two, at the share of operations.
+    """Return a `mechanisms` entry of Mixture-of-Depths on all blocks but the first two.
 
-    options: further options of `MixtureOfDepthsConfig`.
+    Its capacity is the share of tokens that are operations in Reset-S3. options: further options of
+    `MixtureOfDepthsConfig`.
     """
     return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
 
@@ -86,7 +87,8 @@ def recipe(
     """Return the recipe of one arm on a synthetic task.
 
     size: hidden_size, num_attention_heads, steps, batch_size and rate (the learning rate). blocks: number of blocks.
-    mechanisms: entries of the model's `mechanisms`; None: dense. corpus: the task. train: further training options.
+    mechanisms: entries of the model's `mechanisms`; None means dense. corpus: the task. train: further training
+    options.
     """
     steps = size["steps"]
     return {
@@ -124,11 +126,11 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """Return for each judged arm `headroom`: its accuracy between a dense model (0) and known decisions (1), by bin.
+    """Return for each judged arm `headroom`, by bin: its accuracy between a dense model (0) and known decisions (1).
 
-    Dense accuracies are interpolated at the arm's executed FLOPs. figures: of all arms of one seed. judged: names of
-    arms. knowing: the arm whose decisions are imposed by the known difficulty. Returns {} without the latter or dense
-    arms.
+    Dense accuracies are interpolated at the arm's executed FLOPs. figures: the figures of all arms with one seed, by
+    arm. judged: names of the arms to judge. knowing: name of the arm whose decisions are imposed by the known
+    difficulty. Returns {} without the latter or without dense arms.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)

@@ -77,7 +77,8 @@ def _recipe(options: PlainDict) -> RecipeDict:
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Train the base model of an arm into `folder`, with a tokenizer that is trained on the chats first.
 
-    recipe: of the arm. resume: whether to continue an interrupted training. callbacks: of the trainer.
+    recipe: the arm's recipe. resume: whether to continue an interrupted training. callbacks: further callbacks of the
+    trainer.
     """
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.is_dir():
@@ -125,8 +126,8 @@ def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
 class Routing:
     """Measurements of how a PolyGLU model's neurons choose their activations on fixed rows, compared with the start.
 
-    model: as it is before tuning; it is measured again while it changes. rows: model inputs, each with input_ids
-    [1, T].
+    model: the model before tuning; it is measured again while it changes. rows: model inputs, each with input_ids [1,
+    T].
     """
 
     def __init__(self, model: SkipstoneForCausalLM, rows: Sequence[Mapping[str, Tensor]]) -> None:
@@ -165,7 +166,7 @@ class Routing:
 class Watch(TrainerCallback):
     """A trainer callback that measures the routing every `every` steps and appends a line of JSON to the file `path`.
 
-    routing: what is measured.
+    routing: the measurements to take.
     """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:

@@ -174,7 +174,8 @@ def figures(
     """Return the figures of decoding at one number of rows.
 
     step: seconds per step of each model. speed: tokens/s of the routed model relative to the dense one's. computed:
-    rows that a routed block computes, of `rows`. memory: of each model, as `Decoding.memory` returns it.
+    mean number of rows, out of `rows`, that a routed block computes in a step. memory: for each model, the dict that
+    `Decoding.memory` returns.
     """
     ours, dense = memory["routed"], memory["dense"]
     shares = {what: ours[what] / dense[what] for what in ours}

@@ -135,7 +135,8 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
     """Return tokens/s of greedy decoding relative to transformers' in the same turn: median, least and greatest.
 
-    recipe: source, tokens of prompt and text, turns. engine: what decodes.
+    recipe: names the source, the numbers of tokens of prompt and text, and the number of turns. engine: the engine that
+    decodes.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

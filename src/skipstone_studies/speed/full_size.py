@@ -75,7 +75,7 @@ def measured(recipe: RecipeDict) -> Figures:
 def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
     """Return a batch of one packed row: two documents of random tokens, the first a third of the row.
 
-    tokens: length of the row. vocabulary: ids are below it. device: of the tensors.
+    tokens: length of the row. vocabulary: ids are below it. device: where the tensors are created.
     """
     slot = torch.arange(tokens)
     document = (slot >= tokens // 3).long()

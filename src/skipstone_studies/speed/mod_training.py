@@ -51,7 +51,7 @@ def name_of(size: PlainDict, decision: str, way: str) -> str:
 
 
 def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights; every second block is routed by `decision`; None: a dense model."""
+    """Build a model with random weights; every second block is routed by `decision`; None means a dense model."""
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
     torch.manual_seed(0)
     config = SkipstoneConfig(
@@ -155,8 +155,8 @@ def measured(recipe: RecipeDict) -> Figures:
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
     """Return the figures of an arm.
 
-    decision: of the router. flops, time: of a step, relative to the dense model. limit: largest ratio of time to FLOPs
-    that is accepted. syncs: host syncs of a forward pass.
+    decision: name of the router's decision. flops, time: FLOPs and time of a step, relative to the dense model's.
+    limit: largest ratio of time to FLOPs that is accepted. syncs: host syncs of a forward pass.
     """
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}

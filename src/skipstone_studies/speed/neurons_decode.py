@@ -55,7 +55,7 @@ def name_of(shape: str, dtype: str, up: float, down: float) -> str:
 def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
     """Build a model with random weights in the recipe's shape and dtype.
 
-    groups: options of neuron groups; None: a dense model.
+    groups: options of neuron groups; None means a dense model.
     """
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)

@@ -240,7 +240,8 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call: Tensor) -> float:
     """Return the relative error of our logits against transformers', over tokens that are not padding.
 
-    source: the checkpoint. ids_BT: token ids. dtype: in which both models compute. call: further arguments of forward.
+    source: the checkpoint. ids_BT: token ids. dtype: the dtype in which both models compute. call: further arguments of
+    forward.
     """
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype

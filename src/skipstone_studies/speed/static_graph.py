@@ -27,7 +27,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: over many inputs, the numbers of different operation sequences, FLOP counts and graphs."""
+    """Measure one arm: whether operations, FLOPs and compiled graphs are the same for many inputs.
+
+    recipe: names the decision and the number of inputs. Returns the numbers of different sequences of operations
+    (`lists`) and of different FLOP counts (`flops`), and the numbers of `compiled`.
+    """
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
     model = model_of(decision)

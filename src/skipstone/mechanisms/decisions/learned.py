@@ -21,9 +21,9 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class TopK(Decision):
-    """Keep the `capacity` share of each document with the highest scores, as Mixture-of-Depths does in training.
+    """A decision that keeps the `capacity` share of each document's tokens with the highest scores.
 
-    It looks at the whole row, so it cannot generate.
+    Mixture-of-Depths decides so in training (arXiv 2404.02258). It looks at the whole row, so it cannot generate.
     """
 
     def require_causal(self) -> None:

@@ -159,8 +159,9 @@ def context_of(theirs: PreTrainedConfig) -> int:
 
 
 def special_of(theirs: PreTrainedConfig, name: str) -> int | list[int] | None:
-    """Return the special token id or ids in field `name` of `theirs`, a transformers configuration; None if
-    negative.
+    """Return the special token id or ids in a field of a transformers configuration; None if negative.
+
+    theirs: the configuration. name: the name of the field.
     """
     value: int | list[int] | None = getattr(theirs, name)
     return None if isinstance(value, int) and value < 0 else value

@@ -14,10 +14,10 @@ Table = Mapping[str, str]
 
 
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Return the number of blocks in the state dict `tensors`, from names such as `prefix.0.weight`: the highest index
-    plus 1.
+    """Return the number of blocks in a state dict, from names such as `prefix.0.weight`.
 
-    Raises ValueError if there is none.
+    It is the highest index plus 1. tensors: the state dict. prefix: the beginning of the names. Raises ValueError if
+    there is none.
     """
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     numbers = {int(match[1]) for match in found if match}

@@ -78,9 +78,9 @@ def measured(folder: Path) -> Figures:
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return verdicts for both tasks: accuracy kept, savings realised, and a few dense blocks not sufficient.
+    """Return the claims about both tasks, judged: accuracy kept, savings realised, few dense blocks not sufficient.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 
@@ -105,7 +105,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts, the paper's figures next to ours, and other ways to execute.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     parts = (
         claims_table("Which claims hold", claims(figures)),

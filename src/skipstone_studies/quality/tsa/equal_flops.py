@@ -24,7 +24,8 @@ BY_BLOCK = "_by_block"
 class Point:
     """A model as a point in a diagram of loss by FLOPs.
 
-    flops: executed per token. losses: of the executed pass in nats, of the whole text and then of each block of text.
+    flops: executed FLOPs per token. losses: losses of the executed pass in nats, first on the whole text and then on
+    each block of it.
     """
 
     flops: float
@@ -34,10 +35,11 @@ class Point:
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return by arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
 
-    figures: of all arms of one seed. The result has a key of `RIVALS` for the whole text, and with "_by_block" added a
-    list over blocks of the text. Rivals are interpolated linearly: between dense models of several depths (over_dense),
-    between shares of random tokens (over_random), and between thresholds of early exit (over_exit). An arm with more
-    FLOPs than the largest rival is compared with that one; an arm with fewer than all rivals is not compared.
+    figures: the figures of all arms with one seed, by arm. The result has a key of `RIVALS` for the whole text, and
+    with "_by_block" added a list over blocks of the text. Rivals are interpolated linearly: between dense models of
+    several depths (over_dense), between shares of random tokens (over_random), and between thresholds of early exit
+    (over_exit). An arm with more FLOPs than the largest rival is compared with that one; an arm with fewer than all
+    rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]
@@ -90,7 +92,7 @@ def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
 def intervals(figures: ByArm) -> str:
     """Return a Markdown table of loss differences at equal FLOPs, with intervals over seeds and blocks of text.
 
-    figures: by arm and seed. It is empty if no arm is compared.
+    figures: the figures of every run, by arm and seed. It is empty if no arm is compared.
     """
     rows = []
     for arm, seeds in figures.items():

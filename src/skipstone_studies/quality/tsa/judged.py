@@ -21,15 +21,15 @@ REALLY = 0.9  # share of a claimed saving that must be realised
 def depth_pays(figures: ByArm) -> Headroom | None:
     """Return how much better the dense model is than dense models of fewer blocks; None if either is missing.
 
-    figures: by arm and seed. The loss is that of the executed pass.
+    figures: the figures of every run, by arm and seed. The loss is that of the executed pass.
     """
     return headroom(figures, "dense", [arm for arm in figures if arm.startswith("dense-")], EXECUTED)
 
 
 def language(figures: ByArm) -> list[Claim]:
-    """Return verdicts on the studies on text: for softly trained arms, the sweep over lambda, and arms trained hard.
+    """Return the judged claims of the studies on text: softly trained arms, the sweep over lambda, arms trained hard.
 
-    figures: by arm and seed. Trained hard means with tokens skipped during training.
+    figures: the figures of every run, by arm and seed. Trained hard means with tokens skipped during training.
     """
     gated = [arm for arm in figures if mean(figures, arm, "variants.one") is not None]
     budgets = [arm for arm in figures if arm.startswith("hard=")]

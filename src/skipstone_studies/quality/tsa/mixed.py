@@ -74,7 +74,7 @@ def measured(folder: Path) -> Figures:
 def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return by arm `text_cost`: its loss on text relative to that of the deepest dense arm, minus 1.
 
-    figures: of all arms of one seed. Returns {} without dense arms.
+    figures: the figures of all arms with one seed, by arm. Returns {} without dense arms.
     """
     dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
     if dense is None:
@@ -84,9 +84,9 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return verdicts on two targets: at most .5 % more loss on text, and operations twice as deep as text.
+    """Return two judged claims: at most .5 % more loss on text, and operations at least twice as deep as text.
 
-    Depth is the number of blocks that update a token. figures: by arm and seed.
+    Depth is the number of blocks that update a token. figures: the figures of every run, by arm and seed.
     """
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
@@ -101,7 +101,7 @@ def claims(figures: ByArm) -> list[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts on the two targets, and whether depth pays on text.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None

@@ -35,7 +35,7 @@ SEED = 0
 def measured(folder: Path) -> PlainDict:
     """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
-    folder: of the run. curve: [step, loss with decisions of training, loss of the causal pass or None] at each
+    folder: the run folder. curve: [step, loss with decisions of training, loss of the causal pass or None] at each
     validation. random_batches: the last step's loss as the paper measures it. test: losses of the last step. best: the
     step of the lowest validation loss, with losses on both splits.
     """
@@ -88,7 +88,7 @@ def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
 def table(figures: ByArm) -> str:
     """Return a Markdown table of each arm's losses at its last and best step; empty if no run kept its best step.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     rows = []
     for arm in figures:

@@ -46,7 +46,7 @@ def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | 
     """Return the recipe of one arm that is trained on text with the paper's decoder.
 
     scale: "laptop" or "paper", for sizes and training. data: the recipe's section. mechanisms: entries of `mechanisms`;
-    []: dense. blocks: number of blocks; None: the scale's.
+    [] means dense. blocks: number of blocks; None means the scale's.
     """
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
@@ -57,7 +57,7 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
     """Return the recipe of the paper's decoder with these mechanisms instead of the paper's gates.
 
     model: fields of SkipstoneConfig that replace the paper's. data, train: sections of the recipe. mechanisms: entries;
-    []: dense.
+    [] means dense.
     """
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {

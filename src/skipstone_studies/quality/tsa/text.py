@@ -22,8 +22,8 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with savings and losses of further ways to execute the model.
 
     Savings are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
-    variants: of gates. exits: early exit with other thresholds. Losses by block of text and the course of the training
-    are added too.
+    variants: losses of gates that are executed in other ways. exits: figures of early exit with other thresholds.
+    Losses by block of text and the course of the training are added too.
     """
     figures = measure.standard(folder)
     further = {
@@ -38,8 +38,8 @@ def measured(folder: Path) -> Figures:
 def details(figures: ByArm, published: Published, corpus: str) -> str:
     """Return the Markdown below the table: verdicts, the paper's figures next to ours, and further tables.
 
-    figures: by arm and seed. published: the paper's figures by arm. corpus: the paper's; on other texts its figures are
-    left out, because losses cannot be compared.
+    figures: the figures of every run, by arm and seed. published: the paper's figures by arm. corpus: the paper's; on
+    other texts its figures are left out, because losses cannot be compared.
     """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
@@ -76,7 +76,7 @@ def _same_corpus(figures: ByArm, corpus: str) -> bool:
 def ways_to_execute(figures: ByArm) -> str:
     """Return a Markdown table of losses of the same softly trained weights, executed in other ways; empty without any.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     keys = ("gate", "one", "random", "constant")
     rows = [
@@ -97,7 +97,7 @@ def ways_to_execute(figures: ByArm) -> str:
 def exit_thresholds(figures: ByArm) -> str:
     """Return a Markdown table of the early-exit model's loss and FLOPs by threshold; empty without that arm.
 
-    figures: by arm and seed.
+    figures: the figures of every run, by arm and seed.
     """
     rows = []
     for threshold in gates.EXITS:

@@ -135,7 +135,7 @@ def error_of(got: Tensor, wanted: Tensor) -> float:
 def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> PlainDict:
     """Return the relative error of each pair of tensors (got, wanted), the largest, and whether all agree.
 
-    pairs: by name. tolerance: the largest error that counts as agreement.
+    pairs: the pairs of tensors by name. tolerance: the largest error that counts as agreement.
     """
     errors = {name: error_of(*pair) for name, pair in pairs.items()}
     worst = max(errors.values())

@@ -34,9 +34,10 @@ def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
 
 
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Return milliseconds per step of both models with a growing cache, and what routed blocks compute.
+    """Return milliseconds per step of both models with a growing cache, and how many rows routed blocks compute.
 
-    pair: the models. rows: sequences decoded together. `share`: of the rows that a routed block computes.
+    pair: the models. rows: sequences decoded together. `share` is the share of the rows that a routed block computes, a
+    mean over blocks and steps.
     """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])

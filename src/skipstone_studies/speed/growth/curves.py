@@ -46,9 +46,9 @@ KEPT, RETURNED = (1 << 30, 1 << 25), (1 << 17, 1 << 16)
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one curve of forward passes: time and memory as one size of the model or its input grows.
 
-    Returns, besides its points: `exponents` of CPU seconds, FLOPs by `causal_flops`, peak memory and bytes of the
-    largest tensors, fitted to the last three points; `apart`, differences of these exponents; `rate`, GFLOP/s at the
-    first and last point. The exponents of time and FLOPs differ by the exponent of this rate.
+    Returns, besides its points: `exponents`, with which CPU seconds, FLOPs by `causal_flops`, peak memory and the bytes
+    of the largest tensors grow with the size, fitted to the last three points; `apart`, differences of these exponents;
+    `rate`, GFLOP/s at the first and last point. The exponents of time and FLOPs differ by the exponent of this rate.
     """
     sizes = [(value, {**recipe, recipe["axis"]: value}) for value in recipe["values"]]
     expected = [_expected(one, value) for value, one in sizes]

@@ -24,10 +24,11 @@ ROWS = 32  # of the calibration text, which directions come from
 
 @torch.no_grad()
 def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
-    """Return the source with an output head that computes exact logits of the most promising tokens only.
+    """Return the source model with an output head that computes exact logits of the most promising tokens only.
 
-    name: of the source. weights: "int8", or "float" to leave them. candidates: number of exact logits. directions: of
-    the hidden states that the preview uses to choose them, fitted on the calibration text.
+    name: the name of the source model. weights: "int8", or "float" to leave them. candidates: number of exact logits.
+    directions: number of directions of the hidden states that the preview uses to choose them, fitted on the
+    calibration text.
     """
     model = quantise(source(name)) if weights == "int8" else source(name)
     return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()

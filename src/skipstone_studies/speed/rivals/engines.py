@@ -36,7 +36,7 @@ SHARED = (
 
 
 class Engine(Protocol):
-    """Something that decodes one row greedily and can be timed."""
+    """The interface of what decodes one row greedily and can be timed."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         """Time `new` greedy tokens after the prompt ids_1T, in seconds of `now`; the prompt's pass is not timed."""
@@ -105,8 +105,8 @@ class PromptLookup:
 class LlamaCpp:
     """The engine of llama.cpp through its Python bindings, which a user installs: `pip install llama-cpp-python`.
 
-    name: of the source, a file in SKIPSTONE_DATA. format: "F16", "Q8_0", or anything else for the file as it is.
-    folder: where the file in another format is written. threads: CPU threads.
+    name: the name of the source model, a file in SKIPSTONE_DATA. format: "F16", "Q8_0", or anything else for the file
+    as it is. folder: where the file in another format is written. threads: CPU threads.
     """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
@@ -168,8 +168,8 @@ def llama(name: str) -> LlamaForCausalLM:
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
     """Return the source with linear layers in torchao's format, and the bytes of weights that a token reads.
 
-    name: of the source. bits: 8, or 4 (in groups of 32, stored in one byte each on a CPU). The tied output head keeps 4
-    bytes a weight, because torchao does not change it.
+    name: the name of the source model. bits: 8, or 4 (in groups of 32, stored in one byte each on a CPU). The tied
+    output head keeps 4 bytes a weight, because torchao does not change it.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

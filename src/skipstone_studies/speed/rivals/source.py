@@ -54,7 +54,7 @@ def _texts() -> dict[str, str]:
 def rows(name: str) -> Mapping[str, Tensor]:
     """Return token ids [ROWS, LENGTH] of each text on which ways are judged, by its title.
 
-    The rows lie at equal distances in the text. name: of the source, whose tokenizer is used.
+    The rows lie at equal distances in the text. name: the name of the source model, whose tokenizer is used.
     """
     return {title: _drawn(name, text, ROWS) for title, text in _texts().items()}
 

@@ -26,7 +26,7 @@ Way = tuple[Logits, Callable[[], float]]  # the second is asked after the first 
 
 
 def weights(model: SkipstoneForCausalLM) -> int:
-    """Return the number of weights that a token reads; an untied embedding table does not count."""
+    """Return the number of weights that decoding one token reads; an untied embedding table does not count."""
     table = 0 if model.head_is_tied else model.model.embed_tokens.weight.numel()
     return sum(p.numel() for p in model.parameters()) - table
 
@@ -66,7 +66,7 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 def teal(name: str, sparsity: float) -> Way:
     """Set inputs of every matrix to 0 that are below one threshold per matrix (TEAL, arXiv 2408.14690, uniform).
 
-    name: of the source. sparsity: share of the inputs that are set to 0 on the calibration text.
+    name: the name of the source model. sparsity: share of the inputs that are set to 0 on the calibration text.
     """
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
@@ -81,7 +81,7 @@ def teal(name: str, sparsity: float) -> Way:
 def cats(name: str, sparsity: float) -> Way:
     """Set neurons to 0 whose activation is below a threshold of their block (CATS, arXiv 2404.08763).
 
-    name: of the source. sparsity: share of the neurons that are set to 0 on the calibration text.
+    name: the name of the source model. sparsity: share of the neurons that are set to 0 on the calibration text.
     """
     model = source(name)
     blocks: Any = model.model.layers
