@@ -45,7 +45,7 @@ HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at ever
 
 @dataclass(frozen=True)
 class Run:
-    """Read access to a run folder, or to the folder of a saved model (weights and perhaps a tokenizer, but no recipe).
+    """A run folder, or the folder of a saved model (weights and perhaps a tokenizer, but no recipe), to be read.
 
     folder: path of the folder. Raises FileNotFoundError if it does not exist, and ValueError if it is neither a run nor
     a saved model.

@@ -52,8 +52,8 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 def source_of(recipe: RecipeDict, folder: Path) -> str:
     """Return the path or hub name of the checkpoint that a recipe begins with.
 
-    Raises FileNotFoundError if it does not exist. recipe: with a key `source`. folder: the run folder of the arm,
-    beside which other arms' runs are.
+    recipe: a recipe with a key `source`. folder: the run folder of the arm, beside which other arms' runs are. Raises
+    FileNotFoundError if the checkpoint does not exist.
     """
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
@@ -62,7 +62,8 @@ def source_of(recipe: RecipeDict, folder: Path) -> str:
 def source_path(name: str) -> str:
     """Return the path of a checkpoint in the folder SKIPSTONE_DATA (a folder or GGUF file), or its name on the hub.
 
-    name: such as "SmolLM2-135M-Instruct". Raises FileNotFoundError if it is neither there nor known on the hub.
+    name: the checkpoint's name, such as "SmolLM2-135M-Instruct". Raises FileNotFoundError if it is neither there nor
+    known on the hub.
     """
     data = os.environ.get("SKIPSTONE_DATA")
     for path in (Path(data, name), Path(data, f"{name}.gguf")) if data else ():

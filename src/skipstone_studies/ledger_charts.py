@@ -21,7 +21,7 @@ LONGEST = 34  # characters of a name
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
     """Draw, for each study, a bar of how many claims about arms got which verdict.
 
-    found: the claims by study.
+    found: the claims by name of the study.
     """
     counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
     across = AxisScale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
@@ -58,9 +58,10 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
-    """Draw a row per arm: the estimate with its confidence interval, beside the limit that the claim compares it with.
+    """Draw one claim with a row per arm: the estimate with its confidence interval, beside the limit it is compared
+    with.
 
-    claims: with the same text, of different arms. title: the picture's title, for screen readers.
+    claims: claims of the same text about different arms. title: the picture's title, for screen readers.
     """
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]

@@ -136,7 +136,7 @@ def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, P
 def lookup(figures: PlainMapping, key: str) -> float | None:
     """Return the number at a dotted path in nested figures; None if there is none or it is not finite.
 
-    key: such as "training.tokens".
+    key: the path, such as "training.tokens".
     """
     at: Any = figures
     for step in key.split("."):

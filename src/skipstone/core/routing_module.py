@@ -69,7 +69,7 @@ class RoutingModule(nn.Module):
         return False
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return what `advance` needs to know of one micro-batch, as an fp32 vector; None if it needs nothing.
+        """Return the statistics of one micro-batch that `advance` needs, an fp32 vector; None if it needs none.
 
         record: the mechanism's record of that forward pass. Callers average the vector over micro-batches and
         processes.

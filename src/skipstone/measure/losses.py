@@ -180,7 +180,7 @@ class TokenKinds:
     def add(
         self, nats_BT: Tensor, target_BT: Tensor, records: Sequence[Records], difficulty_BT: Tensor, real_BT: Tensor
     ) -> None:
-        """Add one batch. Tensors are [B, T] (rows, tokens) on one device.
+        """Add the losses and records of one batch. Tensors are [B, T] (rows, tokens) on one device.
 
         nats_BT: loss of each prediction, 0 where there is no target. target_BT: token ids, -100 where there is no
         target. records: decisions of the pass, a dict by mechanism name for each block. difficulty_BT: int64, as the

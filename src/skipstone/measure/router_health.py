@@ -49,7 +49,7 @@ class RouterHealth:
 
     @torch.no_grad()
     def add(self, modules: Iterable[RoutingModule], records: Sequence[Records]) -> None:
-        """Add one pass.
+        """Add the decisions of one training pass to the collection.
 
         modules: the model's mechanisms. records: decisions of the pass, a dict by mechanism name for each block.
         """

@@ -44,8 +44,8 @@ FLOAT_BYTES, SLOT_BYTES = 4, 8
 class DynamicChunkingConfig:
     """The options of dynamic chunking, in which a router learns where chunks of tokens begin.
 
-    share: the share of tokens that the ratio loss pulls the router to keep, in (0, 1); its inverse N is the intended
-    mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at least 0.
+    share: the share of a document's tokens that the ratio loss pulls the router to keep, in (0, 1); its inverse N is
+    the intended mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at least 0.
     """
 
     share: float = 0.2

@@ -14,7 +14,7 @@ from skipstone.mechanisms.schedules import UNIT, Progress
 
 
 class Exploration(nn.Module):
-    """Add Gumbel noise to router scores in training, so that tokens just below the threshold are sometimes kept.
+    """Gumbel noise on router scores in training, so that tokens just below the threshold are sometimes kept.
 
     scale: the initial factor on the noise. until: the fraction of the training, in (0, 1], over which the factor falls
     linearly to 0. The noise affects which tokens are selected, not the weights of their updates.

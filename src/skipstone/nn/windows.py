@@ -88,7 +88,7 @@ def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: 
 
 
 def out_of_bands(y_NWHE: Tensor, rows: int, length: int) -> Tensor:
-    """Return the output of attention in bands as rows [B, T, H, E].
+    """Return the output of attention in bands (`in_bands`) as rows [B, T, H, E].
 
     y_NWHE: output for B N chunks of W queries, [B N, W, H, E]. rows: B. length: T, the tokens of a row.
     """

@@ -22,7 +22,8 @@ ROUNDING = 1 + 1e-9
 def quota(capacity: float, length: int) -> int:
     """Return how many of `length` tokens a block of this capacity keeps: floor(capacity * length).
 
-    capacity: share in [0, 1]. Products that floating point puts just below an integer are rounded to it.
+    capacity: the share of the tokens to keep, in [0, 1]. Products that floating point puts just below an integer are
+    rounded to it.
     """
     return math.floor(capacity * length * ROUNDING)
 

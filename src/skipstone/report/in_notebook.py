@@ -34,10 +34,11 @@ class NotebookHTML:
 def show_text(
     pieces: Sequence[tuple[str, float]], caption: str = "", hover: str = "{:.0%} of the blocks"
 ) -> NotebookHTML:
-    """Return text in which each piece is coloured by its share of the blocks, for a notebook to display.
+    """Return text in which each piece is coloured by the share of the blocks that computed it, for a notebook to
+    display.
 
-    pieces: (text, share in [0, 1]). caption: text shown with it. hover: format of the share that is shown when the
-    pointer rests on a piece.
+    pieces: (text, share of the blocks' computation that was executed for it, in [0, 1]). caption: text shown with it.
+    hover: format of the share that is shown when the pointer rests on a piece.
     """
     return _rendered(caption=caption, text=token_picture.coloured(pieces, hover), picture=None, strongest=None)
 

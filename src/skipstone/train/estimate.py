@@ -76,7 +76,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Hours for all optimizer steps."""
+        """The hours of all optimizer steps together."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:

@@ -43,12 +43,12 @@ class TrainingPlan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of an optimizer step, if messages are sent while gradients are computed."""
+        """The seconds of an optimizer step, if messages are sent while gradients are computed."""
         return max(self.compute, self.communication) + self.update
 
     @property
     def hours(self) -> float:
-        """Hours of the whole training."""
+        """The hours of the whole training."""
         return self.whole.steps * self.seconds / 3600
 
     @property
@@ -152,7 +152,8 @@ def plan(
 class ParameterCounts:
     """Numbers of parameters of a model.
 
-    total: in the whole model. blocks: in all blocks together. largest: in the largest block.
+    total: number of parameters in the whole model. blocks: number in all blocks together. largest: number in the
+    largest block.
     """
 
     total: int

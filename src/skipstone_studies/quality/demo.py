@@ -164,7 +164,7 @@ LARGER = (
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """Return the text printed below the table: samples, arms faster than dense, and results of a larger scale.
 
-    scale: of the run. figures: the figures of every run, by arm and seed.
+    scale: the scale of the runs. figures: the figures of every run, by arm and seed.
     """
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]

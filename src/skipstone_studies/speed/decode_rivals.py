@@ -76,7 +76,11 @@ def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one way to decode: distance to the source, bytes read per token and, if it skips work in fact, speed."""
+    """Measure one way to decode: distance of its predictions to the source model's, bytes read per token, and speed.
+
+    recipe: names the source and the way. The speed is measured only for ways that really leave out work, not for those
+    that only compute what leaving it out would give.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
     try:

@@ -47,8 +47,9 @@ def perplexity(logits: list[Tensor], windows: list[Tensor]) -> float:
 def measure(source: str | Path, text: str, windows: int = 1) -> PlainDict:
     """Compare our model of a checkpoint with transformers' on the beginning of a text.
 
-    source: folder, Hub name or .gguf file. text: at least 2,000 bytes longer than what is used. windows: number of
-    windows of 512 tokens. Returns relative error of the logits, equality of greedy text, and both perplexities.
+    source: folder, Hub name or .gguf file. text: the text, of which at least 2,000 bytes more are needed than are used.
+    windows: number of windows of 512 tokens. Returns relative error of the logits, equality of greedy text, and both
+    perplexities.
     """
     with quiet():
         tokenizer = load_tokenizer(source)

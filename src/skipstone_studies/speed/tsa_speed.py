@@ -59,7 +59,8 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
     """Return the figures of prefill.
 
-    skipped: share of pairs of token and gated block that were skipped. flops, time: relative to the dense model.
+    skipped: share of pairs of token and gated block that were skipped. flops, time: FLOPs and time of a prefill,
+    relative to the dense model's.
     """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 

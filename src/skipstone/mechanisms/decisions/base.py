@@ -83,7 +83,7 @@ class Decision(nn.Module):
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return what the update after an optimizer step (`advance`) needs of a micro-batch, an fp32 vector, or None.
+        """Return the statistics of a micro-batch's scores that `advance` needs, an fp32 vector; None if it needs none.
 
         score_BT: router scores. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism.
         """

@@ -136,7 +136,7 @@ def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokeniz
 
 
 class Boundary(Decision):
-    """Keep the tokens at word boundaries, recognised by their ids, and the first token of each document.
+    """A decision that keeps tokens at word boundaries, recognised by their ids, and each document's first token.
 
     boundary: the options; None means the defaults. seed: the seed of the pattern of positions that are kept too during
     a warm-up of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table are not. With

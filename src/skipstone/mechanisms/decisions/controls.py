@@ -18,7 +18,10 @@ from skipstone.ops import reference as ops
 
 
 def hashed(position_BT: Tensor, seed: int) -> Tensor:
-    """Return pseudo-random numbers in [0, 1) from position_BT and seed, the fractions of large sines, fp32 [B, T]."""
+    """Return a pseudo-random number in [0, 1) for each position, which depends on it and the seed alone, fp32 [B, T].
+
+    position_BT: the positions. The numbers are the fractional parts of large sines.
+    """
     turned = torch.sin(position_BT.double() * 12.9898 + seed * 78.233) * 43758.5453
     return (turned - turned.floor()).float()
 

@@ -52,10 +52,12 @@ class FixedThreshold(ScoreThreshold):
 
 
 class Threshold(Decision):
-    """Keep tokens with score > 0 in generation and the top `capacity` share in training; a loss aligns the two.
+    """A decision that keeps tokens with score > 0 in generation, and in training the top `capacity` share of a
+    document's.
 
-    The loss is a binary cross-entropy of the scores against the training decision (Mixture-of-Depths, arXiv 2404.02258,
-    section 3.5, first method). Its gradient reaches the router and, unless the router's input is detached, the model.
+    A loss aligns the two: a binary cross-entropy of the scores against the training decision (Mixture-of-Depths, arXiv
+    2404.02258, section 3.5, first method). Its gradient reaches the router and, unless the router's input is detached,
+    the model.
     """
 
     is_causal = True
@@ -77,11 +79,12 @@ class Threshold(Decision):
 
 
 class Predictor(Decision):
-    """Keep the top `capacity` share in training, and in generation the tokens for which a small MLP predicts this.
+    """A decision that keeps the top `capacity` share in training, which a small MLP predicts for generation.
 
-    The MLP reads the router's input, detached, and learns from the training decision by binary cross-entropy; the model
-    gets no gradient from it (Mixture-of-Depths, arXiv 2404.02258, section 3.5, second method). width: size of the
-    input. norm: whether it is divided by its root mean square.
+    In generation, a token is kept if the MLP predicts that training would keep it. The MLP reads the router's input,
+    detached, and learns from the training decision by binary cross-entropy; the model gets no gradient from it
+    (Mixture-of-Depths, arXiv 2404.02258, section 3.5, second method). width: size of the input. norm: whether it is
+    divided by its root mean square.
     """
 
     is_causal = True
@@ -110,7 +113,7 @@ class Predictor(Decision):
 
 
 class ThresholdP(Decision):
-    """Keep tokens with sigmoid(score) > p, in training and generation alike.
+    """A decision that keeps tokens with sigmoid(score) > p, in training and generation alike.
 
     threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a threshold. How many tokens
     are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls it to the capacity. load: the share of a

@@ -19,7 +19,7 @@ from skipstone.mechanisms.schedules import Capacity
 
 
 class EmaThreshold(Decision):
-    """Keep tokens whose score exceeds a running average of the (1 - capacity) quantile of scores.
+    """A decision that keeps tokens whose score exceeds a running average of the (1 - capacity) quantile of scores.
 
     Training and generation decide alike. After Expert Threshold routing (arXiv 2603.11535), proposed there for experts.
     threshold: the running average, fp32 []. steps: int64 [], the number of steps that it averages. It changes only in

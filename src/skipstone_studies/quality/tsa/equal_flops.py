@@ -85,7 +85,10 @@ def _exit_points(figures: Figures) -> list[Point]:
 
 
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
-    """Return for each seed the loss differences to a rival by block of text. rival: a key of `RIVALS`."""
+    """Return by how much an arm's losses differ from a rival's on each block of the text, one list for each seed.
+
+    seeds: the arm's figures by seed, as `at_equal_flops` returns them for an arm. rival: a key of `RIVALS`.
+    """
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 
 

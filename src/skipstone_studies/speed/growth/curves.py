@@ -167,7 +167,10 @@ def peak_bytes(run: Callable[[], object]) -> float:
 
 
 def resident(name: str) -> int:
-    """Return a size in bytes from this process's status file; name: such as VmRSS or VmHWM."""
+    """Return a size in bytes from this process's status file.
+
+    name: the entry of the file, such as VmRSS or VmHWM.
+    """
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
