@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,33 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     long = {where for name, text in sources("src", "tests").items() for where in long_functions(name, text)}
     assert long == set(LONG_FUNCTIONS), "split the function, or keep LONG_FUNCTIONS true"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not even inside functions or for types alone: what imports each other cannot be read or moved alone."""
+    texts = {module_of(name): text for name, text in sources("src").items()}
+    graph = {module: modules_imported(text, texts) - {module} for module, text in texts.items()}
+    assert sum(map(len, graph.values())) > len(graph)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def module_of(file: str) -> str:
+    return ".".join(Path(file).with_suffix("").parts).removeprefix("src.").removesuffix(".__init__")
+
+
+def modules_imported(source: str, known: Container[str]) -> set[str]:
+    """Those of `known` that a source imports; `from package import module` is an import of the module."""
+    found = set()
+    for node, _ in facts(source).imports:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module or "" for name in inside}
+    return {name for name in found if name in known}
 
 
 def test_only_core_records_asks_what_kind_a_record_is() -> None:

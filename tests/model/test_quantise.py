@@ -57,17 +57,19 @@ def test_few_and_many_tokens_equal_the_restored_weights(
 @pytest.mark.parametrize("inputs", [40, 128])
 def test_any_range_of_rows_is_computed_alone(inputs: int) -> None:
     native = pytest.importorskip("skipstone.ops.int8_native")
+    from skipstone.ops.int8_linear_native import linear
+
     number, scale = int8.quantise(torch.randn(13, inputs))
     x, rounded, unit = torch.randn(3, inputs), torch.empty(3, inputs, dtype=torch.int16), torch.empty(3)
     sizes = (3, 13, inputs, 1)
     native.round_tokens((x.data_ptr(), rounded.data_ptr(), unit.data_ptr()), sizes)
     assert torch.allclose(rounded * unit[:, None], x, atol=2e-4)
-    alone = native.linear(x, number, scale)
+    alone = linear(x, number, scale)
     shared = torch.full((3, 13), float("nan"))
     places = (rounded.data_ptr(), unit.data_ptr()) if inputs == 128 else (0, 0)
     addresses = (number.data_ptr(), scale.data_ptr(), x.data_ptr(), shared.data_ptr(), *places)
     for first, last in ((0, 4), (4, 9), (9, 13)):
-        native._some_rows(addresses, sizes, first, last)
+        native.some_rows(addresses, sizes, first, last)
     assert torch.allclose(shared, alone, atol=1e-5)
 
 
@@ -102,7 +104,7 @@ def test_several_threads_share_the_rows(
     tokens: int, inputs: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large enough to be shared, with a number of rows that they cannot share evenly."""
-    native = pytest.importorskip("skipstone.ops.int8_native")
+    native = pytest.importorskip("skipstone.ops.int8_linear_native")
     number, scale = int8.quantise(torch.randn(1537, inputs))
     x = torch.randn(tokens, inputs)
     alone = native.linear(x, number, scale)
@@ -117,7 +119,7 @@ def test_several_threads_share_the_rows(
 @pytest.mark.parametrize("inputs", [64, 192])
 def test_any_number_of_tokens_equals_them_one_by_one(tokens: int, inputs: int) -> None:
     """Weights are read once for 8, 4, 2 or 1 of them, and the sums of several tokens are folded into one another."""
-    native = pytest.importorskip("skipstone.ops.int8_native")
+    native = pytest.importorskip("skipstone.ops.int8_linear_native")
     number, scale = int8.quantise(torch.randn(5, inputs), 64)
     x = torch.randn(tokens, inputs)
     alone = torch.cat([native.linear(each[None], number, scale) for each in x])

@@ -92,7 +92,7 @@ def _kernels() -> bool:
 
 @cache
 def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = import_module("skipstone.ops.int8_native").linear
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor] = import_module("skipstone.ops.int8_linear_native").linear
     return linear
 
 

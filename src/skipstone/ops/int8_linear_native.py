@@ -1,0 +1,63 @@
+"""A linear layer with int8 weights for few tokens, by the kernels that numba compiles.
+
+Weights usually lie output by output (`int8_native.py`); those whose neurons are chosen in a compiled step of all blocks
+lie input by input (`decode_neurons_native.py`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipstone.ops.decode_neurons_native import summed
+from skipstone.ops.int8_dot import GROUP
+from skipstone.ops.int8_native import crew, round_tokens, some_rows
+from skipstone.ops.workers import share, threads
+
+LEAST = 1 << 17  # weights below which a second thread costs more than it saves
+
+
+def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
+    """Return x (scale * weight)^T, [..., O] in the dtype of x, reading each int8 weight from memory once.
+
+    x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], or [O, I / 64].
+    """
+    outputs, inputs = weight_OI.shape
+    given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    if outputs % 16 == inputs % GROUP == 0 and scale.dtype == torch.float32 and _by_input(weight_OI, scale):
+        _summed(given, weight_OI, scale, y)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+    if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
+        weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
+    sizes = (x.numel() // inputs, outputs, inputs, scale.numel() // outputs)
+    addresses = (weight_OI.data_ptr(), scale.data_ptr(), given.data_ptr(), y.data_ptr())
+    if inputs % GROUP == 0:
+        tokens = np.empty((sizes[0], inputs), np.int16), np.empty(sizes[0], np.float32)
+        at = tokens[0].ctypes.data, tokens[1].ctypes.data
+        round_tokens((given.data_ptr(), *at), sizes)
+    else:
+        at = 0, 0
+    parts = threads() if weight_OI.numel() >= LEAST else 1
+    if parts == 1:
+        some_rows((*addresses, *at), sizes, 0, outputs)
+    else:
+        share(crew, ((*addresses, *at), sizes), parts)
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _by_input(weight_OI: Tensor, scale: Tensor) -> bool:
+    """Return whether the numbers of an input lie next to each other, as a compiled step of all blocks stores some."""
+    scales_lie = scale.dim() == 1 or scale.t().is_contiguous()
+    return not weight_OI.is_contiguous() and weight_OI.t().is_contiguous() and scales_lie
+
+
+def _summed(x: Tensor, weight_OI: Tensor, scale: Tensor, y: Tensor) -> None:
+    """Compute the product with a weight that lies input by input."""
+    (outputs, inputs), tokens = weight_OI.shape, y.numel() // weight_OI.shape[0]
+    whole, unit = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
+    places = (0, whole.ctypes.data, unit.ctypes.data)
+    round_tokens((x.data_ptr(), *places[1:]), (tokens, outputs, inputs, 0))
+    matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
+    summed(matrix, x.data_ptr(), places, (tokens, inputs, outputs), np.arange(inputs), y.data_ptr(), 0, outputs)
