@@ -48,5 +48,5 @@ def test_sealed_files_notice_changes(tmp_path: Path) -> None:
         check_text(text.replace("data", "date"), path)
     line = json.loads(sealed_line({"step": 1, "loss": 0.1}))
     assert unsealed_line(line) == {"step": 1, "loss": 0.1}
-    with pytest.raises(ValueError, match="its crc32 is another"):
+    with pytest.raises(ValueError, match="its crc32 does not match"):
         unsealed_line({**line, "loss": 0.2})

@@ -66,7 +66,9 @@ def test_a_budget_that_cannot_be_met_is_one_line(copied: Path, text: dict[str, A
     torch.manual_seed(1)
     other = SkipstoneForCausalLM(SkipstoneConfig(vocab_size=600, hidden_size=32, num_hidden_layers=1))
     other.save_pretrained(copied.parent / "other")
-    with pytest.raises(ValueError, match=r"kl 1e-06 cannot be met: the least of this model is .* with 600 candidates"):
+    with pytest.raises(
+        ValueError, match=r"kl 1e-06 cannot be met: the smallest that this model reaches is .* with 600 candidates"
+    ):
         kl_run(copied, 1e-6, source=str(copied.parent / "other"), corpus=text["corpus"], context=24, rows=2)
     with pytest.raises(ValueError, match="kl must be above 0"):
         kl_run(copied, 0.0, corpus=text["corpus"])

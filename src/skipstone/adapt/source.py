@@ -77,7 +77,7 @@ def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrained
         )
     own = load_tokenizer(name)
     if own is None:
-        print(f"skipstone: teacher {name} has no tokenizer; taken to be the student's", file=sys.stderr)  # noqa: T201
+        print(f"skipstone: teacher {name} has no tokenizer; it is assumed to use the student's", file=sys.stderr)  # noqa: T201
     elif own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"teacher {name}: its tokenizer gives other ids than the student's; they must be the same")
     return teacher

@@ -67,7 +67,7 @@ class BudgetTable:
             if len(point.thresholds) != len(self.handles):
                 raise ValueError(f"points must have a threshold for each of {len(self.handles)} handles, got {point}")
         if not self.points:
-            raise ValueError("points must be at least one")
+            raise ValueError("points must not be empty")
 
     def __str__(self) -> str:
         low, high = self.range

@@ -84,7 +84,9 @@ def unsealed_line(values: PlainDict) -> PlainDict:
         return values
     content = {name: value for name, value in values.items() if name != LINE_KEY}
     if values[LINE_KEY] != _crc(content):
-        raise ValueError(f"it is damaged or was edited: its {LINE_KEY} is another (remove that key if you edited it)")
+        raise ValueError(
+            f"it is damaged or was edited: its {LINE_KEY} does not match (remove that key if you edited it)"
+        )
     return content
 
 

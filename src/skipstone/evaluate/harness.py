@@ -74,7 +74,7 @@ def evaluate_tasks(
     loaded = Run(run)
     tokenizer = loaded.load_tokenizer()
     if tokenizer is None:
-        raise ValueError(f"{str(run)!r} has no tokenizer, and tasks are text")
+        raise ValueError(f"{str(run)!r} has no tokenizer, which tasks need because they are text")
     manager = _manager(tasks, include_path)
     model: Any = loaded.load_model().to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     require_causal(model.routing_modules())

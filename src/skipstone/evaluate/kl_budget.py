@@ -159,7 +159,7 @@ def _best(found: Sequence[AtSetting], limit: float) -> AtSetting:
     if not within:
         nearest = min(found, key=lambda one: one.kl)
         raise ValueError(
-            f"kl {limit:g} cannot be met: the least of this model is {nearest.kl:.2g} nats a token, with "
+            f"kl {limit:g} cannot be met: the smallest that this model reaches is {nearest.kl:.2g} nats a token, with "
             f"{nearest.setting}"
         )
     return min(within, key=lambda one: one.bytes)

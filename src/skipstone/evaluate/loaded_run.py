@@ -41,7 +41,8 @@ class LoadedRun:
             if name in self.passes:
                 return self.passes[name]
         raise ValueError(
-            f"{self.run.name}: decision 'forced' decides nothing itself: measured on data of known difficulty only"
+            f"{self.run.name}: decision 'forced' makes no decisions of its own, so it is measured on data of known "
+            "difficulty only"
         )
 
     @property

@@ -55,7 +55,7 @@ def write_trace(
     if context is not None and not 1 <= context <= longest:
         raise ValueError(f"context must be from 1 to {longest} (max_position_embeddings), got {context}")
     if causal_obstacle(model.routing_modules()):
-        warnings.warn("this model has no causal decisions; these have sight of the whole row", stacklevel=2)
+        warnings.warn("this model cannot decide causally; the traced decisions see the whole row", stacklevel=2)
     ids: list[int] = tokenizer(read_text(text).removeprefix(BYTE_ORDER_MARK))["input_ids"][:limit]
     done = None if report is None else (lambda tokens: report(tokens, len(ids)))
     parts = depth_maps(model, ids, min(context or longest, len(ids) or 1), done)

@@ -119,10 +119,14 @@ class TokenSelectiveConfig:
 
     def _check_passes(self) -> None:
         if self.training != "soft" and self.execution == "soft":
-            raise ValueError(f"training {self.training!r} needs execution 'hard', or it trains what is not executed")
+            raise ValueError(
+                f"training {self.training!r} needs execution 'hard', because it would otherwise train a pass that is "
+                "not executed"
+            )
         if self.kv == "kept" and self.training != "hard":
             raise ValueError(
-                f"kv 'kept' needs training 'hard', got {self.training!r}: else keys that are dropped were trained with"
+                f"kv 'kept' needs training 'hard', got {self.training!r}: otherwise training would use keys that "
+                "execution drops"
             )
 
 

@@ -220,7 +220,7 @@ class ModelFields:
             sizes = ", ".join(f"{name} {getattr(self, name):,}" for name in SIZES[:4])
             raise ValueError(
                 f"{sizes}: these weights would be {4 * self.weights() / 2**40:,.0f} TiB in fp32; at most "
-                f"{MOST_BYTES >> 40} TiB are taken"
+                f"{MOST_BYTES >> 40} TiB are accepted"
             )
 
     def weights(self) -> int:

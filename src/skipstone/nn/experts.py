@@ -78,7 +78,8 @@ class ExpertsConfig:
             raise ValueError(f"top_k must be at most count + no_op = {self.total}, got {self.top_k}")
         if self.top_k == 1 and self.renormalise:
             raise ValueError(
-                "renormalise must be false with top_k 1: a single weight would always be 1, and the router idle"
+                "renormalise must be false with top_k 1: a single weight would always be 1, and the router would not "
+                "learn"
             )
         if self.intermediate_size is not None and (
             self.intermediate_size < 1 or self.intermediate_size % ROW_OF_16_BYTES

@@ -43,8 +43,8 @@ def together() -> Iterator[None]:
                 raise
             time.sleep(PATIENCE)
             raise PeerLostError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} stops because another has ended; the cause is "
-                "in the lines of that process"
+                f"process {dist.get_rank()} of {dist.get_world_size()} stops because another has ended; the output "
+                "of that process tells the cause"
             ) from error
 
 

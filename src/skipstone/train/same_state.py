@@ -51,7 +51,7 @@ def compare(tensors: dict[str, Tensor], numbers: dict[str, float], device: torch
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise ValueError(
-            f"the processes have parted: {differing[0]!r}{more} differed between them at step {step}; resume from the "
+            f"the processes have diverged: {differing[0]!r}{more} differed at step {step}; resume from the "
             "last checkpoint, which was written before"
         )
 
