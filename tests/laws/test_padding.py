@@ -11,7 +11,6 @@ from skipstone.ops.reference import quota
 
 LENGTHS = (LENGTH, 9, 4)
 DOCUMENTS = [(0, 6), (6, 13), (13, LENGTH)]
-NO_FUTURE = {"routing": "causal"}
 
 
 def modes(chosen: Case) -> list[str]:

@@ -50,7 +50,7 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
             passing[m.placement.layer][m.placement.name] = kept * tokens
         return cost(model, tokens=tokens, kept={} if mixtures else passing).forward.total / dense
 
-    kept = round(_crossing(share, budget, dense), 4)
+    kept = round(_crossing(share, budget), 4)
     return (kept, None) if mixtures else (None, kept)
 
 
@@ -74,7 +74,7 @@ def close(model: SkipstoneForCausalLM) -> bool:
     return any(ended)
 
 
-def _crossing(share: Callable[[float], float], budget: float, dense: float) -> float:
+def _crossing(share: Callable[[float], float], budget: float) -> float:
     low, high = 1e-4, 1.0
     if not share(low) <= budget <= share(high):
         raise ValueError(

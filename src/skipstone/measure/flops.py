@@ -48,14 +48,12 @@ class FlopCount:
     """The FLOPs of all operations that executed while a function ran. A multiply-accumulate counts as 2.
 
     total: all FLOPs. by_kind: FLOPs by part of the model: "attention_linear", "attention_score", "mlp", "router",
-    "head" and "other" in forward passes, "backward" for all backward passes. by_op: FLOPs by name of the PyTorch
-    operation. unknown: names of executed operations that are neither counted nor known to be free; if there are any,
-    the total is incomplete.
+    "head" and "other" in forward passes, "backward" for all backward passes. unknown: names of executed operations that
+    are neither counted nor known to be free; if there are any, the total is incomplete.
     """
 
     total: int
     by_kind: Mapping[str, int]
-    by_op: Mapping[str, int]
     unknown: tuple[str, ...]
 
 
@@ -80,9 +78,8 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
     counter = FlopCounterMode(display=False, custom_mapping={op: tally(formula) for op, formula in TABLE.items()})
     with _Operations() as operations, counter:
         fn()
-    by_op = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     unknown = sorted({str(op) for op in operations.seen if op.overloadpacket not in TABLE and not is_free(op)})
-    return FlopCount(total=counter.get_total_flops(), by_kind=dict(by_kind), by_op=by_op, unknown=tuple(unknown))
+    return FlopCount(total=counter.get_total_flops(), by_kind=dict(by_kind), unknown=tuple(unknown))
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:

@@ -30,7 +30,6 @@ LINEAR = (nn.Linear, OutputLinear, Int8Linear)
 NORMS = (RMSNorm, OffsetRMSNorm)
 INSIDE = ("block", "attention", "mlp")
 ALONE = -1.0  # the decay of a mixture that depends on the token alone
-ROUTER_COLUMNS = 6
 
 
 def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:

@@ -225,4 +225,3 @@ QUANTISED_SMOLLM2 = quantised(
     text={"corpus": "wikitext-2", "split": "test", "context": 256},
     group=32,
 )
-QUANTISED_STUDIES = (QUANTISED, QUANTISED_GROUPS, QUANTISED_SMOLLM2)
