@@ -75,15 +75,18 @@ def read_tokenizer(source: str | Path, **options: object) -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
-    folder = Path(source)
-    check_tokenizer_files(folder)
+    folder, gguf_file = Path(source), options.get("gguf_file")
+    if gguf_file is None:
+        check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises plain Exception
         whole = folder / "tokenizer.json"
-        if whole.is_file() and (reason := _why_unreadable(whole)):
+        if isinstance(gguf_file, str):
+            folder = folder / gguf_file
+        elif whole.is_file() and (reason := _why_unreadable(whole)):
             raise ValueError(f"{str(whole)!r} is no definition of a tokenizer: {reason}") from error
-        raise ValueError(f"the tokenizer in {str(source)!r} cannot be loaded: {_first_lines(error)}") from error
+        raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {_first_lines(error)}") from error
 
 
 def _why_unreadable(path: Path) -> str | None:

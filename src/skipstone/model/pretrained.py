@@ -21,13 +21,14 @@ from transformers.utils import cached_file
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.core.progress_bar import stages
-from skipstone.core.source_files import check_tokenizer_files, read_tokenizer
+from skipstone.core.source_files import check_tokenizer_files, read_tokenizer, require_file
 from skipstone.core.strict import PlainDict
 from skipstone.model.adapters import base_of, merged
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
+from skipstone.model.gguf_header import Header, check_tensors, complete_config, read_header
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
 from skipstone.model.source_folder import ADAPTER, check_folder, check_room
 from skipstone.model.weight_files import check_weight_files
@@ -65,18 +66,33 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     """
     name, gguf_file = _locate(source, gguf_file)
     folder = Path(name)
-    check_folder(folder)
-    if not (folder / ADAPTER).is_file():
+    _check_source(folder, gguf_file)
+    if gguf_file is not None or not (folder / ADAPTER).is_file():
         return _load(name, gguf_file, dtype, _as_it_is)
     base = base_of(folder)
     try:
         name, gguf_file = _locate(base, None)
-        check_folder(Path(name))
+        _check_source(Path(name), gguf_file)
         model = _load(name, gguf_file, dtype, partial(merged, folder))
     except FileNotFoundError as error:
         raise ValueError(f"{str(folder)!r}: the base of the adapter (base_model_name_or_path): {error}") from None
     model.name_or_path = str(folder)
     return model
+
+
+def _check_source(folder: Path, gguf_file: str | None) -> None:
+    """Raise ValueError if a source is damaged or would be read wrongly.
+
+    Of the folder of a GGUF file, only that file counts, and an adapter, which transformers would apply.
+    """
+    if gguf_file is None:
+        check_folder(folder)
+    elif folder.is_dir():
+        require_file(folder / gguf_file)
+        if (folder / ADAPTER).is_file():
+            raise ValueError(
+                f"{str(folder)!r} holds {gguf_file} and an adapter ({ADAPTER}); move one of them elsewhere"
+            )
 
 
 def _as_it_is(model: PreTrainedModel) -> PreTrainedModel:
@@ -92,13 +108,16 @@ def _load(
         ours = changed(_load_ours(name, dtype))
         assert isinstance(ours, SkipstoneForCausalLM)
         return ours
-    with about(name), quiet():
+    label, header = _label(name, gguf_file), _header(name, gguf_file)
+    with about(label), quiet():
         family_of(values)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **_gguf(gguf_file))
+        if header is not None:
+            complete_config(config, header)
         translated = config_of(config)  # refuses before gigabytes are read
     if gguf_file is None:
         check_weight_files(Path(name), quantised=False)
-    with about(name), quiet():
+    with about(label), quiet():
         if gguf_file is None:
             check_room(Path(name), translated.weights())
         theirs, info = AutoModelForCausalLM.from_pretrained(
@@ -111,8 +130,10 @@ def _load(
             **_gguf(gguf_file),
         )
         check_complete(info)
+        if header is not None:
+            check_tensors(list(theirs.state_dict()), config.num_hidden_layers, header)
     theirs = changed(theirs)
-    with about(name), quiet():
+    with about(label), quiet():
         return _translate(theirs, translated)
 
 
@@ -143,6 +164,8 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """Return the folder or hub name, and the name of the GGUF file in it if `source` is one."""
     path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf" != path.suffix and path.is_file():
+        raise ValueError(f"source {str(source)!r} must end in .gguf, which transformers' reader expects; rename it")
     if path.suffix == ".gguf" and path.is_file():
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"source {str(source)!r} needs a package: pip install 'skipstone[gguf]'")
@@ -168,7 +191,9 @@ def _config_values(name: str, gguf_file: str | None) -> PlainDict:
             values, _ = PreTrainedConfig.get_config_dict(name, **_gguf(gguf_file))
     except Exception as error:
         if Path(name).is_dir() or not isinstance(error, OSError):
-            raise ValueError(f"{name!r} holds no model that can be read: {one_line(error)}") from error
+            raise ValueError(
+                f"{_label(name, gguf_file)!r} holds no model that can be read: {one_line(error)}"
+            ) from error
         raise FileNotFoundError(
             f"{name!r} is neither a folder nor a model that the hub has: {one_line(error)}"
         ) from None
@@ -213,10 +238,25 @@ def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrain
     if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return load_tokenizer(base_of(Path(name)))
     present = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
-    if gguf_file is None and not any(present):
+    header = _header(name, gguf_file)
+    if (gguf_file is None and not any(present)) or (header is not None and not header.has_tokenizer):
         return None
     with quiet():
         return read_tokenizer(name, **_gguf(gguf_file))
+
+
+def _header(name: str, gguf_file: str | None) -> Header | None:
+    """Return the header of a GGUF file in a folder or hub repository; None if the source is none."""
+    if gguf_file is None:
+        return None
+    path = cached_file(name, gguf_file)
+    with about(_label(name, gguf_file)), quiet():
+        return read_header(Path(str(path)))
+
+
+def _label(name: str, gguf_file: str | None) -> str:
+    """Return the source's name for messages: the folder or hub name, or the path of the GGUF file."""
+    return name if gguf_file is None else str(Path(name) / gguf_file)
 
 
 def _gguf(gguf_file: str | None) -> dict[str, str]:
