@@ -105,17 +105,17 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 
 
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in fp32 with the recipe `plain` as it is, in the folder `root`."""
+    """Train in fp32 with the recipe `plain` unchanged, in the folder `root`, and return the figures of the run."""
     return figures(_train(plain, root, "whole"))
 
 
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in bf16 under autocast."""
+    """Train with the recipe `plain` in bf16 under autocast, and return the figures of the run."""
     return figures(_train(plain, root, "bf16", precision="bf16"))
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train under FSDP2, and compare the losses with those of the unsharded run."""
+    """Train under FSDP2, and return the figures of the run and whether its losses equal the unsharded run's."""
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
 
