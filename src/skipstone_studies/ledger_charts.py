@@ -58,8 +58,7 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
-    """Draw one claim with a row per arm: the estimate with its confidence interval, beside the limit it is compared
-    with.
+    """Draw one claim with a row per arm: the estimate with its confidence interval, beside the limit for it.
 
     claims: claims of the same text about different arms. title: the picture's title, for screen readers.
     """
@@ -118,7 +117,7 @@ def grid(across: AxisScale, rows: int) -> list[Markup]:
 
 
 def name(i: int, text: str) -> Markup:
-    """Draw the name of row `i` to its left, cut after 34 characters."""
+    """Draw the name `text` to the left of row `i`, cut after 34 characters."""
     cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return svg.text(LEFT - 8, middle(i), cut, "tick", text_anchor="end")
 

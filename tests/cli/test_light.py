@@ -225,8 +225,9 @@ print(AutoModelForSequenceClassification._model_mapping[skipstone.SkipstoneConfi
 """
 
 
+# transformers is imported before the thread starts: two threads that import it at once fail without Skipstone, too.
 IN_A_THREAD = """
-import importlib, threading, skipstone
+import importlib, threading, skipstone, transformers
 load = threading.Thread(target=importlib.import_module, args=["transformers.models.auto.modeling_auto"])
 load.start()
 from transformers import AutoConfig

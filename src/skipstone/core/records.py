@@ -67,8 +67,9 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Convert this record of some selected tokens into one for all tokens; part and state are as in
-        `DepthRecord.lift`.
+        """Convert this record of some selected tokens into one for all tokens.
+
+        part and state are as in `DepthRecord.lift`.
         """
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(
@@ -96,8 +97,9 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Convert this record of some selected tokens into one for all tokens; part and state are as in
-        `DepthRecord.lift`.
+        """Convert this record of some selected tokens into one for all tokens.
+
+        part and state are as in `DepthRecord.lift`.
         """
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
@@ -128,8 +130,9 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Convert this record of some selected tokens into one for all tokens; part and state are as in
-        `DepthRecord.lift`.
+        """Convert this record of some selected tokens into one for all tokens.
+
+        part and state are as in `DepthRecord.lift`.
         """
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),

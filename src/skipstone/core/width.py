@@ -225,12 +225,11 @@ class FeedForward(nn.Module):
         return tokens
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return how many passes through the MLP (see `dense_passes`) the tokens of one row make; parts of passes
-        count.
+        """Return how many passes through the MLP the tokens of one row make, as a number that need not be whole.
 
-        tokens: number of the row's tokens that reach the MLP. kept: the dict that `measured` returned for a forward
-        pass; without an entry of this MLP, the result follows from the configuration. single_token: whether the call
-        has one token and needs no gradients, so that matrices can be read in part.
+        A pass is defined in `dense_passes`. tokens: number of the row's tokens that reach the MLP. kept: the dict that
+        `measured` returned for a forward pass; without an entry of this MLP, the result follows from the configuration.
+        single_token: whether the call has one token and needs no gradients, so that matrices can be read in part.
         """
         return tokens
 

@@ -146,8 +146,9 @@ def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:
 
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, on the same file system so that renaming is atomic, and remove it
-    afterwards.
+    """Yield a temporary path beside `target`, and remove it afterwards.
+
+    It is on the same file system, so that renaming is atomic.
     """
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)

@@ -119,8 +119,9 @@ def _picked(name: str, value: Any, subset: Subset, keys_too: bool) -> Any:
 
 
 def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
-    """Return the rows of these queries of a mask [B or 1, H or 1, T, S], with `keys_too` also only the columns of these
-    keys.
+    """Return the rows of these queries of a mask [B or 1, H or 1, T, S].
+
+    keys_too: whether only the columns of these tokens as keys are kept, too.
     """
     B, T = subset.shape
     if mask.dim() != 4 or mask.shape[2] != T:

@@ -256,8 +256,9 @@ class BlockCall:
         return delta
 
     def _square(self, length: int, device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
-        """Return a function that makes causality explicit; implicit causal masks assume that queries and keys are the
-        same tokens.
+        """Return a function that makes causality explicit.
+
+        Implicit causal masks assume that queries and keys are the same tokens.
         """
         return lambda mask: causal_mask(mask, length, device)
 

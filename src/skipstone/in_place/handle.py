@@ -1,5 +1,4 @@
-"""`route` puts mechanisms around the blocks of any transformers decoder in place; `RoutedDecoder` is the handle to
-them.
+"""`route` puts mechanisms around the blocks of any transformers decoder in place, and returns a `RoutedDecoder`.
 
 Shape letters: B rows, T tokens of the call, D width.
 """

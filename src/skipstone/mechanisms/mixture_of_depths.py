@@ -88,8 +88,9 @@ class MixtureOfDepths(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The share of a document's tokens that the block keeps after any warm-up; `decision.capacity.now` is the
-        present one.
+        """The share of a document's tokens that the block keeps after any warm-up.
+
+        `decision.capacity.now` is the present share.
         """
         return self.decision.capacity.final
 

@@ -164,8 +164,9 @@ class TokenSelective(DepthMechanism):
 
     @property
     def capacity(self) -> float | None:
-        """The share of a document's tokens that passes with skipping keep after any warm-up; None if a threshold
-        decides.
+        """The share of a document's tokens that passes with skipping keep after any warm-up.
+
+        None if a threshold decides.
         """
         return None if self.decision is None else self.decision.capacity.final
 

@@ -300,8 +300,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"routing": "causal", "noise": False, **inputs}
 
     def _outgrown(self, input_ids: Any, cache: Cache | None) -> bool:
-        """Return whether longrope now uses its frequencies for long rows while the cached keys were rotated by the
-        others.
+        """Return whether the cached keys were rotated by longrope's frequencies for short rows, and now the long apply.
 
         The row is then computed anew, once, as transformers does.
         """

@@ -173,8 +173,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Work:
-    """The work of one block for a row: token counts of its sub-layers, and its routing modules with the tokens that
-    reach each.
+    """The work of one block for a row: token counts of its sub-layers, and of its routing modules.
 
     passes: through the MLP with all neurons on, or through any one expert.
     """

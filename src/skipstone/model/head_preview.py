@@ -83,8 +83,10 @@ def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_pr
 
 
 def _directions(parts: list[Tensor], centred_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return matrices [D, D] that turn the head's rows and hidden states so that products stay, and the mean squares
-    of the turned states [D]. In each direction the turned rows have a mean square of 1.
+    """Return matrices that turn the head's rows and the hidden states, and the mean squares of the turned states.
+
+    The matrices, [D, D], leave the products of rows and states as they are. In each direction the turned rows have a
+    mean square of 1. The mean squares are [D].
     """
     D = centred_ND.shape[1]
     covariance = (centred_ND.t() @ centred_ND).double() / len(centred_ND)

@@ -65,8 +65,9 @@ def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Litera
 
 
 def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
-    """Yield the tokens that each mechanism keeps, from the outermost in; query tokens are those that all outer ones
-    keep too.
+    """Yield the tokens that each mechanism keeps, from the outermost in.
+
+    Query tokens are those that all outer ones keep too.
     """
 
     reached_BT = rows_B = None
@@ -83,8 +84,9 @@ def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> It
 def _counts(
     given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str, rows_B: torch.Tensor | None = None
 ) -> TokenCounts:
-    """Count the kept tokens and the query tokens of a row. rows_B: the rows that are computed at all; None
-    means all.
+    """Count the kept tokens and the query tokens of a row.
+
+    rows_B: the rows that are computed at all; None means all.
     """
     if rows_B is not None and not rows_B.all():
         share = Fraction(int(rows_B.sum()), len(rows_B))

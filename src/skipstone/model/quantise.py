@@ -56,8 +56,9 @@ def _with_format(model: SkipstoneForCausalLM, weight_format: str, group: int | N
 
 
 def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
-    """Return the layers with int8 weights, including those that share the weight of another one, by name, with the
-    number of inputs that share a scale.
+    """Return the layers with int8 weights by name, with the number of inputs that share a scale.
+
+    Layers that share the weight of another one are included.
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)

@@ -96,8 +96,9 @@ def _real(call: Call) -> Tensor | None:
 
 
 def _reaches_back(mask: Tensor, call: Call) -> bool:
-    """Return whether the mask covers all tokens so far; compiled steps, which cannot check, assume so unless its width
-    is T.
+    """Return whether the mask covers all tokens so far.
+
+    Compiled steps, which cannot check, assume so unless its width is T.
     """
     if isinstance(call.seen, Tensor) and torch.compiler.is_compiling():
         return mask.shape[1] > call.shape[1]

@@ -208,8 +208,9 @@ class Attention(nn.Module):
         return self._attend(query, *self._stored(tokens, queries, kv, rows))
 
     def _stored(self, tokens: Tokens, queries: Tokens, kv: RaggedStore, rows: RowSubset | None) -> Seen:
-        """Return stored keys and values of these rows (None means all), without a mask if the newest token attends to
-        all of them.
+        """Return the stored keys and values of some rows, without a mask if the newest token attends to all of them.
+
+        rows: None means all.
         """
         window = self._closed(tokens)
         newest = None if window is None else window - 1 + tokens.length  # no more columns hold what a window reaches
@@ -250,8 +251,9 @@ def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> 
 
 
 def _by_column(query_BHTE: Tensor) -> Tensor:
-    """Return the mask of SDPA's `is_causal`, bool [1, 1, T, T]: by column, because padding after a gathered row has
-    earlier slots.
+    """Return the mask of SDPA's `is_causal`, bool [1, 1, T, T].
+
+    It is made by column, because padding after a gathered row has earlier slots.
     """
     at_T = torch.arange(query_BHTE.shape[2], device=query_BHTE.device)
     return (at_T <= at_T[:, None])[None, None]

@@ -99,11 +99,11 @@ class DivisibleMLP(FeedForward):
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return {name of the record: share of neuron groups that were on in a pass}, a mean over the tokens that got
-        there.
+        """Return {name of the record: share of neuron groups that were on in a pass}, as `FeedForward.measured` does.
 
-        Empty if no token got there. records: the records of the pass. If more groups are tried (up projection computed)
-        than kept (down projection computed), it is the mean of both shares.
+        The share is a mean over the tokens that reached the MLP; the dict is empty if none did. records: the records of
+        the pass. If more groups are tried (up projection computed) than kept (down projection computed), it is the mean
+        of both shares.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)

@@ -34,8 +34,7 @@ class NotebookHTML:
 def show_text(
     pieces: Sequence[tuple[str, float]], caption: str = "", hover: str = "{:.0%} of the blocks"
 ) -> NotebookHTML:
-    """Return text in which each piece is coloured by the share of the blocks that computed it, for a notebook to
-    display.
+    """Return, for display in a notebook, text coloured by the share of the blocks that was computed for each piece.
 
     pieces: (text, share of the blocks' computation that was executed for it, in [0, 1]). caption: text shown with it.
     hover: format of the share that is shown when the pointer rests on a piece.

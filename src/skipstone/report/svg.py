@@ -41,8 +41,9 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 
 
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
-    """Build an SVG text element at (x, y); class_: its CSS class, "" for none; attributes: further attributes, as in
-    `element`.
+    """Build an SVG text element at (x, y).
+
+    class_: its CSS class, "" for none. attributes: further attributes, as in `element`.
     """
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 

@@ -86,8 +86,9 @@ class LiveModel:
 
     @property
     def has_twin(self) -> bool:
-        """Whether a dense twin is timed for comparison: only of models of at most 300 million parameters, to save
-        memory.
+        """Whether a dense twin is timed for comparison.
+
+        To save memory, that is done for models of at most 300 million parameters only.
         """
         return self.model.num_parameters() <= TWIN_PARAMETERS
 

@@ -97,8 +97,9 @@ def _at(collected: GridRecords, seconds: float) -> EqualTime:
 
 
 def _read_off(points: Sequence[tuple[float, float, int]], seconds: float) -> ReadOff | None:
-    """Return the loss at a time by linear interpolation over (seconds, loss, seeds); None with fewer than two points or
-    too far beyond.
+    """Return the loss at a time by linear interpolation over (seconds, loss, seeds).
+
+    Returns None with fewer than two points, or if the time is too far beyond them.
     """
     if len(points) < 2:
         return None

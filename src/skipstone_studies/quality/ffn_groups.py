@@ -70,8 +70,8 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder: the standard ones, the MLPs' FLOPs per token, and TEAL's losses.
 
-    mlp_flops: the MLPs' forward FLOPs per token. teal: for models without neuron groups, loss and executed share with
-    small inputs of the MLPs set to 0, by share.
+    mlp_flops: the MLPs' forward FLOPs per token. teal: only for models without neuron groups: `loss`, and `executed`,
+    the share of the MLPs' multiplications with inputs other than 0, by the share of inputs that TEAL leaves.
     """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)

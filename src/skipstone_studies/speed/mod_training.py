@@ -66,7 +66,7 @@ def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
 
 
 def ids_of(size: RecipeDict) -> torch.Tensor:
-    """Return random token ids, int64 [rows, context]."""
+    """Return random token ids, int64 [rows, context]. size: a mapping with the two sizes."""
     return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
 
 

@@ -52,12 +52,11 @@ class FixedThreshold(ScoreThreshold):
 
 
 class Threshold(Decision):
-    """A decision that keeps tokens with score > 0 in generation, and in training the top `capacity` share of a
-    document's.
+    """A decision that keeps, in generation, tokens with score > 0 and, in training, a share of each document's tokens.
 
-    A loss aligns the two: a binary cross-entropy of the scores against the training decision (Mixture-of-Depths, arXiv
-    2404.02258, section 3.5, first method). Its gradient reaches the router and, unless the router's input is detached,
-    the model.
+    The share is `capacity`, of the tokens with the highest scores. A loss aligns the two: a binary cross-entropy of the
+    scores against the training decision (Mixture-of-Depths, arXiv 2404.02258, section 3.5, first method). Its gradient
+    reaches the router and, unless the router's input is detached, the model.
     """
 
     is_causal = True

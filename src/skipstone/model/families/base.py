@@ -281,9 +281,7 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:
-    """Return transformers' `layer_types` for our `config`, one of "sliding_attention" and "full_attention"
-    per block.
-    """
+    """Return transformers' `layer_types` for our `config`: "sliding_attention" or "full_attention" for each block."""
     windowed = config.windowed_layers()
     return [SLIDING if i in windowed else FULL for i in range(config.num_hidden_layers)]
 

@@ -151,7 +151,8 @@ EQUAL = (
 def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
     """Build a study of Token-Selective Attention on text.
 
-    published: the paper's figures by arm. corpus: the paper's. options: further arguments of `Study`.
+    published: the figures that the paper publishes, by arm. corpus: name of the corpus that the paper uses. options:
+    further arguments of `Study`.
     """
     return Study(
         seeds=SEEDS,

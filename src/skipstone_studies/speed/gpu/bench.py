@@ -74,7 +74,7 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak(self) -> PlainDict:
-        """Return {"peak_gb": peak memory in GB since the last release}; empty on a CPU."""
+        """Return {"peak_gb": the GPU's peak memory in GB since `release` was last called}; empty on a CPU."""
         return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if self.on_gpu else {}
 
 

@@ -43,7 +43,7 @@ def triton_kernels() -> Any:
 
 
 def graded(run: Callable[..., Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return the result of `run` and the gradients of all inputs `given`, for one fixed weighting of the result."""
+    """Return the result of `run` and the gradients, for the inputs `given`, of a weighted sum of its entries."""
     leaves = [x.detach().clone().requires_grad_() for x in given]
     out = run(*leaves)
     weight = torch.linspace(-1, 1, max(out.numel(), 1), device=out.device)[: out.numel()].view_as(out)

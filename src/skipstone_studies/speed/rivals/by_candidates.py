@@ -35,7 +35,10 @@ def by_candidates(name: str, weights: str, candidates: int, directions: int) -> 
 
 
 def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
-    """Return a function that computes, for all tokens of a text at once, the logits that decoding steps would have."""
+    """Return a function that computes, for all tokens of a text in one pass, the logits that decoding steps would give.
+
+    `model` has a head preview (`HeadPreview`), which decides which logits are exact.
+    """
     preview = model.head_preview
     assert preview is not None
 
