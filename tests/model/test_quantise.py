@@ -61,15 +61,15 @@ def test_any_range_of_rows_is_computed_alone(inputs: int) -> None:
 
     number, scale = int8.quantise(torch.randn(13, inputs))
     x, rounded, unit = torch.randn(3, inputs), torch.empty(3, inputs, dtype=torch.int16), torch.empty(3)
-    sizes = (3, 13, inputs, 1)
-    native.round_tokens((x.data_ptr(), rounded.data_ptr(), unit.data_ptr()), sizes)
+    native.round_tokens.ctypes(x.data_ptr(), rounded.data_ptr(), unit.data_ptr(), 3, inputs)
     assert torch.allclose(rounded * unit[:, None], x, atol=2e-4)
     alone = linear(x, number, scale)
     shared = torch.full((3, 13), float("nan"))
-    places = (rounded.data_ptr(), unit.data_ptr()) if inputs == 128 else (0, 0)
-    addresses = (number.data_ptr(), scale.data_ptr(), x.data_ptr(), shared.data_ptr(), *places)
+    rows = native.grouped_rows if inputs == 128 else native.single_rows
+    given = rounded if inputs == 128 else x
+    places = (given.data_ptr(), unit.data_ptr(), shared.data_ptr())
     for first, last in ((0, 4), (4, 9), (9, 13)):
-        native.some_rows(addresses, sizes, first, last)
+        rows.ctypes(number.data_ptr(), scale.data_ptr(), 0, 1, *places, 3, 13, inputs, first, last)
     assert torch.allclose(shared, alone, atol=1e-5)
 
 
@@ -92,8 +92,8 @@ def test_integers_are_multiplied_in_pairs() -> None:
     binding = pytest.importorskip("llvmlite.binding")
     if not binding.get_host_cpu_features().get("avx2"):
         pytest.skip("the names of the instructions are x86's")
-    fresh = pytest.importorskip("numba").njit(native.grouped_rows.py_func)  # a function from the cache has no text
-    fresh.compile("(UniTuple(int64, 6), UniTuple(int64, 4), int64, int64)")
+    fresh = pytest.importorskip("numba").njit(native.grouped_rows.function)  # a function from the cache has no text
+    fresh.compile("(" + ", ".join(["int64"] * 12) + ")")
     text = "".join(fresh.inspect_asm().values())
     assert "vpdpwssd" in text or "vpmaddwd" in text
 

@@ -373,18 +373,3 @@ def test_int8_weights_lie_next_to_each_other_and_stay_parameters() -> None:
     assert places[-1] - places[0] < sum(x.numel() * x.element_size() + 64 for x in weights)
     found = [block for block in given.model.layers if compiled_blocks.KNOWN in vars(block)]
     assert found == [given.model.layers[0]]
-
-
-def test_compiling_for_long_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def slowly(name: str) -> str:
-        time.sleep(0.2)
-        return name
-
-    monkeypatch.setattr(decode_stack, "import_module", slowly)
-    caplog.set_level("INFO")
-    for seconds in (0.01, 5.0):
-        monkeypatch.setattr(decode_stack, "LONG_S", seconds)
-        assert decode_stack._native.__wrapped__() == "skipstone.ops.decode_stack_native"
-    assert [record.getMessage() for record in caplog.records] == [decode_stack.COMPILING]

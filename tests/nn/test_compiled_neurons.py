@@ -57,10 +57,10 @@ def test_reading_some_neurons_equals_reading_all_to_the_last_bit(
     rounded: bool, tokens: int, first: int, last: int
 ) -> None:
     """Of the last matrix, whose sums over neurons are chains in their order; and both equal the plain product."""
-    from skipstone.ops import decode_neurons_native as native
     from skipstone.ops.int8 import quantise as rounded_matrix
     from skipstone.ops.int8 import restore
     from skipstone.ops.int8_native import round_tokens
+    from skipstone.ops.neuron_rows_native import summed, summed_int8
 
     generator, neurons, width = torch.Generator().manual_seed(0), 256, 192
     weight_DF = torch.randn(width, neurons, generator=generator)
@@ -72,14 +72,15 @@ def test_reading_some_neurons_equals_reading_all_to_the_last_bit(
     weight_DF = restore(number, scale) if rounded else weight_DF
     lying = [x.t().contiguous() for x in ((number, scale) if rounded else (weight_DF,))]
     whole_KF, unit_K = np.empty((tokens, neurons), np.int16), np.empty(tokens, np.float32)
-    places = (0, whole_KF.ctypes.data, unit_K.ctypes.data)
-    round_tokens((h_KF.data_ptr(), *places[1:]), (tokens, 0, neurons, 0))
-    matrix = (lying[0].data_ptr(), lying[1].data_ptr() if rounded else 0, 0, neurons // 64 if rounded else 1)
+    places = (h_KF.data_ptr(), whole_KF.ctypes.data, unit_K.ctypes.data)
+    round_tokens.ctypes(*places, tokens, neurons)
+    matrix = (lying[0].data_ptr(), lying[1].data_ptr() if rounded else 0, neurons // 64 if rounded else 1)
     found = []
     for rows in ((~off_F).nonzero()[:, 0], torch.arange(neurons)):
         y_KD = torch.full((tokens, width), torch.nan)
-        given = (matrix, h_KF.data_ptr(), places, (tokens, neurons, width), rows.numpy(), y_KD.data_ptr())
-        native.summed(*given, first, last)
+        listed = (rows.data_ptr(), len(rows), y_KD.data_ptr())
+        sums = summed_int8 if rounded else summed
+        sums.ctypes(*matrix, *places, tokens, neurons, width, *listed, first, last)
         found.append(y_KD[:, first:last])
         assert y_KD[:, :first].isnan().all()
         assert y_KD[:, last:].isnan().all()

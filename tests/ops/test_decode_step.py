@@ -68,14 +68,15 @@ def test_a_nan_stays_a_nan() -> None:
     assert y.isnan().all()
 
 
-@pytest.mark.parametrize("inputs", [5, 48, 70])
+@pytest.mark.parametrize("inputs", [5, 48, 70, 1100])
 def test_products_with_several_tokens_equal_torch(inputs: int) -> None:
-    """Rows are read once for 8, 4, 2 or 1 tokens, 16 numbers at a time, and the rest of a row one by one."""
+    """Rows are read once for 4, 2 or 1 tokens, 32 numbers at a time, the rest one by one, and wide ones in pieces."""
     native = pytest.importorskip("skipstone.ops.decode_products_native")
     weight = torch.randn(7, inputs)
     for tokens in range(1, 10):
         x, y = torch.randn(tokens, inputs), torch.full((tokens, 7), torch.nan)
-        native.single_rows(weight.numpy(), x.numpy(), y.numpy(), 0, 6)
+        places = (weight.data_ptr(), 0, 0, 1, x.data_ptr(), 0, y.data_ptr())
+        native.single_rows.ctypes(*places, tokens, 7, inputs, 0, 6)
         torch.testing.assert_close(y[:, :6], x @ weight[:6].T, rtol=1e-5, atol=1e-5)
         assert y[:, 6].isnan().all()
 

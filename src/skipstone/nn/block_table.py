@@ -194,6 +194,7 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
         hidden=max(widths, default=0),
         mixes=any(isinstance(mix, Mixture) for mix in mixes),
         chooses=any(choice_of(block) is not None for block in blocks),
+        rounded=any(isinstance(matrix, Int8Linear) for block in blocks for matrix in _matrices(block)),
     )
     return program, runs
 
@@ -281,7 +282,7 @@ def _numbers(mix: StreamMix | None) -> tuple[float, float]:
 
 
 def _row(block: Block) -> list[int]:
-    """Return the block's row of the table, as `ops/decode_stack_native.py` lists its columns, up to the matrices."""
+    """Return the block's row of the table, as `ops/decode_frame.py` lists its columns, up to the matrices."""
     row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
     for matrix in _matrices(block):
         scale = matrix.weight_scale if isinstance(matrix, Int8Linear) else None

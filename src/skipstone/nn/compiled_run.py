@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.lock import locked
 from skipstone.core.records import ActivationRecord, DepthRecord, NeuronGroupsRecord, Records, decisions_only
 from skipstone.core.stream_gate import Mixture, Scorer, StreamGate
 from skipstone.core.tokens import Tokens
@@ -39,6 +41,10 @@ class CompiledRun:
         spans = [block.span if block.sites[SEGMENT] and block.segment_start() is None else 0 for block in blocks]
         self.blocks = blocks
         self.program, self.held = program_of(blocks, spans, sizes)
+        with ExitStack() as stack:  # processes that begin together compile once: the others find it on disk
+            with suppress(OSError):  # a folder without locks
+                stack.enter_context(locked(decode_stack.kept() / "step", wait=True))
+            decode_stack.prepare(self.program)
         self.gates = [gate for _, _, gate in gates_of(blocks)]
         self.described = [gate.stream_gate() for gate in self.gates]
         self.choices = [choice_of(block) for block in blocks]

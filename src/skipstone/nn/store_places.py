@@ -16,7 +16,7 @@ from skipstone.core.cache import RaggedStore
 from skipstone.ops import decode_step
 
 NAMES, SUMS = ("key", "value", "slot"), ("sum", "slot")
-COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_stack_native.py`
+COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_frame.py`
 
 
 class Places:
@@ -62,7 +62,7 @@ class Places:
         """Return the table of the stores' addresses and current lengths, int64 [L, M] for L blocks and M columns.
 
         turned: for each block, the addresses of the cosines and sines of its rotary angles.
-        `ops/decode_stack_native.py` lists the columns.
+        `ops/decode_frame.py` lists the columns.
         """
         columns = [(store.width, *angles) for store, angles in zip(self.kv, turned, strict=True)]
         self.table_LM[:, COLUMN : TURNED.stop] = torch.tensor(columns)

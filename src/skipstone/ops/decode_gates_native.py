@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from skipstone.ops.decode_products_native import ZERO, share_of, single_rows, together
+from skipstone.ops import decode_frame as of
+from skipstone.ops.decode_frame import ABSENT, ASKS, GIVES_KEYS
+from skipstone.ops.decode_products_native import ZERO, framed, share_of, together
 from skipstone.ops.decode_stack import WEIGHTS
-from skipstone.ops.decode_step_native import ONE, compiled
+from skipstone.ops.decode_step_native import ONE
 from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import call, inner, unit
 
 # Columns of the table of a gate. First those of a router, twice: what gives the score, and what decides in its place.
 # Addresses of W1 [R, D] and b1 (0: no hidden layer), of w2 and b2 (0: none), R, and whether x is divided by its root
@@ -32,60 +35,98 @@ RAW, OPEN, TANH = (WEIGHTS.index(name) for name in ("raw", "opening", "tanh"))
 SCORE, FACTOR, COST, STATE_AFTER = range(4)
 FIELDS = 4
 KEPT, REACHED = range(2)
-# What a token is inside a site.
-ABSENT, GIVES_KEYS, ASKS = range(3)
-# The scopes of sites, one inside the other, except that the MLP's is inside the block's.
-OUTSIDE, SEGMENT, BLOCK, OF_ATTENTION, OF_MLP = range(5)
-SCOPES = 5
 EPSILON = np.float32(1e-6)
 WHOLE = np.float32(1)
 
 
-@compiled
-def decide(
-    gates: Array, chain: Array, scope: Array, x: Array, judged: Array, hidden_at: int, team: Array, arrivals: int
-) -> int:
+@unit(3)
+def decide(frame_at: int, site: int, outer: int) -> None:
     """Let a chain of depth mechanisms (gates) decide about the tokens at one site of a block; compiled by numba.
 
-    gates: int64 table and fp32 numbers of all gates (columns as listed in this file). chain: index of the first gate,
-    number of gates, index of the scope outside, and of the scope to fill. scope: for each scope and token, whether the
-    token is absent, gives keys only or gets an update; the factor on its sub-layers' updates; and that on the whole
-    update. x: the stream [T, D]. judged: what is written: carried states, [FIELDS, G, T] numbers and [2, G, T] flags.
-    hidden_at: address of memory for hidden layers of routers. team: index of the thread, number of threads, address of
-    their barrier. arrivals: count that ends the next wait at the barrier; the new count is returned.
+    The gates are those that the table of the block of the frame lists for the site. Written are, for each token in the
+    scope of the site, whether it is absent, gives keys only or gets an update, the factor on its sub-layers' updates,
+    and that on the whole update, which is noted to act unless it is 1; and what is said of each gate, and carried
+    states. outer: the scope outside.
     """
-    (table, _numbers), (first, count, outer, inner), (kind, gain, factor) = gates, chain, scope
-    part, parts, barrier = team
-    T = x.shape[0]
-    for n in range(T):
-        kind[inner, n], gain[inner, n], factor[inner, n] = kind[outer, n], gain[outer, n], WHOLE
+    frame = framed(frame_at)
+    T, D, G, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.GATE_COUNT], frame[of.PART], frame[of.PARTS]
+    gates = (_lying(frame[of.GATES], (G, GATE_COLUMNS), 0), _lying(frame[of.GATE_LINES], (G, NUMBERS), ONE))
+    judged = (
+        _lying(frame[of.STATES], (frame[of.STATE_COUNT], T), ONE),
+        _lying(frame[of.SAID], (FIELDS, G, T), ONE),
+        _lying(frame[of.FLAGS], (2, G, T), np.uint8(0)),
+    )
+    kind, gain, factor = _scope(frame, T)
+    x, hidden_at, row = (
+        _lying(frame[of.STREAM], (T, D), ONE),
+        frame[of.HIDDEN_AT],
+        _lying(frame[of.ROW], (of.COLUMNS,), 0),
+    )
+    first, count = row[of.OF_SEGMENT + 2 * (site - of.SEGMENT)], row[of.OF_SEGMENT + 2 * (site - of.SEGMENT) + 1]
     for g in range(first, first + count):
-        gate = table[g]
-        first_hidden = _hidden(gate[SCORER:DECIDER], x, hidden_at, part, parts)
-        other_hidden = _hidden(gate[DECIDER:DECIDES], x, hidden_at + 4 * T * gate[HIDDEN], part, parts)
+        gate = gates[0][g]
+        first_hidden = _hidden(frame, gate[SCORER:DECIDER], hidden_at)
+        other_hidden = _hidden(frame, gate[DECIDER:DECIDES], hidden_at + 4 * T * gate[HIDDEN])
         if first_hidden or other_hidden:
-            arrivals = together(parts, barrier, arrivals)
+            together(frame)
         if part == 0:
             for n in range(T):
-                _judge(gates, g, n, kind[inner, n], x[n], hidden_at, T, judged)
-        arrivals = together(parts, barrier, arrivals)
-        _follow(gate, g, inner, scope, judged)
-    return arrivals
+                _judge(gates, g, n, kind[site, n], x[n], hidden_at, T, judged)
+        together(frame)
+        _follow(gate, g, (kind[site], gain[site], factor[site]), judged)
+    if site != of.SEGMENT and site != of.BLOCK:
+        return
+    acts = False
+    for n in range(T):
+        acts = acts or (kind[site, n] == ASKS and factor[site, n] != WHOLE)
+    frame[of.ACTS + site] = acts
+    if acts:  # this thread's columns of the stream are saved
+        start = _lying(frame[of.WORK], (2, T, D), ONE)[site - of.SEGMENT]
+        first, last = share_of(D, part, parts)
+        for n in range(T):
+            for d in range(first, last):
+                start[n, d] = x[n, d]
 
 
-@compiled
-def _hidden(router: Array, x: Array, place: int, part: int, parts: int) -> bool:
+@unit(2)
+def weigh(frame_at: int, site: int) -> None:
+    """Multiply what a site has added to the stream by each token's factor, in this thread's columns; compiled by numba.
+
+    Only tokens that get an update are changed.
+    """
+    frame = framed(frame_at)
+    T, D = frame[of.TOKENS], frame[of.WIDTH]
+    kind, _, factor = _scope(frame, T)
+    x, start = _lying(frame[of.STREAM], (T, D), ONE), _lying(frame[of.WORK], (2, T, D), ONE)[site - of.SEGMENT]
+    first, last = share_of(D, frame[of.PART], frame[of.PARTS])
+    for n in range(T):
+        if kind[site, n] == ASKS:
+            for d in range(first, last):
+                x[n, d] = start[n, d] + factor[site, n] * (x[n, d] - start[n, d])
+    together(frame)
+
+
+@inner
+def _scope(frame: Array, tokens: int) -> Array:
+    """Return what each token is in each scope, and its two factors there."""
+    at = frame.ctypes.data
+    gain = _lying(at + 8 * of.GAINS, (of.SCOPES, tokens), ONE)
+    factor = _lying(at + 8 * of.FACTORS, (of.SCOPES, tokens), ONE)
+    return _lying(at + 8 * of.KINDS, (of.SCOPES, tokens), 0), gain, factor
+
+
+@inner
+def _hidden(frame: Array, router: Array, place: int) -> bool:
     """Multiply a part of a router's hidden layer; return whether it has one."""
     if not router[HIDDEN_WEIGHT]:
         return False
-    R = router[HIDDEN]
-    first, last = share_of(R, part, parts)
-    weight = _lying(router[HIDDEN_WEIGHT], (R, x.shape[1]), ONE)
-    single_rows(weight, x, _lying(place, (x.shape[0], R), ONE), first, last)
+    R, T, D = router[HIDDEN], frame[of.TOKENS], frame[of.WIDTH]
+    first, last = share_of(R, frame[of.PART], frame[of.PARTS])
+    call(frame[of.SINGLE], (router[HIDDEN_WEIGHT], 0, 0, 1, frame[of.STREAM], 0, place, T, R, D, first, last))
     return True
 
 
-@compiled
+@inner
 def _judge(gates: Array, g: int, n: int, kind: int, x: Array, hidden_at: int, tokens: int, judged: Array) -> None:
     """Decide about one token, which the gate sees only if it is there."""
     (table, numbers), (states, said, flags) = gates, judged
@@ -113,7 +154,7 @@ def _judge(gates: Array, g: int, n: int, kind: int, x: Array, hidden_at: int, to
         states[state, n] = said[STATE_AFTER, g, n] = opening
 
 
-@compiled
+@inner
 def _weight(gate: Array, score: Array, opening: Array) -> Array:
     """Return the factor of a kept token."""
     if gate[FUNCTION] == RAW:
@@ -125,7 +166,7 @@ def _weight(gate: Array, score: Array, opening: Array) -> Array:
     return WHOLE
 
 
-@compiled
+@inner
 def _scored(router: Array, x: Array, inverse: Array, hidden_at: int) -> Array:
     """Return the score of one token, whose hidden layer has been multiplied but not completed."""
     factor = inverse if router[NORM] else WHOLE
@@ -142,7 +183,7 @@ def _scored(router: Array, x: Array, inverse: Array, hidden_at: int) -> Array:
     return total + bias
 
 
-@compiled
+@inner
 def _dot(a: Array, b: Array) -> Array:
     total = ZERO
     for d in range(len(a)):
@@ -150,68 +191,19 @@ def _dot(a: Array, b: Array) -> Array:
     return total
 
 
-@compiled
+@inner
 def _inverse_rms(x: Array) -> Array:
     return np.float32(1 / np.sqrt(_dot(x, x) / np.float32(len(x)) + EPSILON))
 
 
-@compiled
-def _follow(gate: Array, g: int, inner: int, scope: Array, judged: Array) -> None:
+@inner
+def _follow(gate: Array, g: int, scope: Array, judged: Array) -> None:
     """Enter into the scope what was decided."""
     (kind, gain, factor), (_states, said, flags) = scope, judged
-    for n in range(kind.shape[1]):
+    for n in range(len(kind)):
         if not flags[KEPT, g, n]:
-            kind[inner, n] = min(kind[inner, n], GIVES_KEYS if gate[KEYS_OF_ALL] else ABSENT)
+            kind[n] = min(kind[n], GIVES_KEYS if gate[KEYS_OF_ALL] else ABSENT)
         elif gate[ON_UPDATE]:
-            factor[inner, n] *= said[FACTOR, g, n]
+            factor[n] *= said[FACTOR, g, n]
         else:
-            gain[inner, n] *= said[FACTOR, g, n]
-
-
-@compiled
-def listed(kinds: Array, least: int, out: Array) -> int:
-    """Write the indices of the tokens whose kind is at least `least` to `out`, ascending, and return their number.
-
-    Compiled by numba. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), which ascend in this order.
-    least: the smallest kind that is listed.
-    """
-    count = 0
-    for n in range(len(kinds)):
-        if kinds[n] >= least:
-            out[count] = n
-            count += 1
-    return count
-
-
-@compiled
-def remembered(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> bool:
-    """Save this thread's columns of the stream if a factor other than 1 will scale an update; return whether it did.
-
-    Compiled by numba. kinds: what each token is (ABSENT, GIVES_KEYS, or ASKS: gets an update). factor: the factor on
-    each token's update. x: the residual stream [T, D]. start: where the copy is written. part, parts: index and number
-    of threads.
-    """
-    acts = False
-    for n in range(len(kinds)):
-        acts = acts or (kinds[n] == ASKS and factor[n] != WHOLE)
-    if acts:
-        first, last = share_of(x.shape[1], part, parts)
-        for n in range(len(kinds)):
-            for d in range(first, last):
-                start[n, d] = x[n, d]
-    return acts
-
-
-@compiled
-def weigh(kinds: Array, factor: Array, x: Array, start: Array, part: int, parts: int) -> None:
-    """Multiply what was added to the stream since `remembered` by each token's factor, in this thread's columns.
-
-    Compiled by numba. kinds: what each token is; only those that get an update (ASKS) are changed. factor: the factor
-    on each token's update. x: the residual stream [T, D]. start: the copy of it from `remembered`. part, parts: index
-    and number of threads.
-    """
-    first, last = share_of(x.shape[1], part, parts)
-    for n in range(len(kinds)):
-        if kinds[n] == ASKS:
-            for d in range(first, last):
-                x[n, d] = start[n, d] + factor[n] * (x[n, d] - start[n, d])
+            gain[n] *= said[FACTOR, g, n]

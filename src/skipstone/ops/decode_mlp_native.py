@@ -1,23 +1,31 @@
-"""What happens between the matrices of an MLP in the compiled step of all blocks: functions, and PolyGLU's mixture.
+"""The MLP of a block in the compiled step of all blocks, and the functions between its matrices.
 
-Shape letters: T tokens, D width, F neurons, A activations, R projected width, S = R + 1 entries of a sum.
+Shape letters: T tokens, K of them, D width, F neurons.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from skipstone.ops.decode_products_native import ZERO, share_of, sigmoid, single_rows
-from skipstone.ops.decode_stack import FUNCTIONS, MIXED
-from skipstone.ops.decode_step_native import ONE, _exp, compiled
+from skipstone.ops import decode_frame as of
+from skipstone.ops.decode_products_native import (
+    ZERO,
+    added,
+    framed,
+    listed,
+    normed,
+    product,
+    rounded,
+    share_of,
+    sigmoid,
+    together,
+)
+from skipstone.ops.decode_stack import FUNCTIONS
+from skipstone.ops.decode_step_native import ONE, _exp
 from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import call, inner, unit
 
 SILU, GELU_TANH, RELU, TANH, GELU = range(len(FUNCTIONS))
-A = MIXED  # relu, tanh, silu, gelu, in this order
-# Columns of a mixture in the table of a block: addresses of its tensors, and R.
-CONTEXT_WEIGHT, CONTEXT_BIAS, MIX_WEIGHT, MIX_BIAS, MIX_SCALE, PREFERENCE, TAU, PROJECTED = range(8)
-DECAY, PREFERENCE_SCALE = range(2)  # fp32 numbers of a block; a negative decay: the token alone
-NUMBERS = 2
 SLOPE, CUBE = np.float32(1.5957691216), np.float32(0.044715)  # 2 sqrt(2 / pi)
 WHOLE, HALF, ROOT = np.float32(1), np.float32(0.5), np.float32(0.70710678)
 # erf to 1.5e-7: formula 7.1.26 of Abramowitz and Stegun
@@ -25,7 +33,61 @@ NEAR = np.float32(0.3275911)
 ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 
 
-@compiled
+@unit(1)
+def mlp(frame_at: int) -> None:
+    """Add the MLP's update of the block of a frame; compiled by numba.
+
+    How many tokens the activation has seen and how many neurons they need is noted.
+    """
+    frame = framed(frame_at)
+    T, D, F, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.PART], frame[of.PARTS]
+    row, stored = _lying(frame[of.ROW], (of.COLUMNS,), 0), _lying(frame[of.STORED], (frame[of.BLOCKS], 3), 0)
+    tokens = _lying(frame_at + 8 * of.ASKING, (T,), 0)
+    K = listed(_lying(frame_at + 8 * of.KINDS, (of.SCOPES, T), 0)[of.OF_MLP], of.ASKS, tokens)
+    mixes, chooses, block = row[of.COUNT] == 0, row[of.CHOOSES] != 0, frame[of.INDEX]
+    if part == 0 and (mixes or chooses):
+        fed = _lying(frame[of.FED], (frame[of.BLOCKS], T), np.uint8(0))
+        for n in range(T):
+            fed[block, n] = 0
+        for j in range(K):
+            fed[block, tokens[j]] = 1
+    stored[block, 1], stored[block, 2] = K, F if K else 0
+    if not K and not mixes:
+        return
+    tokens, x_at, y_at = tokens[:K], frame[of.NORMED], frame[of.Y_AT]
+    if K:
+        normed(frame, tokens, row[of.BEFORE_M])
+        rounded(frame, row[of.GATE + 1] + row[of.UP + 1], x_at, K, D)
+        product(frame, of.GATE, (K, F, D), x_at, frame[of.GATE_AT])
+    gate, up = _lying(frame[of.GATE_AT], (K, F), ONE), _lying(frame[of.UP_AT], (K, F), ONE)
+    if chooses:  # the activations first, and which neurons they leave on
+        first, last = share_of(F, part, parts)
+        for n in range(K):
+            for f in range(first, last):
+                up[n, f] = WHOLE
+    elif K:
+        product(frame, of.UP, (K, F, D), x_at, frame[of.UP_AT])
+    if mixes:
+        call(frame[of.MIXTURE_OF], (frame_at, K))
+        if not K:
+            return
+    else:
+        gated(gate, up, _lying(row[of.RUNS], (row[of.COUNT], 2), 0), part, parts)
+    if chooses:
+        call(frame[of.SOME], (frame_at, K))
+    else:
+        together(frame)
+        rounded(frame, row[of.DOWN + 1], frame[of.GATE_AT], K, F)
+        product(frame, of.DOWN, (K, D, F), frame[of.GATE_AT], y_at)
+    gain = _lying(frame_at + 8 * of.GAINS, (of.SCOPES, T), ONE)
+    factor = _lying(frame_at + 8 * of.FACTORS, (of.SCOPES, T), ONE)
+    scale = _lying(frame_at + 8 * of.SCALES, (K,), ONE)
+    for j in range(K):
+        scale[j] = gain[of.OF_MLP, tokens[j]] * factor[of.OF_MLP, tokens[j]]
+    added(frame, y_at, tokens, scale, row[of.AFTER_M])
+
+
+@inner
 def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
     """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled by numba.
 
@@ -42,7 +104,7 @@ def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
             start = runs[i, 1]
 
 
-@compiled
+@inner
 def _apply(gate: Array, up: Array, function: int) -> None:
     if function == RELU:
         for f in range(len(gate)):
@@ -53,101 +115,28 @@ def _apply(gate: Array, up: Array, function: int) -> None:
             gate[f] = a * sigmoid(SLOPE * (a + CUBE * a * a * a)) * up[f]
     elif function == TANH:
         for f in range(len(gate)):
-            gate[f] = _tanh(gate[f]) * up[f]
+            gate[f] = tanh(gate[f]) * up[f]
     elif function == GELU:
         for f in range(len(gate)):
-            gate[f] = _gelu(gate[f]) * up[f]
+            gate[f] = gelu(gate[f]) * up[f]
     else:
         for f in range(len(gate)):
             gate[f] = gate[f] * sigmoid(gate[f]) * up[f]
 
 
-@compiled
-def _tanh(x: Array) -> Array:
+@inner
+def tanh(x: Array) -> Array:
+    """Return the hyperbolic tangent in fp32; compiled by numba."""
     small = _exp(-abs(x) - abs(x))
     size = (WHOLE - small) / (WHOLE + small)
     return size if x >= 0 else -size
 
 
-@compiled
-def _gelu(x: Array) -> Array:
-    """Return x times the normal distribution function of x, by the error function."""
+@inner
+def gelu(x: Array) -> Array:
+    """Return x times the normal distribution function of x, by the error function; compiled by numba."""
     size = abs(x) * ROOT
     t = WHOLE / (WHOLE + NEAR * size)
     a, b, c, d, e = ERF
     tail = HALF * t * (a + t * (b + t * (c + t * (d + t * e)))) * _exp(-size * size)
     return x * (WHOLE - tail if x >= 0 else tail)
-
-
-@compiled
-def context(row: Array, tokens: int, width: int, x_at: int, z_at: int, part: int, parts: int) -> None:
-    """Project the MLP's input x [T, D] to z [T, R] for one thread's share of the R outputs; compiled by numba.
-
-    row: the mixture's columns in the table of the block. tokens: T. width: D. x_at, z_at: addresses of x and z. part,
-    parts: index and number of threads.
-    """
-    R = row[PROJECTED]
-    weight, x = _lying(row[CONTEXT_WEIGHT], (R, width), ONE), _lying(x_at, (tokens, width), ONE)
-    first, last = share_of(R, part, parts)
-    single_rows(weight, x, _lying(z_at, (tokens, R), ONE), first, last)
-
-
-@compiled
-def mixture_logits(
-    row: Array, decay: float, z: Array, slots: Array, memory: Array, column: int, logits: Array, writes: bool
-) -> None:
-    """Compute PolyGLU's logits [T, A] from the tokens so far, and store their running sums if `writes`.
-
-    Compiled by numba. row: the mixture's columns in the table of the block. decay: factor on older tokens in the
-    running mean; if negative, each token counts alone. z: the tokens projected by `context`, [T, R]. slots: the tokens'
-    slots (positions in the row), int64. memory: addresses of stored sums and slots. column: number of sums stored so
-    far. logits: where the result is written.
-    """
-    T, R = z.shape
-    total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
-    if decay >= 0 and column:
-        before = _lying(memory[0], (column, R + 1), ONE)
-        for r in range(R + 1):
-            total[r] = before[column - 1, r]
-    bias, weight = _lying(row[CONTEXT_BIAS], (R,), ONE), _lying(row[MIX_WEIGHT], (A, R), ONE)
-    more, scale = _lying(row[MIX_BIAS], (A,), ONE), _lying(row[MIX_SCALE], (A,), ONE)
-    for n in range(T):
-        keeps = max(decay, ZERO)
-        for r in range(R):
-            total[r] = total[r] * keeps + z[n, r]
-        total[R] = total[R] * keeps + WHOLE
-        for r in range(R):
-            mean[r] = max(total[r] / max(total[R], WHOLE) + bias[r], ZERO)
-        for a in range(A):
-            dot = ZERO
-            for r in range(R):
-                dot += weight[a, r] * mean[r]
-            logits[n, a] = scale[a] * (dot + more[a])
-        if writes and decay >= 0:
-            stored, slot = _lying(memory[0], (column + T, R + 1), ONE), _lying(memory[1], (column + T,), 0)
-            slot[column + n] = slots[n]
-            for r in range(R + 1):
-                stored[column + n, r] = total[r]
-
-
-@compiled
-def mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part: int, parts: int) -> None:
-    """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
-
-    Compiled by numba. row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
-    logits: the tokens' logits, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
-    """
-    F = gate.shape[1]
-    first, last = share_of(F, part, parts)
-    preference, cold = _lying(row[PREFERENCE], (F, A), ONE), WHOLE / _lying(row[TAU], (1,), ONE)[0]
-    for n in range(gate.shape[0]):
-        c0, c1, c2, c3 = logits[n, 0], logits[n, 1], logits[n, 2], logits[n, 3]
-        for f in range(first, last):
-            s0, s1 = (preference[f, 0] * scale + c0) * cold, (preference[f, 1] * scale + c1) * cold
-            s2, s3 = (preference[f, 2] * scale + c2) * cold, (preference[f, 3] * scale + c3) * cold
-            most = max(max(s0, s1), max(s2, s3))
-            e0, e1, e2, e3 = _exp(s0 - most), _exp(s1 - most), _exp(s2 - most), _exp(s3 - most)
-            x = gate[n, f]
-            relu = max(x, ZERO) if x == x else x
-            total = e0 * relu + e1 * _tanh(x) + e2 * (x * sigmoid(x)) + e3 * _gelu(x)
-            gate[n, f] = total / (e0 + e1 + e2 + e3) * up[n, f]

@@ -3,43 +3,58 @@
 Several threads share the rows of every matrix and wait for each other; norms and roundings, which take no time, are
 repeated by each.
 
-Shape letters: T tokens, D width.
+Shape letters: T tokens, K of them, D width, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from skipstone.ops.decode_step_native import ONE, _exp, compiled
-from skipstone.ops.int8_native import grouped_rows, round_tokens
+from skipstone.ops.decode_frame import (
+    ARRIVALS,
+    BARRIER,
+    COLUMNS,
+    FRAME,
+    INT8,
+    NORMED,
+    NUMBERS,
+    PART,
+    PARTS,
+    ROUNDED,
+    ROUNDS,
+    ROW,
+    SINGLE,
+    STREAM,
+    TOKENS,
+    UNIT,
+    WIDTH,
+)
+from skipstone.ops.decode_step_native import ONE, _exp
 from skipstone.ops.magnitude_native import Array, _lying
-from skipstone.ops.workers import wait
+from skipstone.ops.neuron_sums import fetch
+from skipstone.ops.single_dot import STEP, four_singles, one_single, two_singles
+from skipstone.ops.workers import call, inner, unit, wait
 
 ZERO = np.float32(0)
+WIDE = 1024  # inputs of four tokens, 16 KB, that leave room for weights in the processor's first cache
+PIECE, ROWS = 512, 16  # inputs that are read at a time where there are more, and rows that are read with them
 
 
-@compiled
-def private(tokens: int, widest: int) -> int:
-    """Return the bytes of working memory that each thread needs for itself; compiled by numba.
-
-    tokens: number of tokens. widest: largest number of inputs of any matrix. The memory holds normalised tokens, tokens
-    rounded to int16 and the factors that restore these.
-    """
-    return (6 * tokens * widest + 4 * tokens + 127) // 64 * 64
+@inner
+def framed(frame_at: int) -> Array:
+    """Return the frame at an address (`decode_frame.py`); compiled by numba."""
+    return _lying(frame_at, (FRAME,), 0)
 
 
-@compiled
-def together(parts: int, barrier: int, arrivals: int) -> int:
-    """Wait until all threads have arrived here, and return the count that ends the next wait; compiled by numba.
-
-    parts: number of threads. barrier: its address. arrivals: count of arrivals before this wait.
-    """
-    if parts > 1:
-        wait(barrier, arrivals + parts)
-    return arrivals + parts
+@inner
+def together(frame: Array) -> None:
+    """Wait until all threads have arrived here; compiled by numba."""
+    if frame[PARTS] > 1:
+        frame[ARRIVALS] += frame[PARTS]
+        wait(frame[BARRIER], frame[ARRIVALS])
 
 
-@compiled
+@inner
 def share_of(rows: int, part: int, parts: int) -> Array:
     """Return the first row that one thread computes and the row after its last one; compiled by numba.
 
@@ -49,19 +64,22 @@ def share_of(rows: int, part: int, parts: int) -> Array:
     return min(part * each, rows), min((part + 1) * each, rows)
 
 
-@compiled
-def norm(x: Array, weight_at: int, eps: float, offset: float, out_at: int) -> None:
-    """Normalise x [T, D] by root mean square, or copy it; compiled by numba.
+@inner
+def listed(kinds: Array, least: int, out: Array) -> int:
+    """Write the indices of the tokens whose kind is at least `least` to `out`, ascending, and return their number.
 
-    weight_at: address of the weight; 0 means that x is copied. eps: added to the mean square. offset: added to the
-    weight. out_at: address of the result.
+    Compiled by numba. kinds: for each token ABSENT, GIVES_KEYS or ASKS (gets an update), which ascend in this order.
+    least: the smallest kind that is listed.
     """
-    out = _lying(out_at, x.shape, ONE)
-    for n in range(x.shape[0]):
-        norm_row(x[n], weight_at, eps, offset, out[n])
+    count = 0
+    for n in range(len(kinds)):
+        if kinds[n] >= least:
+            out[count] = n
+            count += 1
+    return count
 
 
-@compiled
+@inner
 def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
     """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled by numba.
 
@@ -81,70 +99,139 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
         out[d] = x[d] * factor * (weight[d] + more)
 
 
-@compiled
-def rounded(wanted: int, x_at: int, places: Array, tokens: int, width: int) -> None:
-    """Round fp32 tokens to int16 for products with int8 weights; compiled by numba.
+@inner
+def normed(frame: Array, tokens: Array, weight_at: int) -> None:
+    """Normalise some tokens of the stream by root mean square into the thread's memory, or copy them.
 
-    wanted: 0 means that nothing is done. x_at: address of the tokens. places: addresses: the second is where the int16
-    numbers are written, the third where the factors that restore them are. tokens, width: number of tokens, and of
-    inputs.
+    Compiled by numba. tokens: their indices. weight_at: address of the weight; 0 means that they are copied.
+    """
+    width, numbers = frame[WIDTH], _lying(frame.ctypes.data + 8 * NUMBERS, (3,), np.float64(0))
+    x, out = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(frame[NORMED], (len(tokens), width), ONE)
+    for j in range(len(tokens)):
+        norm_row(x[tokens[j]], weight_at, numbers[0], numbers[1], out[j])
+
+
+@inner
+def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> None:
+    """Round fp32 tokens to int16 for products with int8 weights, in the thread's memory; compiled by numba.
+
+    wanted: 0 means that nothing is done. x_at: address of the tokens. tokens, width: number of tokens, and of inputs.
     """
     if wanted:
-        round_tokens((x_at, places[1], places[2]), (tokens, 0, width, 0))
+        call(frame[ROUNDS], (x_at, frame[ROUNDED], frame[UNIT], tokens, width))
 
 
-@compiled
-def product(matrix: Array, sizes: Array, x_at: int, places: Array, y_at: int, part: int, parts: int) -> None:
-    """Multiply tokens with one matrix, for one thread's share of its outputs; compiled by numba.
+@inner
+def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> None:
+    """Multiply tokens with one matrix of the block, for the thread's share of its outputs; compiled by numba.
 
-    matrix: the addresses of weight, scale (0 if the weight is fp32) and bias (0 if there is none), and number of scales
-    per row. sizes: tokens, outputs, inputs. x_at: address of the fp32 tokens. places: addresses of which the second and
-    third hold the rounded tokens. y_at: address of the result. part, parts: index and number of threads.
+    column: the matrix's first column in the table of the block. sizes: tokens, outputs, inputs. x_at: address of the
+    fp32 tokens, which `rounded` has rounded if the weights are int8. y_at: address of the result.
     """
-    weight_at, scale_at, bias_at, scales = matrix[0], matrix[1], matrix[2], matrix[3]
-    tokens, outputs, inputs = sizes
-    first, last = share_of(outputs, part, parts)
-    if scale_at:
-        addresses = (weight_at, scale_at, x_at, y_at, places[1], places[2])
-        grouped_rows(addresses, (tokens, outputs, inputs, scales), first, last)
-    else:
-        weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
-        single_rows(weight, x, _lying(y_at, (tokens, outputs), ONE), first, last)
-    if bias_at:
-        bias, y = _lying(bias_at, (outputs,), ONE), _lying(y_at, (tokens, outputs), ONE)
-        for n in range(tokens):
-            for o in range(first, last):
-                y[n, o] += bias[o]
+    row, (tokens, outputs, inputs) = _lying(frame[ROW], (COLUMNS,), 0), sizes
+    first, last = share_of(outputs, frame[PART], frame[PARTS])
+    to, given = (frame[INT8], frame[ROUNDED]) if row[column + 1] else (frame[SINGLE], x_at)
+    matrix = (row[column], row[column + 1], row[column + 2], row[column + 3])
+    call(to, (*matrix, given, frame[UNIT], y_at, tokens, outputs, inputs, first, last))
 
 
-@compiled
-def single_rows(weight: Array, x: Array, y: Array, first: int, last: int) -> None:
-    """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens x [T, I] into y [T, O].
+@inner
+def _four_wide(weight_at: int, x_at: int, y_at: int, sizes: Array, first: int, last: int) -> None:
+    """Multiply rows with four tokens that would not stay in the processor's first cache, a piece of them at a time.
 
-    Compiled by numba, for up to four tokens at a time.
+    The weights are asked for in the order of memory, some rows ahead, because they are not read in that order.
     """
-    tokens, inputs = x.shape
+    (outputs, inputs), pitch = sizes, 4 * sizes[1]
+    y, whole = _lying(y_at, (4, outputs), ZERO), inputs - inputs % STEP
+    for start in range(first, last, ROWS):
+        end = min(start + ROWS, last)
+        ahead = weight_at + end * pitch
+        for i in range(0, whole, PIECE):
+            count = min(PIECE, whole - i)
+            for o in range(start, end):
+                fetch(ahead, 4 * count)
+                ahead += 4 * count
+                a, b, c, d = four_singles(weight_at + o * pitch + 4 * i, x_at + 4 * i, pitch, count // STEP)
+                if i:
+                    a, b, c, d = y[0, o] + a, y[1, o] + b, y[2, o] + c, y[3, o] + d
+                y[0, o], y[1, o], y[2, o], y[3, o] = a, b, c, d
+
+
+@unit(12)
+def single_rows(
+    weight_at: int,
+    _scale_at: int,
+    bias_at: int,
+    _scales: int,
+    x_at: int,
+    _unit_at: int,
+    y_at: int,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    first: int,
+    last: int,
+) -> None:
+    """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens [K, I] into y [K, O].
+
+    Compiled by numba, for up to four tokens at a time. weight_at, bias_at, x_at, y_at: addresses of weight, bias (0:
+    none), tokens and result. tokens, outputs, inputs: K, O, I. The other arguments are those of int8 weights.
+    """
+    weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
+    y = _lying(y_at, (tokens, outputs), ONE)
+    steps, pitch, fours = inputs // STEP, 4 * inputs, tokens - tokens % 4
+    if inputs <= WIDE:
+        fours = 0
+    for n in range(0, fours, 4):
+        _four_wide(weight_at, x_at + n * pitch, y_at + 4 * n * outputs, (outputs, inputs), first, last)
     for o in range(first, last):
-        n = 0
+        at, n = weight_at + o * pitch, fours
         while n + 4 <= tokens:
-            a = b = c = d = ZERO
-            for i in range(inputs):
-                w = weight[o, i]
-                a += w * x[n, i]
-                b += w * x[n + 1, i]
-                c += w * x[n + 2, i]
-                d += w * x[n + 3, i]
+            a, b, c, d = four_singles(at, x_at + n * pitch, pitch, steps)
             y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a, b, c, d
             n += 4
-        while n < tokens:
-            total = ZERO
-            for i in range(inputs):
-                total += weight[o, i] * x[n, i]
-            y[n, o] = total
-            n += 1
+        if n + 2 <= tokens:
+            e, f = two_singles(at, x_at + n * pitch, pitch, steps)
+            y[n, o], y[n + 1, o] = e, f
+            n += 2
+        if n < tokens:
+            (g,) = one_single(at, x_at + n * pitch, pitch, steps)
+            y[n, o] = g
+        for n in range(tokens if steps * STEP < inputs else 0):
+            rest = ZERO
+            for i in range(steps * STEP, inputs):
+                rest += weight[o, i] * x[n, i]
+            y[n, o] += rest
+    if bias_at:
+        bias = _lying(bias_at, (outputs,), ONE)
+        for k in range(tokens):
+            for o in range(first, last):
+                y[k, o] += bias[o]
 
 
-@compiled
+@inner
+def added(frame: Array, y_at: int, tokens: Array, scale: Array, norm_at: int) -> None:
+    """Add the scaled update [K, D] at an address to the stream of its tokens; compiled by numba.
+
+    norm_at: address of the weight of the update's norm (0: none), which needs all of it, so that only one thread
+    computes it.
+    """
+    part, width = frame[PART], frame[WIDTH]
+    x, y = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(y_at, (len(tokens), width), ONE)
+    first, last = share_of(width, part, frame[PARTS])
+    if norm_at:
+        together(frame)
+        first, last = (0, width) if part == 0 else (0, 0)
+    numbers = _lying(frame.ctypes.data + 8 * NUMBERS, (3,), np.float64(0))
+    for j in range(len(tokens)):
+        if norm_at and part == 0:
+            norm_row(y[j], norm_at, numbers[0], numbers[1], y[j])
+        for d in range(first, last):
+            x[tokens[j], d] += y[j, d] * scale[j]
+    together(frame)
+
+
+@inner
 def sigmoid(x: Array) -> Array:
     """Return 1 / (1 + e^-x) in fp32; compiled by numba."""
     small = _exp(-abs(x))

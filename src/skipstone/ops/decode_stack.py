@@ -8,12 +8,14 @@ Shape letters: L blocks, T tokens, D width, G gates, S states, A activations.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +31,10 @@ WEIGHTS = ("none", "raw", "opening", "tanh")  # functions that give the factor o
 DECISIONS = ("all", "zeros", "largest")  # which neurons of an MLP are computed
 MIXED, MIXTURE = 4, 8  # activations of a mixture, and its columns in the table of a block
 CHOICE = 6  # columns of a choice of neurons
-LONG_S = 4.0  # seconds; reading from disk what has been compiled takes less
-COMPILING = "compiling the decoding step for this processor: up to a minute, once; it is then kept on disk"
+LONG_S = 2.0  # seconds; reading from disk what has been compiled takes less
+COMPILING = (
+    "compiling the decoding step for this processor: ten to twenty seconds of CPU, once; it is then kept on disk"
+)
 _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by address
 
 
@@ -64,7 +68,8 @@ class Program(NamedTuple):
 
     table_LC, number_LN: the tables of the L blocks. gate_GC, number_GN: the tables of the G gates (depth mechanisms)
     around them. hidden: the largest number of hidden values of a token in one gate or activation. mixes: whether any
-    activation is a mixture. chooses: whether any MLP chooses which neurons it computes.
+    activation is a mixture. chooses: whether any MLP chooses which neurons it computes. rounded: whether any weights
+    are int8.
     """
 
     sizes: Sizes
@@ -75,6 +80,7 @@ class Program(NamedTuple):
     hidden: int
     mixes: bool
     chooses: bool
+    rounded: bool
 
 
 class Ran(NamedTuple):
@@ -116,7 +122,9 @@ def run(
     stored_L3 = torch.zeros(L, 3, dtype=torch.long)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
     singles = T * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
-    needed = 4 * singles + parts * native.private(T, widest) + 2 * ALIGNED
+    # a list of neurons, tokens normed and rounded to int16, and factors
+    private = (8 * s.neurons + 6 * T * widest + 4 * T + 127) // ALIGNED * ALIGNED
+    needed = 4 * singles + parts * (private + 8 * native.FRAME) + 2 * ALIGNED
     sizes = (4 * native.FIELDS * G * T, 2 * G * T, 4 * mixes * T * MIXED, feeds * T)  # bytes of what is said
     said: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None, None)
     chosen = torch.empty(chooses, T * s.neurons), torch.empty(2, chooses, T * s.neurons, dtype=torch.bool)
@@ -134,9 +142,22 @@ def run(
     addresses += [0 if state_ST is None else state_ST.data_ptr(), *places, stored_L3.data_ptr()]
     addresses += [x.data_ptr() if chooses else 0 for x in chosen]
     states = 0 if state_ST is None else len(state_ST)
-    counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden)
-    native.share(native.crew, (addresses, counts, (s.eps, s.offset, s.scaling)), parts)
+    counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden, widest, private)
+    native.share(native.crew, (addresses, counts, prepare(program), (s.eps, s.offset, s.scaling)), parts)
     return Ran(x_1TD, stored_L3.tolist(), *said, *(chosen if recorded else ()))
+
+
+def prepare(program: Program) -> tuple[int, ...]:
+    """Return the addresses of the compiled parts that a program's calls need, 0 for others, compiling them at first.
+
+    What has been compiled is kept on disk, in the folder `kept`.
+    """
+    return _units(program.rounded, program.mixes, program.chooses, len(program.gate_GC) > 0)
+
+
+def kept() -> Path:
+    """Return the folder in which numba keeps the compiled parts, unless it cannot be written to."""
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
 
 
 @torch.inference_mode(False)
@@ -176,11 +197,19 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @cache
 def _native() -> Any:
-    """Return the compiled module, which numba compiles if it finds nothing on disk; if that takes long, log a line."""
+    return import_module("skipstone.ops.decode_stack_native")
+
+
+@cache
+def _units(*needed: bool) -> tuple[int, ...]:
+    """Return the compiled parts of a step, which numba compiles if it finds nothing on disk.
+
+    needed: the arguments of `decode_stack_native.units`. If compiling takes long, a line is logged.
+    """
     line = threading.Timer(LONG_S, logging.getLogger(__name__).info, [COMPILING])
     line.daemon = True
     line.start()
     try:
-        return import_module("skipstone.ops.decode_stack_native")
+        return _native().units(*needed)  # type: ignore[no-any-return]
     finally:
         line.cancel()

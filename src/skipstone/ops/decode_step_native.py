@@ -11,9 +11,9 @@ import numpy as np
 from numba import njit
 
 from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import FAST, inner
 
-# Sums may be reordered, but NaN and infinities are respected. Compiled code is cached on disk.
-compiled = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True, error_model="numpy")
+compiled = njit(fastmath=FAST, nogil=True, cache=True, error_model="numpy")  # kept on disk
 ONE = np.float32(0)  # a number of the kind to read
 INFINITY = np.float32(np.inf)
 
@@ -59,7 +59,7 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
     _attend(turned, key, value, column + 1, np.float32(scaling), _lying(y_at, (H, E), ONE))
 
 
-@compiled
+@inner
 def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
     """Apply rotary embedding to rows [H, E], or copy them; the first half of sin is negated."""
     width = x.shape[1]
@@ -76,7 +76,7 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
                 out[h, e] = x[h, e]
 
 
-@compiled
+@inner
 def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, out: Array) -> None:
     """Attend to the first `count` keys, one query head after the other.
 
@@ -103,7 +103,7 @@ def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, 
         _sum(weight, value_at + g * value.strides[1], value.strides[0], to)
 
 
-@compiled
+@inner
 def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
     """Compute the product of x with each row, four at a time; the rows are `step` bytes apart."""
     width, whole = len(x), len(out) - len(out) % 4
@@ -125,7 +125,7 @@ def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
         out[c] = total
 
 
-@compiled
+@inner
 def _sum(factor: Array, rows_at: int, step: int, out: Array) -> None:
     """Compute the sum of all rows, each with its factor, four at a time."""
     width, whole = len(out), len(factor) - len(factor) % 4
@@ -144,12 +144,12 @@ def _sum(factor: Array, rows_at: int, step: int, out: Array) -> None:
             out[e] += a * row[e]
 
 
-@compiled
+@inner
 def _row(at: int, width: int) -> Array:
     return _lying(at, (width,), ONE)
 
 
-@compiled
+@inner
 def _exp(x: Array) -> Array:
     """Return e^x for x <= 0, with a relative error of about 2e-7."""
     low = max(x, LOWEST)

@@ -16,8 +16,8 @@ from torch import Tensor
 from skipstone.ops.int4_dot import lone_row, nibbles, prefetch
 from skipstone.ops.int8_dot import GROUP
 from skipstone.ops.int8_native import round_tokens
-from skipstone.ops.magnitude_native import Array, _lying, compiled
-from skipstone.ops.workers import BARRIER, integers, part_of, parts_of, share, team, threads, wait
+from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import BARRIER, inner, integers, part_of, parts_of, share, team, threads, wait
 
 AHEAD = 4  # candidates whose rows are asked for before they are read
 LEAST = 1 << 21  # bytes below which a second thread costs more than it saves
@@ -49,23 +49,19 @@ def logits(
     y, chosen = torch.empty(V), np.empty(V, np.int32)
     rounded, whole = np.empty(K, np.int16), np.empty(D, np.int16)
     unit = np.empty(2, np.float32)
-    round_tokens((turned.data_ptr(), rounded.ctypes.data, unit.ctypes.data), (1, 0, K, 0))
+    round_tokens.ctypes(turned.data_ptr(), rounded.ctypes.data, unit.ctypes.data, 1, K)
     if weight_scale is not None:
-        round_tokens((given.data_ptr(), whole.ctypes.data, unit.ctypes.data + 4), (1, 0, D, 0))
+        round_tokens.ctypes(given.data_ptr(), whole.ctypes.data, unit.ctypes.data + 4, 1, D)
     at = [t.data_ptr() for t in (given, turned, packed, scale, offset, weight_VD)]
     at += [0 if weight_scale is None else weight_scale.data_ptr(), y.data_ptr()]
     at += [a.ctypes.data for a in (chosen, rounded, whole, unit)]
     scales = 1 if weight_scale is None else weight_scale.numel() // V
     numbers = (tuple(at), (V, D, K, min(candidates, V), scales))
-    parts = threads() if packed.numel() >= LEAST else 1
-    if parts == 1:
-        _run(*numbers, 0, 1, 0)
-    else:
-        share(crew, numbers, parts)
+    share(crew, numbers, threads() if packed.numel() >= LEAST else 1)
     return y.reshape(*x.shape[:-1], V).to(x.dtype)
 
 
-@compiled
+@inner
 def _run(addresses: Array, sizes: Array, part: int, parts: int, barrier: int) -> None:
     """Preview a part of the vocabulary, choose, and compute a part of the candidates."""
     V, _, _, M, _ = sizes
@@ -81,7 +77,7 @@ def _run(addresses: Array, sizes: Array, part: int, parts: int, barrier: int) ->
     _exact(addresses, sizes, min(part * each, M), min((part + 1) * each, M))
 
 
-@compiled
+@inner
 def _preview(addresses: Array, sizes: Array, first: int, last: int) -> None:
     _, turned_at, packed_at, scale_at, offset_at, _, _, y_at, _, rounded_at, _, unit_at = addresses
     V, _, K, _, _ = sizes
@@ -97,13 +93,13 @@ def _preview(addresses: Array, sizes: Array, first: int, last: int) -> None:
         y[v] = total * (scale[v] * unit) + offset[v] + common
 
 
-@compiled
+@inner
 def _ordered(bits: Array) -> Array:
     """Return an integer that is ordered as the fp32 number with these bits is."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@compiled
+@inner
 def _choose(bits: Array, chosen: Array, count: int) -> None:
     """Write the indices of the `count` largest numbers to the front of `chosen`, in ascending order."""
     found = np.zeros(TOP, np.int32)
@@ -135,7 +131,7 @@ def _choose(bits: Array, chosen: Array, count: int) -> None:
             out += 1
 
 
-@compiled
+@inner
 def _edge(found: Array, count: int, above: int) -> Array:
     """Return the value that the `count`-th largest number has, and how many numbers are above that value."""
     at = len(found) - 1
@@ -145,7 +141,7 @@ def _edge(found: Array, count: int, above: int) -> Array:
     return at, above
 
 
-@compiled
+@inner
 def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
     """Compute the whole products of candidates, with the sums that the whole head has."""
     x_at, _, _, _, _, weight_at, scale_at, y_at, chosen_at, _, whole_at, unit_at = addresses

@@ -16,7 +16,8 @@ from numba.extending import intrinsic
 
 GROUP = 64  # inputs whose products are summed as integers
 HALF = GROUP // 2
-AHEAD = 1 << 11  # bytes
+AHEAD = 1 << 13  # bytes
+NEAR = 2  # into the second of a processor's caches: the first one holds the tokens
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, SINGLES = ir.VectorType(I32, HALF // 2), ir.VectorType(F32, HALF // 2)
 ADDRESS = types.int64
@@ -118,7 +119,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for memory that is needed soon: with several tokens, the processor does not look ahead far enough."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(0), I32(3), I32(1)])
+    builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(0), I32(NEAR), I32(1)])
 
 
 one_token, two_tokens, four_tokens, eight_tokens = (_dots(tokens) for tokens in (1, 2, 4, 8))

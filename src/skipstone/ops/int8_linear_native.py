@@ -1,7 +1,7 @@
 """A linear layer with int8 weights for few tokens, by the kernels that numba compiles.
 
 Weights usually lie output by output (`int8_native.py`); those whose neurons are chosen in a compiled step of all blocks
-lie input by input (`decode_neurons_native.py`).
+lie input by input (`neuron_rows_native.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipstone.ops.decode_neurons_native import summed
 from skipstone.ops.int8_dot import GROUP
-from skipstone.ops.int8_native import crew, round_tokens, some_rows
+from skipstone.ops.int8_native import crew, grouped_rows, round_tokens, single_rows
+from skipstone.ops.neuron_rows_native import summed_int8
 from skipstone.ops.workers import share, threads
 
 LEAST = 1 << 17  # weights below which a second thread costs more than it saves
@@ -31,19 +31,18 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
         return y if x.dtype == torch.float32 else y.to(x.dtype)
     if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
         weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
-    sizes = (x.numel() // inputs, outputs, inputs, scale.numel() // outputs)
-    addresses = (weight_OI.data_ptr(), scale.data_ptr(), given.data_ptr(), y.data_ptr())
+    tokens, rows, places = x.numel() // inputs, single_rows, (given.data_ptr(), 0)
     if inputs % GROUP == 0:
-        tokens = np.empty((sizes[0], inputs), np.int16), np.empty(sizes[0], np.float32)
-        at = tokens[0].ctypes.data, tokens[1].ctypes.data
-        round_tokens((given.data_ptr(), *at), sizes)
-    else:
-        at = 0, 0
+        rounded, factor = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
+        rows, places = grouped_rows, (rounded.ctypes.data, factor.ctypes.data)
+        round_tokens.ctypes(given.data_ptr(), *places, tokens, inputs)
+    matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
+    numbers = (*matrix, *places, y.data_ptr(), tokens, outputs, inputs)
     parts = threads() if weight_OI.numel() >= LEAST else 1
     if parts == 1:
-        some_rows((*addresses, *at), sizes, 0, outputs)
+        rows.ctypes(*numbers, 0, outputs)
     else:
-        share(crew, ((*addresses, *at), sizes), parts)
+        share(crew, ((*numbers, rows.address),), parts)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -55,9 +54,10 @@ def _by_input(weight_OI: Tensor, scale: Tensor) -> bool:
 
 def _summed(x: Tensor, weight_OI: Tensor, scale: Tensor, y: Tensor) -> None:
     """Compute the product with a weight that lies input by input."""
-    (outputs, inputs), tokens = weight_OI.shape, y.numel() // weight_OI.shape[0]
-    whole, unit = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
-    places = (0, whole.ctypes.data, unit.ctypes.data)
-    round_tokens((x.data_ptr(), *places[1:]), (tokens, outputs, inputs, 0))
-    matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
-    summed(matrix, x.data_ptr(), places, (tokens, inputs, outputs), np.arange(inputs), y.data_ptr(), 0, outputs)
+    (outputs, inputs), tokens, rows = weight_OI.shape, y.numel() // weight_OI.shape[0], np.arange(weight_OI.shape[1])
+    rounded, factor = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
+    places = (rounded.ctypes.data, factor.ctypes.data)
+    round_tokens.ctypes(x.data_ptr(), *places, tokens, inputs)
+    matrix = (weight_OI.data_ptr(), scale.data_ptr(), scale.numel() // outputs)
+    listed = (rows.ctypes.data, len(rows))
+    summed_int8.ctypes(*matrix, x.data_ptr(), *places, tokens, inputs, outputs, *listed, y.data_ptr(), 0, outputs)

@@ -12,110 +12,127 @@ from __future__ import annotations
 import numpy as np
 
 from skipstone.ops.int8_dot import GROUP, eight_tokens, four_tokens, one_token, two_tokens
-from skipstone.ops.magnitude_native import Array, _lying, compiled
-from skipstone.ops.workers import BARRIER, integers, part_of, parts_of, team, wait
+from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import BARRIER, call, inner, integers, part_of, parts_of, team, unit, wait
 
 UNITS = np.int32(0x7FFFFFFF)  # the bits of a number but its sign
 NOT_FINITE = np.int32(0x7F800000)  # and those of infinity; those of NaN are greater
+SINGLE = np.float32(0)
 
 
-@compiled
-def round_tokens(addresses: Array, sizes: Array) -> None:
+@unit(5)
+def round_tokens(x_at: int, rounded_at: int, unit_at: int, tokens: int, inputs: int) -> None:
     """Round N fp32 tokens [N, I] to int16, each by its largest magnitude; compiled by numba.
 
-    addresses: the addresses of the fp32 tokens, of the int16 result and of the fp32 factors [N] that restore it; result
-    and factors are written, with factor NaN for a token that is not finite. sizes: N first, I third.
+    x_at, rounded_at, unit_at: the addresses of the fp32 tokens, of the int16 result and of the fp32 factors [N] that
+    restore it; result and factors are written, with factor NaN for a token that is not finite. tokens, inputs: N and I.
     """
-    x_at, rounded_at, unit_at = addresses
-    N, inputs = sizes[0], sizes[2]
-    x, unit = _lying(x_at, (N, inputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
-    rounded = _lying(rounded_at, (N, inputs), np.int16(0))
-    bits = _lying(x_at, (N, inputs), np.int32(0))
-    for n in range(N):
+    x, unit = _lying(x_at, (tokens, inputs), SINGLE), _lying(unit_at, (tokens,), SINGLE)
+    rounded = _lying(rounded_at, (tokens, inputs), np.int16(0))
+    bits = _lying(x_at, (tokens, inputs), np.int32(0))
+    for n in range(tokens):
         most = np.int32(0)
         for i in range(inputs):  # as integers, which are compared several at a time
             most = max(most, np.int32(bits[n, i] & UNITS))
         largest = np.int32(most).view(np.float32)
         unit[n] = largest / np.float32(32767) if most < NOT_FINITE else np.float32(np.nan)
-        factor = np.float32(32767) / largest if most > 0 else np.float32(0)
+        factor = np.float32(32767) / largest if most > 0 else SINGLE
         for i in range(inputs):
             rounded[n, i] = np.int16(np.int32(np.rint(x[n, i] * factor)))
 
 
-@compiled
-def some_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
-    """Compute the outputs with indices from `first` to `last` - 1 for all tokens; compiled by numba.
-
-    addresses, sizes: as in `grouped_rows`; if the address of the int16 tokens is 0, the fp32 tokens are multiplied.
-    """
-    if addresses[4]:
-        grouped_rows(addresses, sizes, first, last)
-    else:
-        _single_rows(addresses, sizes, first, last)
-
-
-@compiled
-def grouped_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
+@unit(12)
+def grouped_rows(
+    weight_at: int,
+    scale_at: int,
+    bias_at: int,
+    scales: int,
+    x_at: int,
+    unit_at: int,
+    y_at: int,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    first: int,
+    last: int,
+) -> None:
     """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
 
-    addresses: the addresses of int8 weights [O, I], of their fp32 scales, of the fp32 tokens (not read), of the fp32
-    outputs [N, O], of the int16 tokens, and of the factors that restore these. sizes: N, O, I (a multiple of 64), and
-    scales per output.
+    weight_at, scale_at, bias_at: the addresses of int8 weights [O, I], of their fp32 scales and of fp32 biases (0:
+    none). scales: scales per output. x_at, unit_at: the addresses of the int16 tokens and of the factors that restore
+    them. y_at: that of the fp32 outputs [N, O]. tokens, outputs, inputs: N, O and I, a multiple of 64.
     """
-    weight_at, scale_at, _, y_at, x_at, unit_at = addresses
-    N, outputs, inputs, scales = sizes
-    y, unit = _lying(y_at, (N, outputs), np.float32(0)), _lying(unit_at, (N,), np.float32(0))
+    y, unit = _lying(y_at, (tokens, outputs), SINGLE), _lying(unit_at, (tokens,), SINGLE)
     groups, stride, row = inputs // GROUP, 4 if scales > 1 else 0, 2 * inputs
     for o in range(first, last):
         weight, scale, n = weight_at + o * inputs, scale_at + o * scales * 4, 0
-        while n + 8 <= N:
+        while n + 8 <= tokens:
             a, b, c, d, e, f, g, h = eight_tokens(weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
             y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
             y[n + 4, o], y[n + 5, o] = e * unit[n + 4], f * unit[n + 5]
             y[n + 6, o], y[n + 7, o] = g * unit[n + 6], h * unit[n + 7]
             n += 8
-        if n + 4 <= N:
+        if n + 4 <= tokens:
             a, b, c, d = four_tokens(weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
             y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
             n += 4
-        if n + 2 <= N:
+        if n + 2 <= tokens:
             e, f = two_tokens(weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = e * unit[n], f * unit[n + 1]
             n += 2
-        if n < N:
+        if n < tokens:
             (g,) = one_token(weight, scale, stride, x_at + n * row, row, groups)
             y[n, o] = g * unit[n]
+    if bias_at:
+        bias = _lying(bias_at, (outputs,), SINGLE)
+        for n in range(tokens):
+            for o in range(first, last):
+                y[n, o] += bias[o]
 
 
-@compiled
-def _single_rows(addresses: Array, sizes: Array, first: int, last: int) -> None:
-    """Compute the same in fp32, with one scale for each row, for a number of inputs that groups do not divide."""
-    weight_at, scale_at, x_at, y_at, _, _ = addresses
-    N, outputs, inputs, _ = sizes
+@unit(12)
+def single_rows(
+    weight_at: int,
+    scale_at: int,
+    _bias_at: int,
+    _scales: int,
+    x_at: int,
+    _unit_at: int,
+    y_at: int,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    first: int,
+    last: int,
+) -> None:
+    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that groups do not divide.
+
+    Compiled by numba. x_at: the address of the fp32 tokens. There is one scale for each row.
+    """
     single = np.float32(0)
     weight, scale = _lying(weight_at, (outputs, inputs), np.int8(0)), _lying(scale_at, (outputs,), single)
-    x, y = _lying(x_at, (N, inputs), single), _lying(y_at, (N, outputs), single)
-    if N == 1:
+    x, y = _lying(x_at, (tokens, inputs), single), _lying(y_at, (tokens, outputs), single)
+    if tokens == 1:
         _one(weight, scale, x[0], y[0], first, last)
         return
-    whole = last - (last - first) % 2
+    whole, most = last - (last - first) % 2, tokens - tokens % 4
     for o in range(first, whole, 2):
-        for n in range(0, N - N % 4, 4):
+        for n in range(0, most, 4):
             _two_by_four(weight, scale, x, y, o, n)
-        for n in range(N - N % 4, N):
+        for n in range(most, tokens):
             a = b = single
             for i in range(inputs):
                 a += np.float32(weight[o, i]) * x[n, i]
                 b += np.float32(weight[o + 1, i]) * x[n, i]
             y[n, o], y[n, o + 1] = a * scale[o], b * scale[o + 1]
     if whole < last:
-        for n in range(N):
+        for n in range(tokens):
             _one(weight, scale, x[n], y[n], whole, last)
 
 
-@compiled
+@inner
 def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int) -> None:
     """Multiply one token, row after row: one stream in the order of memory, more than twice as fast as four at once."""
     for o in range(first, last):
@@ -125,7 +142,7 @@ def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int)
         y[o] = total * scale[o]
 
 
-@compiled
+@inner
 def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int) -> None:
     """Compute two rows for four tokens, so that each weight is converted once for the four."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
@@ -148,8 +165,9 @@ def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int
 @team
 def crew(packet: int) -> None:
     """Compute one thread's part of the outputs; `packet` is the address of the arguments (`workers.share`)."""
-    addresses, sizes, part, parts = integers(packet, 0, 6), integers(packet, 6, 4), part_of(packet), parts_of(packet)
-    each = -(-sizes[1] // (4 * parts)) * 4
-    some_rows(addresses, sizes, min(part * each, sizes[1]), min((part + 1) * each, sizes[1]))
+    numbers, (rows,), part, parts = integers(packet, 0, 10), integers(packet, 10, 1), part_of(packet), parts_of(packet)
+    outputs = numbers[8]
+    each = -(-outputs // (4 * parts)) * 4
+    call(rows, numbers + (min(part * each, outputs), min((part + 1) * each, outputs)))  # noqa: RUF005
     if parts > 1:
         wait(packet + BARRIER, parts)  # asleep after a while; OpenMP would spin for milliseconds

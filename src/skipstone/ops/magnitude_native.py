@@ -14,18 +14,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
+
+from skipstone.ops.workers import FAST, inner
 
 AT_ONCE = 8  # rows read at a time; four take a quarter more time
 SQUARE = 16
 KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 Array: TypeAlias = Any  # in numba: an array, or a tuple of addresses
 
-# Sums may be reordered, but NaN is respected. Compiled code is cached on disk, because compiling takes seconds.
-compiled = njit(fastmath={"reassoc", "contract", "nsz"}, nogil=True, cache=True)
+compiled = njit(fastmath=FAST, nogil=True, cache=True)  # kept on disk, because compiling takes seconds
 
 
 def one_token(
@@ -100,7 +102,7 @@ def _one_token(addresses: Array, sizes: Array, kind: Array) -> None:
     _total(h, down, row, y)
 
 
-@compiled
+@inner
 def _keep(h: Array, row: Array, kept: int, size: int, left: Array) -> Array:
     """Return the largest entries of h with their rows, and mark their groups."""
     magnitude, chosen = np.empty(len(h) // size, np.float32), np.zeros(len(h) // size, np.bool_)
@@ -124,7 +126,7 @@ def _largest(score_at: int, on_at: int, total: int, width: int, count: int) -> N
         _mark(score[g : g + width], count, on[g : g + width])
 
 
-@compiled
+@inner
 def _mark(score: Array, count: int, on: Array) -> None:
     """Set True at the `count` largest scores. Non-negative floats sort like their bits, NaN above all others."""
     bits, least, places = score.view(np.int32), np.int32(0), count
@@ -143,7 +145,7 @@ def _mark(score: Array, count: int, on: Array) -> None:
             places -= 1
 
 
-@compiled
+@inner
 def _list(on: Array, size: int, row: Array) -> None:
     """Write the indices of the neurons whose groups are on, ascending."""
     count = 0
@@ -154,7 +156,7 @@ def _list(on: Array, size: int, row: Array) -> None:
                 count += 1
 
 
-@compiled
+@inner
 def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
     """Compute out[j] = weight[row[j]] x."""
     whole = len(row) - len(row) % AT_ONCE
@@ -179,7 +181,7 @@ def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
         out[j] = alone
 
 
-@compiled
+@inner
 def _total(h: Array, weight: Array, row: Array, out: Array) -> None:
     """Add h weight[row] to out."""
     whole = len(row) - len(row) % AT_ONCE
@@ -196,7 +198,7 @@ def _total(h: Array, weight: Array, row: Array, out: Array) -> None:
             out[o] += h[j] * _fp32(weight[row[j], o])
 
 
-@compiled
+@inner
 def _eight(x: Array, j: int) -> Array:
     return x[j], x[j + 1], x[j + 2], x[j + 3], x[j + 4], x[j + 5], x[j + 6], x[j + 7]
 
@@ -209,11 +211,6 @@ def _fp32(number):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
-def _lying(address, shape, kind):  # type: ignore[no-untyped-def]
-    """Return the array at an address, with numbers like `kind`."""
-    raise NotImplementedError
-
-
 @overload(_fp32, inline="always")
 def _fp32_of(number):  # type: ignore[no-untyped-def]
     if number == types.uint16:
@@ -221,15 +218,27 @@ def _fp32_of(number):  # type: ignore[no-untyped-def]
     return lambda number: number
 
 
-@overload(_lying)
-def _lying_of(address, shape, kind):  # type: ignore[no-untyped-def]
-    dtype = np.dtype(str(kind).replace("boolean", "bool"))
-    return lambda address, shape, kind: carray(_pointer(address), shape, dtype)
-
-
 @intrinsic
-def _pointer(context, address):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(given[0], cgutils.voidptr_t)
+def _lying(context, address, shape, kind):  # type: ignore[no-untyped-def]
+    """Return the array at an address, with numbers like `kind`.
 
-    return types.voidptr(address), generate
+    Numba's own `carray` would be compiled anew, as a function, for each kind and number of dimensions.
+    """
+    found = types.Array(types.unliteral(kind), len(shape), "C")
+
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        size = context.get_abi_sizeof(context.get_data_type(found.dtype))
+        sizes = [
+            context.cast(builder, number, one, types.intp)
+            for number, one in zip(cgutils.unpack_tuple(builder, given[1]), shape, strict=True)
+        ]
+        strides = [context.get_constant(types.intp, size)]
+        for number in sizes[:0:-1]:
+            strides.insert(0, builder.mul(strides[0], number))
+        array = make_array(found)(context, builder)
+        data = builder.inttoptr(given[0], context.get_data_type(found.dtype).as_pointer())
+        itemsize = context.get_constant(types.intp, size)
+        populate_array(array, data=data, shape=sizes, strides=strides, itemsize=itemsize, meminfo=None)
+        return array._getvalue()
+
+    return found(types.int64, shape, kind), generate

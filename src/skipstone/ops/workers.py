@@ -16,16 +16,17 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import cfunc, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered, but NaN and infinities are respected
 LINE = 64  # bytes of a line of the processor's caches
 SPINS = 1 << 9  # looks at a barrier, some tens of microseconds, before the processor is offered to others
 # A packet, from its start in bytes: the next part, the number of parts, a function that tells how many threads there
@@ -58,13 +59,50 @@ def threads() -> int:
     return min(torch.get_num_threads(), here)
 
 
-def team(function: Callable[[int], None]) -> Any:
-    """Compile a function so that `share` can run it in several threads; the machine code is cached on disk.
+class Unit:
+    """A function of integers that numba compiles by itself, when its address is first asked for, and keeps on disk.
+
+    function: takes and returns nothing but int64. count: number of its arguments. Other compiled functions call it by
+    its address (`call`), so that its code is compiled once, not again within each of them, and only where it is used.
+    """
+
+    def __init__(self, function: Callable[..., None], count: int) -> None:
+        self.function, self.count = function, count
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The machine code as numba's C callback."""
+        kind = types.void(*[types.int64] * self.count)
+        return cfunc(kind, cache=True, error_model="numpy", fastmath=FAST)(self.function)
+
+    @property
+    def address(self) -> int:
+        """The address of the machine code."""
+        return int(self.compiled.address)
+
+    @property
+    def ctypes(self) -> Any:
+        """The function as Python calls it, without the interpreter's lock."""
+        return self.compiled.ctypes
+
+
+# A function that only compiled functions call: numba makes nothing for Python to call, and keeps no copy on disk.
+inner = njit(fastmath=FAST, error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def unit(count: int) -> Callable[[Callable[..., None]], Unit]:
+    """Return a decorator that makes a function a `Unit` of so many arguments."""
+    return lambda function: Unit(function, count)
+
+
+def team(function: Callable[[int], None]) -> Unit:
+    """Compile a function, when it is first used, so that `share` can run it in several threads.
 
     function: is given the address of a packet (its arguments in memory), calls `part_of` once for the index of its
     part, and reads the packet with `parts_of`, `integers` and `doubles`.
     """
-    return cfunc(types.void(types.int64), cache=True, error_model="numpy")(function)
+    return Unit(function, 1)
 
 
 def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
@@ -166,6 +204,22 @@ def _tuple(kind: Any, lower: Any) -> Any:
 
 
 integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleType())
+
+
+@intrinsic
+def call(context, address, given):  # type: ignore[no-untyped-def]
+    """Call a `Unit` by its address; for code compiled by numba only.
+
+    context: supplied by numba, not by the caller. given: its arguments, a tuple of int64.
+    """
+
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        numbers = cgutils.unpack_tuple(builder, given[1])
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(numbers))
+        builder.call(builder.inttoptr(given[0], kind.as_pointer()), numbers)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.UniTuple(types.int64, len(given))), generate
 
 
 @intrinsic

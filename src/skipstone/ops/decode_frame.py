@@ -1,0 +1,66 @@
+"""What the parts of the compiled step of all blocks know: tables of blocks, and a frame of numbers for each thread.
+
+The parts are compiled one by one (`workers.Unit`) and call each other with the address of a frame, int64 numbers that
+are named here. Small arrays lie in the frame itself.
+
+Shape letters: T tokens (at most 8), S scopes.
+"""
+
+from __future__ import annotations
+
+from skipstone.ops.decode_stack import CHOICE, MIXTURE, MOST_TOKENS
+
+# Columns of the table of a block: addresses of norms (0: none); then of each matrix the addresses of weight, scale
+# (0: fp32 weights) and bias (0: none), and the number of scales of a row.
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)
+QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(6, 34, 4)
+# Then, for each site from the outside in, its first gate and the number of its gates; the blocks of the segment
+# that begins here (0: none); address and number of the runs of functions (none: the activation is a mixture); and the
+# mixture; and the choice of neurons.
+OF_SEGMENT = 34
+SPAN, RUNS, COUNT = range(42, 45)
+MIX = 45
+CHOOSES = MIX + MIXTURE
+COLUMNS = CHOOSES + CHOICE
+# Columns of the memory of a block: addresses of stored keys, values and slots, the first new column, addresses of cos
+# and sin (0: not rotated); addresses of the activation's stored sums and slots, and their first new column.
+KEYS, VALUES, SLOTS, COLUMN, COS, SIN, SUMS, SUM_SLOTS, SUM_COLUMN = range(9)
+MEMORY = 9
+
+# The scopes of sites, one inside the other, except that the MLP's is inside the block's.
+OUTSIDE, SEGMENT, BLOCK, OF_ATTENTION, OF_MLP = range(5)
+SCOPES = 5
+# What a token is inside a site.
+ABSENT, GIVES_KEYS, ASKS = range(3)
+
+# A frame begins with what `decode_stack.run` gives: addresses, of the blocks' table and memory, the tokens' slots, the
+# stream, working memory, table and numbers of the depth mechanisms, numbers of the blocks, and the results; sizes; the
+# addresses of the units (0: not needed); and eps and offset of norms and the factor on scores, as floats.
+TABLE, MEMORIES, SLOT, STREAM, WORK, GATES, GATE_LINES, BLOCK_NUMBERS = range(8)
+STATES, SAID, FLAGS, LOGITS, FED, STORED, SCORES, MARKS = range(8, 16)
+BLOCKS, TOKENS, WIDTH, NEURONS, HEADS, GROUPS, HEAD_SIZE, GATE_COUNT, STATE_COUNT, HIDDEN = range(16, 26)
+WIDEST, PRIVATE = 26, 27  # most inputs of a matrix, and bytes of a thread's own working memory
+UNITS = 28
+ATTENTION, TURN, ATTEND, MLP, SINGLE, INT8, ROUNDS, MIXTURE_OF = range(UNITS, UNITS + 8)
+SOME, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 8, UNITS + 14)
+NUMBERS = UNITS + 14
+GIVEN = NUMBERS + 3
+# Then what the thread adds: its index, the number of threads, their barrier and the arrivals there, the block and the
+# addresses of its row and memory, and whether the factors of a scope act.
+PART, PARTS, BARRIER, ARRIVALS, INDEX, ROW, OWN_MEMORY = range(GIVEN, GIVEN + 7)
+ACTS = GIVEN + 7
+# Addresses of hidden values, q, k, v, a, y, gate, up, and of a thread's own list of neurons, its normed and rounded
+# tokens and the factors that restore these.
+PLACES = ACTS + SCOPES
+HIDDEN_AT, Q_AT, K_AT, V_AT, A_AT, Y_AT, GATE_AT, UP_AT, LIST, NORMED, ROUNDED, UNIT = range(PLACES, PLACES + 12)
+# Arrays: tokens that give keys and tokens that get an update, their scales, fp32 [T]; what each token is in each scope,
+# the factor on its sub-layers' updates and that on the whole update, fp32 [S, T].
+THERE = UNIT + 1
+ASKING = THERE + MOST_TOKENS
+SCALES = ASKING + MOST_TOKENS
+KINDS = SCALES + MOST_TOKENS
+GAINS = KINDS + SCOPES * MOST_TOKENS
+FACTORS = GAINS + SCOPES * MOST_TOKENS
+FRAME = -(-(FACTORS + SCOPES * MOST_TOKENS) // 8) * 8  # whole lines of a processor's cache

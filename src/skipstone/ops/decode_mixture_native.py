@@ -1,0 +1,113 @@
+"""PolyGLU's mixture of activations in the compiled step of all blocks.
+
+Shape letters: T tokens, K of them, F neurons, A activations, R projected width, S = R + 1 entries of a sum.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skipstone.ops import decode_frame as of
+from skipstone.ops.decode_mlp_native import WHOLE, gelu, tanh
+from skipstone.ops.decode_products_native import ZERO, framed, share_of, sigmoid, together
+from skipstone.ops.decode_stack import MIXED
+from skipstone.ops.decode_step_native import ONE, _exp
+from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.workers import call, inner, unit
+
+A = MIXED  # relu, tanh, silu, gelu, in this order
+# Columns of a mixture in the table of a block: addresses of its tensors, and R.
+CONTEXT_WEIGHT, CONTEXT_BIAS, MIX_WEIGHT, MIX_BIAS, MIX_SCALE, PREFERENCE, TAU, PROJECTED = range(8)
+DECAY, PREFERENCE_SCALE = range(2)  # fp32 numbers of a block; a negative decay: the token alone
+NUMBERS = 2
+
+
+@unit(2)
+def mixture(frame_at: int, count: int) -> None:
+    """Compute gate = mixture(gate) * up in place for the K tokens of a frame's block; compiled by numba.
+
+    Their logits are written down, NaN for the other tokens, and so are the running sums that they depend on.
+    """
+    frame = framed(frame_at)
+    T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]
+    row = _lying(frame[of.ROW], (of.COLUMNS,), 0)[of.MIX :]
+    said = _lying(frame[of.LOGITS], (L, T, A), ONE)[block]
+    if part == 0:
+        for n in range(T):
+            for a in range(A):
+                said[n, a] = np.float32(np.nan)
+    if not count:
+        return
+    R, D, z_at = row[PROJECTED], frame[of.WIDTH], frame[of.HIDDEN_AT]
+    first, last = share_of(R, part, frame[of.PARTS])
+    call(frame[of.SINGLE], (row[CONTEXT_WEIGHT], 0, 0, 1, frame[of.NORMED], 0, z_at, count, R, D, first, last))
+    together(frame)
+    tokens, numbers = _lying(frame_at + 8 * of.ASKING, (count,), 0), _lying(frame[of.BLOCK_NUMBERS], (L, NUMBERS), ONE)
+    z, logits = _lying(z_at, (count, R), ONE), np.empty((count, A), np.float32)
+    _logits(frame, row, numbers[block, DECAY], z, tokens, logits)
+    gate, up = _lying(frame[of.GATE_AT], (count, F), ONE), _lying(frame[of.UP_AT], (count, F), ONE)
+    _mixed(row, numbers[block, PREFERENCE_SCALE], logits, gate, up, part, frame[of.PARTS])
+    for j in range(count if part == 0 else 0):
+        for a in range(A):
+            said[tokens[j], a] = logits[j, a]
+
+
+@inner
+def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, logits: Array) -> None:
+    """Compute PolyGLU's logits [K, A] from the tokens so far; one thread stores their running sums.
+
+    row: the mixture's columns in the table of the block. decay: factor on older tokens in the running mean; if
+    negative, each token counts alone. z: the tokens projected to R, [K, R]. tokens: their indices.
+    """
+    (K, R), memory, writes = z.shape, _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), frame[of.PART] == 0
+    slots, column = _lying(frame[of.SLOT], (frame[of.TOKENS],), 0), memory[of.SUM_COLUMN]
+    total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
+    if decay >= 0 and column:
+        before = _lying(memory[of.SUMS], (column, R + 1), ONE)
+        for r in range(R + 1):
+            total[r] = before[column - 1, r]
+    bias, weight = _lying(row[CONTEXT_BIAS], (R,), ONE), _lying(row[MIX_WEIGHT], (A, R), ONE)
+    more, scale = _lying(row[MIX_BIAS], (A,), ONE), _lying(row[MIX_SCALE], (A,), ONE)
+    for n in range(K):
+        keeps = max(decay, ZERO)
+        for r in range(R):
+            total[r] = total[r] * keeps + z[n, r]
+        total[R] = total[R] * keeps + WHOLE
+        for r in range(R):
+            mean[r] = max(total[r] / max(total[R], WHOLE) + bias[r], ZERO)
+        for a in range(A):
+            dot = ZERO
+            for r in range(R):
+                dot += weight[a, r] * mean[r]
+            logits[n, a] = scale[a] * (dot + more[a])
+        if writes and decay >= 0:
+            stored, slot = (
+                _lying(memory[of.SUMS], (column + K, R + 1), ONE),
+                _lying(memory[of.SUM_SLOTS], (column + K,), 0),
+            )
+            slot[column + n] = slots[tokens[n]]
+            for r in range(R + 1):
+                stored[column + n, r] = total[r]
+
+
+@inner
+def _mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part: int, parts: int) -> None:
+    """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
+
+    row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
+    logits: the tokens' logits, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
+    """
+    F = gate.shape[1]
+    first, last = share_of(F, part, parts)
+    preference, cold = _lying(row[PREFERENCE], (F, A), ONE), WHOLE / _lying(row[TAU], (1,), ONE)[0]
+    for n in range(gate.shape[0]):
+        c0, c1, c2, c3 = logits[n, 0], logits[n, 1], logits[n, 2], logits[n, 3]
+        for f in range(first, last):
+            s0, s1 = (preference[f, 0] * scale + c0) * cold, (preference[f, 1] * scale + c1) * cold
+            s2, s3 = (preference[f, 2] * scale + c2) * cold, (preference[f, 3] * scale + c3) * cold
+            most = max(max(s0, s1), max(s2, s3))
+            e0, e1, e2, e3 = _exp(s0 - most), _exp(s1 - most), _exp(s2 - most), _exp(s3 - most)
+            x = gate[n, f]
+            relu = max(x, ZERO) if x == x else x
+            total = e0 * relu + e1 * tanh(x) + e2 * (x * sigmoid(x)) + e3 * gelu(x)
+            gate[n, f] = total / (e0 + e1 + e2 + e3) * up[n, f]

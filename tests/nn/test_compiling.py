@@ -1,0 +1,61 @@
+"""What numba compiles for a decoding step: only what a model needs, once, and not without a word if it takes long."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+import skipstone
+from skipstone.core import lock
+from skipstone.ops import decode_stack
+
+
+def test_compiling_for_long_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def slowly(*needed: bool) -> tuple[bool, ...]:
+        time.sleep(0.2)
+        return needed
+
+    monkeypatch.setattr(decode_stack, "_native", lambda: SimpleNamespace(units=slowly))
+    caplog.set_level("INFO")
+    for seconds in (0.01, 5.0):
+        monkeypatch.setattr(decode_stack, "LONG_S", seconds)
+        assert decode_stack._units.__wrapped__(True, False) == (True, False)
+    assert [record.getMessage() for record in caplog.records] == [decode_stack.COMPILING]
+
+
+def test_only_what_a_model_needs_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = decode_stack._native()
+    asked: list[str] = []
+    monkeypatch.setattr(type(native.crew), "address", property(lambda unit: asked.append(unit.function.__name__) or 1))
+    assert native.units(False, False, False, False).count(1) == len(asked) - 1
+    assert sorted(asked) == ["attend", "attention", "crew", "mlp", "single_rows", "turn"]
+    asked.clear()
+    assert 0 not in native.units(True, True, True, True)
+    assert len(asked) == len(native.UNITS) + 1
+    asked.clear()
+    native.units(False, False, True, False)
+    assert "summed" in asked
+    assert "summed_int8" not in asked
+
+
+@pytest.mark.parametrize("lockable", [True, False])
+def test_processes_that_begin_together_compile_one_after_the_other(
+    lockable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, held = decode_stack.prepare, list[Any]()
+    monkeypatch.setattr(decode_stack, "prepare", lambda program: held.append(dict(lock._held)) or prepare(program))
+    if not lockable:
+        monkeypatch.setattr(decode_stack, "kept", lambda: decode_stack.Path("/dev/null/none"))
+    config = skipstone.SkipstoneConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=23)
+    model = skipstone.SkipstoneForCausalLM(config).eval()
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)
+    assert any(str(decode_stack.kept() / "step") in path for _, path in held[0]) == lockable
+    assert not held[-1]
