@@ -21,7 +21,7 @@ STEPS = (
 
 
 class ShadedPiece(Protocol):
-    """A piece of generated text, and the share of the compute in the blocks that it took (0 to 1)."""
+    """A piece of generated text, and the share (0 to 1) of the blocks' computation that was executed for it."""
 
     @property
     def text(self) -> str:

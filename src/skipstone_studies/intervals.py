@@ -49,11 +49,17 @@ class Interval:
         return self.mean + self._half
 
     def below(self, limit: float = 0.0) -> Verdict:
-        """Return whether the true difference is below `limit`: "inconclusive" if the interval contains the limit."""
+        """Return the verdict on the claim that the true difference is below `limit`.
+
+        "yes" if the whole interval is below it, "no" if the whole interval is above it, else "inconclusive".
+        """
         return "yes" if self.high < limit else "no" if self.low > limit else "inconclusive"
 
     def above(self, limit: float = 0.0) -> Verdict:
-        """Return whether the true difference is above `limit`: "inconclusive" if the interval contains the limit."""
+        """Return the verdict on the claim that the true difference is above `limit`.
+
+        "yes" if the whole interval is above it, "no" if the whole interval is below it, else "inconclusive".
+        """
         return "yes" if self.low > limit else "no" if self.high < limit else "inconclusive"
 
     def detectable(self, power: float = POWERS[0]) -> float:

@@ -149,7 +149,7 @@ def claims_section(found: Iterable[Judged]) -> Section:
 
 
 def judged(out: Path) -> list[Judged]:
-    """Judge every claim of every study with records in the folder `out`, by confidence intervals."""
+    """Return the claims of every study with records in the folder `out`, each judged by its confidence interval."""
     return [one for name in names(out) for one in _judged(out, name)]
 
 

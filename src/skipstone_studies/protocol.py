@@ -126,7 +126,11 @@ def step_flops(model: str, context: int, rows: int) -> float:
 
 @lru_cache(maxsize=4)
 def rows_of(config: DataConfig, split: str, training: bool) -> PreparedData:
-    """Return the rows of a corpus, prepared only once per process. training: whether to load training rows, too."""
+    """Return the rows of a corpus, prepared only once per process.
+
+    config: the data options. split: the split that becomes `validation` in the result. training: whether to load
+    training rows, too.
+    """
     return prepare(config, train=training, split=split)
 
 

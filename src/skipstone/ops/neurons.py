@@ -58,7 +58,7 @@ class Runs:
 
 
 def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
-    """Return the blocks that groups form: adjacent groups as pairs of slices of neurons, among those on, and among all.
+    """Return for each block of adjacent groups its slice among the neurons that are on, and its slice among all.
 
     groups: indices of the groups that are on, ascending. size: neurons per group.
     """

@@ -69,17 +69,17 @@ def units_of(blocks: int) -> list[Unit]:
 def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
     """Measure the benefit of blocks in a dense model on `count` evenly spaced rows, in nats of each token's loss.
 
-    data: prepared text, of whose validation rows they are. A regression of the benefit is fitted on every second row
-    and judged on the others. Returns the record of `benefit.oracle`.
+    data: prepared text, whose validation rows are used. A regression of the benefit is fitted on every second row and
+    judged on the others. Returns the record of `benefit.oracle`.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield whether 8 blocks are .02 nats better than 5, at equal training FLOPs and on the same text.
+    """Yield the claims that 8 blocks have a loss .02 nats below that of 5, with their verdicts.
 
-    figures: the figures of every run, by arm and seed.
+    One is at equal training FLOPs, the other on the same text. figures: the figures of every run, by arm and seed.
     """
     for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
         found = paired_differences(figures, rival, FULL, pages.LOSS)

@@ -46,7 +46,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(size: PlainDict, decision: str, way: str) -> str:
-    """Return the name of an arm."""
+    """Return the name of an arm.
+
+    size: its width, blocks, rows and context. decision: the router's decision. way: the kind of step.
+    """
     return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
 
 

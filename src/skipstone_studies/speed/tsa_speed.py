@@ -37,7 +37,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
-    """Return the name of an arm."""
+    """Return the name of an arm.
+
+    part: the phase, prefill or decoding. rows: number of rows. kv: whether skipped tokens provide keys and values.
+    skipped: share of tokens that gated blocks skip.
+    """
     return f"{part}, {of_rows(rows)}, kv {kv}, {skipped:.0%}"
 
 

@@ -45,8 +45,8 @@ LANGUAGE: dict[str, PlainDict] = {
 def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
     """Return the recipe of one arm that is trained on text with the paper's decoder.
 
-    scale: "laptop" or "paper", for sizes and training. data: the recipe's section. mechanisms: entries of `mechanisms`;
-    [] means dense. blocks: number of blocks; None means the scale's.
+    scale: "laptop" or "paper", for sizes and training. data: the recipe's section `data`. mechanisms: entries of the
+    model's `mechanisms`; [] means dense. blocks: number of blocks; None means the scale's.
     """
     size = LANGUAGE[scale]
     depth = {} if blocks is None else {"num_hidden_layers": blocks}
@@ -56,8 +56,8 @@ def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | 
 def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mechanisms) -> RecipeDict:
     """Return the recipe of the paper's decoder with these mechanisms instead of the paper's gates.
 
-    model: fields of SkipstoneConfig that replace the paper's. data, train: sections of the recipe. mechanisms: entries;
-    [] means dense.
+    model: fields of SkipstoneConfig that replace the paper's. data, train: sections of the recipe. mechanisms: entries
+    of the model's `mechanisms`; [] means dense.
     """
     base = {name: value for name, value in TSA_BASE.items() if name != "mechanisms"}
     return {
@@ -101,7 +101,7 @@ def random(capacity: float) -> Mechanisms:
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
     """Return the recipes by name of dense models with 2 blocks and more, up to one fewer than the scale's model has.
 
-    scale: "laptop" or "paper". data: the recipe's section.
+    scale: "laptop" or "paper". data: the recipe's section `data`.
     """
     blocks = LANGUAGE[scale]["model"]["num_hidden_layers"]
     return {f"dense-{fewer}": language(scale, data, [], fewer) for fewer in range(2, blocks)}

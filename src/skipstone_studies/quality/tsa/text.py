@@ -38,8 +38,8 @@ def measured(folder: Path) -> Figures:
 def details(figures: ByArm, published: Published, corpus: str) -> str:
     """Return the Markdown below the table: verdicts, the paper's figures next to ours, and further tables.
 
-    figures: the figures of every run, by arm and seed. published: the paper's figures by arm. corpus: the paper's; on
-    other texts its figures are left out, because losses cannot be compared.
+    figures: the figures of every run, by arm and seed. published: the figures that the paper publishes, by arm. corpus:
+    name of the corpus that the paper uses; on other texts its figures are left out, because losses cannot be compared.
     """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]

@@ -21,9 +21,9 @@ def measure(bench: Bench) -> None:
 
 
 def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
-    """Return median time and rates of some training steps; FLOPs are those of the cost model.
+    """Return the median time of a training step, and the tokens and FLOPs per second that follow from it.
 
-    rows: number of rows of a step. compiled: whether to compile the blocks.
+    FLOPs are those of the cost model. rows: number of rows of a step. compiled: whether to compile the blocks.
     """
     recipe = read_recipe(bench.sizes["recipe"])
     config = setup.model_config(recipe.model, recipe.data.context, {})

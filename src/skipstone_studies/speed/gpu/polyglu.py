@@ -23,7 +23,10 @@ def measure(bench: Bench) -> None:
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Measure with the reference implementation of the mixture, which devices without our kernels use."""
+    """Return what `beside` does, with the reference implementation of PolyGLU's mixture instead of the Triton kernels.
+
+    Devices without these kernels use it.
+    """
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]
     try:

@@ -24,7 +24,10 @@ def measure(bench: Bench) -> None:
 
 
 def both(bench: Bench, way: str) -> PlainDict:
-    """Return times and FLOPs of both models run in one way: "eager", "compiled" or "CUDA graph"."""
+    """Return times of a training step of the dense and the routed model, in turns, and their FLOPs by the cost model.
+
+    way: how the steps are run: "eager", "compiled" or "CUDA graph".
+    """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}
     taken = in_turns(bench, steps, bench.sizes["rounds"])

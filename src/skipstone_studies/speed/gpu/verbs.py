@@ -115,14 +115,18 @@ def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train under FSDP2, and return the figures of the run and whether its losses equal the unsharded run's."""
+    """Train under FSDP2, and return the figures of the run and whether its losses equal the unsharded run's.
+
+    plain: the recipe of the unsharded run. root: the folder that holds it, and in which this run is written.
+    """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
 
 def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Interrupt a training after its first checkpoint and resume it; compare its losses with the whole run's.
+    """Interrupt a training after its first checkpoint, resume it, and compare its losses with those of the whole run.
 
-    They must be exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits.
+    They must be exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits. plain:
+    the recipe of the whole run. root: the folder that holds it, and in which this run is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1

@@ -103,7 +103,10 @@ def cats(name: str, sparsity: float) -> Way:
 
 @torch.inference_mode()
 def narrower(name: str, share: float) -> SkipstoneForCausalLM:
-    """Remove a share of every MLP's neurons: those with the least mean |activation| times the norm of their column."""
+    """Remove a share of every MLP's neurons: those with the least mean |activation| times the norm of their column.
+
+    name: the name of the source model. The mean is taken on the calibration text.
+    """
     model, means = copy.deepcopy(source(name)), {}
     blocks: Any = model.model.layers
 
@@ -127,7 +130,10 @@ def narrower(name: str, share: float) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
-    """Leave out the blocks that change the direction of the stream least (block influence, ShortGPT, 2403.03853)."""
+    """Leave out the blocks that change the direction of the stream least (block influence, ShortGPT, arXiv 2403.03853).
+
+    name: the name of the source model. blocks: number of blocks that are left out.
+    """
     model = copy.deepcopy(source(name))
     streams = model.model(calibration(name)[:4], use_cache=False, output_hidden_states=True).hidden_states
     near = [float(torch.cosine_similarity(a, b, dim=-1).mean()) for a, b in pairwise(streams)]
@@ -144,8 +150,9 @@ def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
 def previewed(name: str, directions: int, exact: int) -> Way:
     """Compute exact logits for a few candidates only (SVD-softmax, NeurIPS 2017).
 
-    The head W and the hidden state h are rotated so that the leading `directions` carry most of the logits' variance on
-    the calibration text; these alone give a preview of all logits, and the best `exact` of it are computed in full.
+    name: the name of the source model, with head W. W and the hidden state h are rotated so that the leading
+    `directions` carry most of the logits' variance on the calibration text; these alone give a preview of all logits,
+    and the best `exact` of it are computed in full.
     """
     model = source(name)
     head, V = model.lm_head.weight.double(), model.lm_head.weight.shape[0]
