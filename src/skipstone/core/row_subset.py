@@ -47,9 +47,9 @@ class RowSubset:
         return cls(at=tuple(index_R.tolist()), index_R=index_R, total=kept_B.shape[0])
 
     def within(self, outer: RowSubset | None) -> RowSubset:
-        """Return the same rows with their indices in the larger batch.
+        """Return the same rows with their indices in a larger batch.
 
-        outer: the rows of that batch which form the batch that these indices refer to; None means that the two batches
+        outer: which rows of the larger batch make up the batch to which these indices refer; None if the two batches
         are the same.
         """
         if outer is None:
