@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from ecosystem.tool import TOOLS_OWN_WARNINGS
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from skipstone.model.pretrained import load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 0.5}
 TYPES = [("row", None), ("none", None), ("window", 3), ("row", None)]  # angles and window of each block
@@ -67,3 +69,38 @@ def test_blocks_replicated_by_peft(spans: list[list[int]]) -> None:
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], layer_replication=spans)
     adapted = peft.get_peft_model(built(TYPES), lora).eval()
     torch.testing.assert_close(adapted(input_ids=IDS).logits, right(IDS).logits)
+
+
+def saved(model: SkipstoneForCausalLM, folder: Path) -> SkipstoneForCausalLM:
+    model.save_pretrained(folder)
+    return load_model(folder).eval()
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3], [0, 2], [2, 3, 1, 0], [0, 1, 2, 3, 2, 3], [1], [0, 3]], ids=str)
+@torch.no_grad()
+def test_a_saved_model_of_moved_blocks_computes_the_same(order: list[int], tmp_path: Path) -> None:
+    for name, options in {
+        "dense": {},
+        "all": {"mechanisms": [{"name": "mixture_of_depths", "capacity": 0.5, "layers": "::1"}]},
+    }.items():
+        model = rearranged(built(TYPES, **options), order).eval()
+        torch.testing.assert_close(saved(model, tmp_path / name)(IDS).logits, model(IDS).logits)
+    assert [i in model.config.windowed_layers() for i in range(len(order))] == [i == 2 for i in order]
+
+
+@torch.no_grad()
+def test_mechanisms_of_moved_blocks_are_named(tmp_path: Path) -> None:
+    for entry in ({"name": "mixture_of_depths", "capacity": 0.5}, {"name": "layer_dropout", "on": "mlp"}):
+        model = rearranged(built(TYPES, mechanisms=[{**entry, "layers": "1::2"}]), [0, 1, 3]).eval()
+        with pytest.raises(ValueError, match=r"block 2 has the mechanisms \['.*'\], but .* gives it \[\]; blocks were"):
+            model.save_pretrained(tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+        model.config.mechanisms = [{**entry, "layers": [1, 2]}]
+        torch.testing.assert_close(saved(model, tmp_path / entry["name"])(IDS).logits, model(IDS).logits)
+
+
+def test_blocks_that_nobody_counted_are_one_line(tmp_path: Path) -> None:
+    model = built(TYPES)
+    del model.model.layers[1]
+    with pytest.raises(ValueError, match="has 3 blocks, but num_hidden_layers of its configuration is 4"):
+        model.save_pretrained(tmp_path / "no")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
@@ -38,6 +38,7 @@ from skipstone.model.build import (
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
+from skipstone.model.saved_blocks import SavesItsBlocks
 from skipstone.model.stack import Rotation, Stack
 from skipstone.model.tokens import Call, tokens_of, with_ids
 from skipstone.ops.reference import dropped
@@ -95,7 +96,7 @@ def _meant(name: str) -> str | None:
     return near[0] if near else None
 
 
-class SkipstonePreTrainedModel(PreTrainedModel):
+class SkipstonePreTrainedModel(SavesItsBlocks):
     """The base class of our models: initialisation, cost, and options that can be changed in a built model."""
 
     config: SkipstoneConfig

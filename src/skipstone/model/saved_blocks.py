@@ -1,0 +1,76 @@
+"""What the configuration says of each block, held against the blocks before a model is saved.
+
+Tools that remove, copy or exchange blocks of a built model leave the configuration as it was. The blocks keep their own
+angles and windows, but the saved model would be built from the configuration, and compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import cast
+
+from transformers import PreTrainedModel
+
+from skipstone.model.build import SITES, Blocks
+from skipstone.model.config import SkipstoneConfig
+
+
+class SavesItsBlocks(PreTrainedModel):
+    """A model that is saved with a configuration that describes its blocks as they are."""
+
+    config: SkipstoneConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, object] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Save the model as transformers does, after `describe_blocks`. The arguments are as in transformers."""
+        describe_blocks(self.config, cast("Blocks", self.base_model.layers))
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[arg-type]
+
+
+def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
+    """Set `rope_layers` and the fields of windows in `config` to what the blocks of a model are.
+
+    Blocks that were removed, copied or exchanged after the model was built have other numbers than the configuration
+    says. Raises ValueError if there are more or fewer blocks than `num_hidden_layers`, or if they have mechanisms where
+    the configuration has none or the reverse. Nothing is done for blocks of other classes.
+    """
+    if not all(hasattr(block, "turned_by") and hasattr(block, "sites") for block in blocks):
+        return
+    count = len(blocks)
+    if config.num_hidden_layers != count:
+        raise ValueError(
+            f"the model has {count} blocks, but num_hidden_layers of its configuration is {config.num_hidden_layers}; "
+            "set it to the number of blocks before saving"
+        )
+    if config.positions == "rope":
+        rotary = [i for i, block in enumerate(blocks) if block.turned_by != "none"]
+        if _names(config.rotary_layers) != rotary:
+            config.rope_layers = rotary if len(rotary) < count else None
+    windowed = [i for i, block in enumerate(blocks) if block.self_attn.window is not None]
+    if _names(config.windowed_layers) != windowed:
+        config.window_layers = windowed if 0 < len(windowed) < count else None
+        if not windowed:
+            config.attention_window = config.window_rope_parameters = None
+    entries = SkipstoneConfig.from_dict(config.to_dict()).mechanism_entries  # as it will be read
+    for i, block in enumerate(blocks):
+        said = {site: [e.key for e in entries if e.site == site and i in e.layers] for site in SITES}
+        if said != block.sites:
+            own, theirs = ([name for names in sites.values() for name in names] for sites in (block.sites, said))
+            raise ValueError(
+                f"block {i} has the mechanisms {own}, but config.mechanisms gives it {theirs}; blocks were moved: set "
+                "the layers of config.mechanisms to where the mechanisms are now before saving"
+            )
+
+
+def _names(read: Callable[[], list[int]]) -> list[int] | None:
+    """Return the blocks that a field of the configuration names; None if they are not in the model."""
+    try:
+        return read()
+    except ValueError:
+        return None
