@@ -66,7 +66,7 @@ def test_wrong_input_is_one_clear_line(run: Path, prompt: str, new: int | None, 
 
 def test_a_run_without_text_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "s3", reset_data(rows=2), [])
-    with pytest.raises(ValueError, match="has no tokenizer: it was trained on a synthetic task"):
+    with pytest.raises(ValueError, match="has no tokenizer and so no text to continue: it was trained on"):
         stream_text(run, "x")
 
 

@@ -115,3 +115,28 @@ def test_an_object_that_defines_no_tokenizer(values: dict[str, object], source: 
     (tmp_path / "source" / "tokenizer.json").write_text(json.dumps(values))
     for load in (load_tokenizer, load_saved):
         refused(lambda load=load: load(tmp_path / "source"), "tokenizer.json' is no definition of a tokenizer: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        (
+            {"model_max_length": "long"},
+            "model_max_length in .*tokenizer_config.json' must be a number of tokens, got 'lo",
+        ),
+        ({"model_max_length": [64]}, "model_max_length in .*tokenizer_config.json' must be a number of tokens"),
+        ({"bos_token": 3}, "cannot be loaded: .*bos_token"),
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "cannot be loaded: .*'x'"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_a_tokenizer_of_another_type(
+    values: dict[str, object], why: str, source: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    for load in (load_tokenizer, load_saved):
+        refused(lambda load=load: load(tmp_path / "source"), why)
+    refused(lambda: convert(tmp_path / "source", tmp_path / "out"), why)
+    assert not (tmp_path / "out").exists()

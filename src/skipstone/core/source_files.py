@@ -79,7 +79,9 @@ def read_tokenizer(source: str | Path, **options: object) -> PreTrainedTokenizer
     if gguf_file is None:
         check_tokenizer_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(source), trust_remote_code=False, **options
+        )
     except Exception as error:  # the tokenizers library raises plain Exception
         whole = folder / "tokenizer.json"
         if isinstance(gguf_file, str):
@@ -87,6 +89,11 @@ def read_tokenizer(source: str | Path, **options: object) -> PreTrainedTokenizer
         elif whole.is_file() and (reason := _why_unreadable(whole)):
             raise ValueError(f"{str(whole)!r} is no definition of a tokenizer: {reason}") from error
         raise ValueError(f"the tokenizer in {str(folder)!r} cannot be loaded: {_first_lines(error)}") from error
+    most = tokenizer.model_max_length  # compared with lengths whenever a text is encoded
+    if isinstance(most, bool) or not isinstance(most, int | float):
+        path = str(folder / "tokenizer_config.json")
+        raise ValueError(f"model_max_length in {path!r} must be a number of tokens, got {most!r}")
+    return tokenizer
 
 
 def _why_unreadable(path: Path) -> str | None:

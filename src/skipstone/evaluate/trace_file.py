@@ -50,7 +50,10 @@ def write_trace(
     opened = Run(run)
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
     if tokenizer is None:
-        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to trace")
+        raise ValueError(
+            f"{run} has no tokenizer and so no text to trace: it was trained on a synthetic task, or converted from "
+            "a checkpoint without one"
+        )
     longest = model.config.max_position_embeddings
     if context is not None and not 1 <= context <= longest:
         raise ValueError(f"context must be from 1 to {longest} (max_position_embeddings), got {context}")

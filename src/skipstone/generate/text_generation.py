@@ -67,7 +67,10 @@ def stream_text(
         require_draft_head(opened.model_folder())
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
     if tokenizer is None:
-        raise ValueError(f"{run} has no tokenizer: it was trained on a synthetic task, which has no text to continue")
+        raise ValueError(
+            f"{run} has no tokenizer and so no text to continue: it was trained on a synthetic task, or converted from "
+            "a checkpoint without one"
+        )
     ids = encode(tokenizer, prompt)
     if max_new_tokens is None:
         check_length(model, len(ids), 1)
