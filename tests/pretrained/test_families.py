@@ -241,3 +241,29 @@ def test_a_setting_that_is_not_computed_is_refused_by_name(
     case: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     assert said in refused(tmp_path, {**parity.CASES[case].to_dict(), **changes})
+
+
+SLIDES = (["sliding_attention"] * 3, parity.TYPES)
+REFUSED = [(case, types) for case in ("StarCoder2, window", "Phi-3, window, partial RoPE")
+           for types in (parity.TYPES, ["full_attention"] * 3)]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [True, False])
+@pytest.mark.parametrize("types", [["sliding_attention"] * 3, parity.TYPES, ["full_attention"] * 3, None], ids=str)
+@torch.no_grad()
+def test_types_of_attention_beside_a_window(types: list[str] | None, use: bool, tmp_path: Path) -> None:
+    """Each family reads `layer_types` and `use_sliding_window` as transformers' class does, or refuses them."""
+    ids_BT = torch.randint(2, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    for case in ("SmolLM3", "StarCoder2, window", "Phi-3, window, partial RoPE", "Qwen3, window", "Gemma 2"):
+        folder = tmp_path / case
+        parity.save_random(parity.CASES[case], folder)
+        path = folder / "config.json"
+        values = {"sliding_window": 6, "use_sliding_window": use, "layer_types": types}
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        refused = (case, types) in REFUSED or (case == "Qwen3, window" and not use and types in SLIDES)
+        if refused:
+            with pytest.raises(ValueError, match="layer_types has"):
+                load_pretrained(folder)
+        else:
+            found = load_pretrained(folder)(ids_BT).logits
+            assert parity.relative_error(found, parity.theirs(folder)(ids_BT).logits) < 1e-5, case

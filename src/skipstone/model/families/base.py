@@ -269,15 +269,33 @@ def ropes_by_type_back(config: SkipstoneConfig) -> Options:
 def windows(theirs: PreTrainedConfig) -> Options:
     """Return our fields for sliding-window attention in all blocks or in the blocks that `layer_types` names, or {}.
 
-    theirs: a configuration of transformers. Raises ValueError for types of attention that are neither full nor sliding.
+    theirs: a configuration of transformers. Raises ValueError for types of attention that are neither full nor
+    sliding, and for sliding ones without a window.
     """
     window, types = getattr(theirs, "sliding_window", None), list(getattr(theirs, "layer_types", None) or [])
     if other := sorted(set(types) - {FULL, SLIDING}):
         raise ValueError(f"layer_types has {other[0]!r}; supported: {FULL}, {SLIDING}")
     layers = [i for i, kind in enumerate(types) if kind == SLIDING] if types else None
+    if window is None and layers:
+        raise ValueError(f"sliding_window is null, but layer_types has {SLIDING!r}")
     if window is None or layers == []:
         return {}
     return {"attention_window": window, "window_layers": layers if layers and len(layers) < len(types) else None}
+
+
+def one_window(theirs: PreTrainedConfig) -> Options:
+    """Return our fields for a family whose class has the window in every block and does not read `layer_types`.
+
+    theirs: a configuration of transformers. Raises ValueError for `layer_types` that say something else, because its
+    cached pass follows them and its whole pass does not.
+    """
+    window, types = theirs.sliding_window, {*(getattr(theirs, "layer_types", None) or [])}
+    if types - {FULL if window is None else SLIDING}:
+        raise ValueError(
+            f"layer_types has {' and '.join(sorted(types))} with sliding_window={window}; {theirs.model_type} has a "
+            "window in every block or, with null, in none"
+        )
+    return {} if window is None else {"attention_window": window}
 
 
 def layer_types(config: SkipstoneConfig) -> list[str]:

@@ -55,7 +55,7 @@ def _smollm3(theirs: PreTrainedConfig) -> Options:
     turned = [i for i, rope in enumerate(theirs.no_rope_layers[: theirs.num_hidden_layers]) if rope]
     return {
         **_llama(theirs),
-        **(windows(theirs) if theirs.use_sliding_window else {}),
+        **windows(theirs),  # its class masks by layer_types alone, whatever use_sliding_window says
         "rope_layers": None if len(turned) == theirs.num_hidden_layers else turned,
     }
 

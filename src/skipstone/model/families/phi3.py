@@ -13,13 +13,13 @@ from skipstone.model.families.base import (
     Options,
     llama_like,
     llama_like_back,
-    windows,
+    one_window,
 )
 
 
 def _read(theirs: PreTrainedConfig) -> Options:
     dropouts = {"embedding_dropout": theirs.embd_pdrop, "residual_dropout": theirs.resid_pdrop}
-    return {**llama_like(theirs, partial=True), **windows(theirs), **dropouts}
+    return {**llama_like(theirs, partial=True), **one_window(theirs), **dropouts}
 
 
 def _write(config: SkipstoneConfig, activation: str) -> Options:

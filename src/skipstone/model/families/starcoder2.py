@@ -6,13 +6,22 @@ from transformers import PreTrainedConfig
 
 from skipstone.core.strict import choose
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.families.base import ACTIVATIONS, Family, Layout, Options, rope_back, shared, whole_rope, windows
+from skipstone.model.families.base import (
+    ACTIVATIONS,
+    Family,
+    Layout,
+    Options,
+    one_window,
+    rope_back,
+    shared,
+    whole_rope,
+)
 
 
 def _read(theirs: PreTrainedConfig) -> Options:
     return {
         **shared(theirs),
-        **windows(theirs),
+        **one_window(theirs),
         "intermediate_size": theirs.intermediate_size,
         "num_key_value_heads": theirs.num_key_value_heads,
         "norm": "layernorm",
