@@ -126,7 +126,25 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor is missing": (tensors(lambda found: found.pop(min(found))), "the checkpoint lacks .*lora_A"),
     "a tensor is left over": (tensors(lambda found: found.update({PLACE: torch.zeros(2, 16)})), "no place for .*9"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "the weights .* are missing"),
-    "damaged weights": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), "header"),
+    "damaged weights": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99),
+        "adapter_model.safetensors' is damaged or no file of weights: .*header",
+    ),
+    "empty weights": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+        "adapter_model.safetensors' is damaged or no file of weights: it is empty",
+    ),
+    "a folder of weights": (
+        lambda folder: (
+            (folder / "adapter_model.safetensors").unlink(),
+            (folder / "adapter_model.safetensors").mkdir(),
+        ),
+        "adapter_model.safetensors' is a folder; a file is expected",
+    ),
+    "a folder for the configuration": (
+        lambda folder: ((folder / "adapter_config.json").unlink(), (folder / "adapter_config.json").mkdir()),
+        "adapter_config.json' is a folder; a file is expected",
+    ),
     "a list": (
         lambda folder: (folder / "adapter_config.json").write_text("[1]"),
         "cannot be read: it does not contain a JSON object",

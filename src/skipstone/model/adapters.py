@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedModel
 
-from skipstone.core.plain_text import read_object
 from skipstone.core.routing_module import RoutingModule
+from skipstone.core.source_files import is_present, object_in
 from skipstone.model.loading import about, check_complete, quiet
 from skipstone.model.source_folder import ADAPTER
+from skipstone.model.weight_files import open_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,14 +30,14 @@ def base_of(folder: Path) -> str:
     configuration that cannot be read or names no base, for an adapter that cannot be merged into weights (prompt
     learning), for an adapter of an adapter, and if PEFT is not installed.
     """
-    values = read_object(folder / ADAPTER)
+    values = object_in(folder / ADAPTER)
     with about(str(folder / ADAPTER)):
         kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise ValueError(f"base_model_name_or_path must name the adapter's base, got {base!r}")
         if (Path(base) / ADAPTER).is_file():
             raise ValueError(f"base_model_name_or_path {base!r} is an adapter itself; merge that one first")
-        if not any((folder / name).is_file() for name in WEIGHTS):
+        if not any(is_present(folder / name) for name in WEIGHTS):
             raise ValueError(f"the weights of the adapter are missing beside it ({WEIGHTS[0]})")
         if values.get("revision"):
             raise ValueError(f"revision {values['revision']!r} of a base is not supported; merge the adapter with PEFT")
@@ -61,6 +62,7 @@ def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """
     from peft import PeftModel, load_peft_weights
 
+    open_tensors(next(path for name in WEIGHTS if is_present(path := folder / name)))  # names a damaged file
     with about(str(folder)), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT warns of is checked below
         adapted = PeftModel.from_pretrained(base, str(folder))

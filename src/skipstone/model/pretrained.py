@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
 from skipstone.core.progress_bar import stages
-from skipstone.core.source_files import check_tokenizer_files, read_tokenizer, require_file
+from skipstone.core.source_files import check_tokenizer_files, is_present, read_tokenizer, require_file
 from skipstone.core.strict import PlainDict
 from skipstone.model.adapters import base_of, merged
 from skipstone.model.card import write_card
@@ -67,7 +67,7 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
     name, gguf_file = _locate(source, gguf_file)
     folder = Path(name)
     _check_source(folder, gguf_file)
-    if gguf_file is not None or not (folder / ADAPTER).is_file():
+    if gguf_file is not None or not is_present(folder / ADAPTER):
         return _load(name, gguf_file, dtype, _as_it_is)
     base = base_of(folder)
     try:

@@ -68,12 +68,7 @@ def check_weight_files(folder: Path, *, quantised: bool) -> None:
     """
     found: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
     for path in weight_files(folder):
-        try:
-            tensors = _tensors(path)
-        except Exception as error:  # torch and safetensors raise many types for damaged files
-            reason = " ".join(str(error).split())[:200] if path.stat().st_size else "it is empty"
-            raise ValueError(f"{str(path)!r} is damaged or no file of weights: {reason}") from error
-        for name, (kind, tensor) in tensors.items():
+        for name, (kind, tensor) in open_tensors(path).items():
             if not quantised and _is_parameter(name) and kind.startswith(INTEGERS):
                 raise ValueError(
                     f"{str(path)!r} holds {name} as {kind}: the weights are quantised; load the unquantised checkpoint"
@@ -91,8 +86,20 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
+def open_tensors(path: Path) -> Mapping[str, tuple[str, Callable[[], Tensor]]]:
+    """Return safetensors' name of the type of each tensor in a file, and what reads the tensor.
+
+    path: a .safetensors file or one of `torch.save`. Raises ValueError, which names it, if it is damaged or no file.
+    """
+    require_file(path)
+    try:
+        return _tensors(path)
+    except Exception as error:  # torch and safetensors raise many types for damaged files
+        reason = " ".join(str(error).split())[:200] if path.stat().st_size else "it is empty"
+        raise ValueError(f"{str(path)!r} is damaged or no file of weights: {reason}") from error
+
+
 def _tensors(path: Path) -> Mapping[str, tuple[str, Callable[[], Tensor]]]:
-    """Return safetensors' name of the type of each tensor in a file, and what reads the tensor."""
     if path.suffix == ".safetensors":
         file = safe_open(str(path), "pt")
         names = list(file.keys())
