@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -75,6 +76,25 @@ def test_padding_and_ends_are_those_without_drafts() -> None:
         assert torch.equal(generate(target, given, mask, **options, draft=draft, draft_length=4), plain)
 
 
+@pytest.mark.parametrize("draft", ["lookup", "exit:3"])
+def test_the_text_is_the_same_where_drafts_rest(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two padded rows, with plain steps between the drafts."""
+    target, given, rests = model(ROUTED), ids(2), cycle([3, 0, 1, 0])
+    mask = torch.ones_like(given)
+    mask[0, :3] = 0
+    plain = generate(target, given, mask, max_new_tokens=24)
+    monkeypatch.setattr(Length, "rest", lambda self: next(rests))
+    monkeypatch.setattr(Length, "next", lambda self, most, kind=0: min(2, most))
+    steps = list(stream(target, given, mask, max_new_tokens=24, draft=draft))
+    assert torch.equal(torch.stack([step.token_B for step in steps], 1), plain[:, 7:])
+    end = int(plain[0, -6])
+    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": end, "pad_token_id": 0}
+    monkeypatch.undo()
+    plain = generate(target, given, mask, **options)
+    monkeypatch.setattr(Length, "rest", lambda self: next(rests))
+    assert torch.equal(generate(target, given, mask, **options, draft=draft), plain)
+
+
 def test_steps_tell_what_was_guessed_and_the_model_is_as_it_was() -> None:
     target = model()
     layers = target.model.layers
@@ -135,19 +155,33 @@ def test_a_loop_goes_on() -> None:
 
 
 def simulated(
-    stands: Callable[[int], float], guess: float, tokens: int, check: float = 0.1, noise: float = 0.0, seed: int = 0
+    stands: Callable[[int], float],
+    guess: float,
+    tokens: int,
+    check: float = 0.1,
+    noise: float = 0.0,
+    seed: int = 0,
+    watch: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Decode with a simulated clock; return how many times as fast as without drafts, and the drafted numbers.
 
     stands: the probability that a guess is right, by the tokens so far. guess, check: seconds of a guess and of its
-    check; a plain step takes 1. noise: the share of measurements that are five times as long as they should be.
+    check; a plain step takes 1. noise: the share of measurements that are five times as long as they should be. watch:
+    seconds that every step takes longer in which guesses are thought of. least: what a check is known to take longer.
     """
-    length, drawn, made, seconds, lengths = Length(cost=guess), random.Random(seed), 0, 0.0, []
+    length, drawn, made, seconds, lengths = Length(cost=guess, least=least), random.Random(seed), 0, 0.0, []
     while made < tokens:
+        rest = min(length.rest(), tokens - made)
+        for _ in range(rest):
+            length.learn(0, 0, 0.0, 1.0)
+        made, seconds, lengths = made + rest, seconds + rest, lengths + [0] * rest
+        if made == tokens:
+            break
         count, stood = length.next(tokens - made - 1), 0
         while stood < count and drawn.random() < stands(made + stood):
             stood += 1
-        times = [count * guess, 1 + count * check]
+        times = [count * guess + watch, 1 + count * check]
         seconds += sum(times)
         measured = [5 * x if drawn.random() < noise else x for x in times]
         length.learn(count, stood, *measured)
@@ -162,6 +196,24 @@ def simulated(
 def test_drafts_are_never_slower_than_98_percent(stands: float, guess: float, tokens: int) -> None:
     for check, seed in ((0.02, 0), (0.1, 1), (0.3, 2)):
         assert simulated(lambda at: stands, guess, tokens, check, seed=seed)[0] >= 0.98
+
+
+@pytest.mark.parametrize("tokens", [128, 512])
+@pytest.mark.parametrize("watch", [0.001, 0.05, 0.3])
+@pytest.mark.parametrize(("guess", "check"), [(0.0, 0.4), (0.9, 0.4), (1.3, 0.5)])
+def test_the_bound_holds_where_python_takes_longer_than_the_model(
+    guess: float, check: float, watch: float, tokens: int
+) -> None:
+    """In a tiny model, a guess costs a step, and merely thinking of one is seen."""
+    for stands, seed in ((0.0, 0), (0.3, 1), (0.6, 2)):
+        faster, lengths = simulated(lambda at: stands, guess, tokens, check, seed=seed, watch=watch, least=0.4)  # noqa: B023
+        assert faster >= 0.98, (stands, lengths)
+
+
+def test_watching_costs_nothing_beside_a_large_model_and_goes_on() -> None:
+    faster, lengths = simulated(lambda at: 0.9 if at >= 300 else 0.0, 0.02, 600, watch=0.001)
+    assert faster > 1.3
+    assert max(lengths[200:]) >= 5
 
 
 @pytest.mark.parametrize("seed", range(3))

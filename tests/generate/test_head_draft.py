@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from skipstone.adapt.draft_head import new_head, train_draft_head
 from skipstone.core.checksums import Damaged
 from skipstone.generate import generate, head_draft, stream
 from skipstone.generate.head_draft import WINDOW, HeadDraft
+from skipstone.generate.speculation import Length
 from skipstone.model.draft_head import DraftHead, ReadyHead
 from skipstone.model.draft_head_file import ABOUT, FILE, load_draft_head, save_draft_head
 from skipstone.model.quantise import quantise
@@ -57,6 +59,15 @@ def test_greedy_text_is_the_same(form: str, int8: bool) -> None:
     head, plain = head_of(target), generate(target, ids(), max_new_tokens=30)
     for length in (1, 4, None):
         assert torch.equal(generate(target, ids(), max_new_tokens=30, draft=head, draft_length=length), plain)
+
+
+def test_a_head_that_rests_begins_anew_and_the_text_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rests = model(), cycle([3, 0, 0, 0])
+    head, plain = head_of(target), generate(target, ids(2), max_new_tokens=30)
+    monkeypatch.setattr(Length, "rest", lambda self: next(rests))
+    monkeypatch.setattr(Length, "next", lambda self, most, kind=0: min(2, most))
+    steps = list(stream(target, ids(2), max_new_tokens=30, draft=head))
+    assert torch.equal(torch.stack([step.token_B for step in steps], 1), plain[:, 7:])
 
 
 @pytest.mark.parametrize("prompt", [2, WINDOW - 1, WINDOW + 9])

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from skipstone.budget import BudgetTable
 
 LONGEST_MATCH = 3  # tokens
+CALL_S = 5e-4  # a guess by a model takes no less, however small it is
 
 
 class Draft:
     """The base class of drafts: cheap guesses at the next tokens, which the model then checks in one pass.
 
     cost: time of one guess as a share of a decoding step of the model, an estimate that is used until it is measured.
-    reads_states: whether the draft needs the hidden states of the model's passes (`see`).
+    seconds: the least that a guess takes, in seconds. reads_states: whether the draft needs the hidden states of
+    the model's passes (`see`).
     """
 
     cost = 0.0
+    seconds = 0.0
     reads_states = False
 
     def kind(self, ids_BT: Tensor) -> int | None:
@@ -51,6 +54,9 @@ class Draft:
         Called if `reads_states`. hidden_BTD: normalised hidden states, [B, T, D] (rows, tokens, width). mask_BT: 0 for
         padding; given with the prompt only.
         """
+
+    def rest(self) -> None:
+        """Be told that the model computes some tokens whose hidden states `see` will not receive."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
@@ -120,7 +126,7 @@ class OwnDraft(Draft):
     """
 
     def __init__(self, model: SkipstoneForCausalLM, cost: float) -> None:
-        self.model, self.cost = model, cost
+        self.model, self.cost, self.seconds = model, cost, CALL_S
 
     def cheaper(self) -> AbstractContextManager[None]:
         """Return a context manager that makes the model cheaper inside a `with` block."""
@@ -193,6 +199,7 @@ class OtherModel(Draft):
             raise ValueError(f"draft: its vocabulary has {theirs} tokens, the model's {ours}; they must be the same")
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.cost = model.num_parameters() / max(target.num_parameters(), 1)
+        self.seconds = CALL_S
         self.options = CAUSAL if isinstance(model, SkipstoneForCausalLM) else {}
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:

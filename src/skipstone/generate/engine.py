@@ -22,8 +22,9 @@ from skipstone.core.records import Records
 from skipstone.core.strict import choose
 from skipstone.generate.build_draft import Drafted, build_draft
 from skipstone.generate.drafts import Draft
-from skipstone.generate.prompt import check_count, check_padding, checked_prompt, ends_of
-from skipstone.generate.speculation import Length, stand_or_redraw
+from skipstone.generate.prompt import check_padding, checked_prompt, ends_of
+from skipstone.generate.sampler import Sampler
+from skipstone.generate.speculation import Length
 from skipstone.measure.compute import compute_shares
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
@@ -167,7 +168,23 @@ def drafting_of(
     if length is not None and not 1 <= length <= MOST_GUESSES:
         raise ValueError(f"draft_length must be in [1, {MOST_GUESSES}], got {length}")
     found = build_draft(draft, decode.model, table, budget)
-    return found, Length(length, found.cost)
+    return found, Length(length, found.cost, found.seconds)
+
+
+@dataclass
+class _Text:
+    """Rows that are continued: tokens that the cache does not hold, their mask and positions, and who has not ended.
+
+    new: tokens of plain steps between drafts. ended: whether every row has.
+    """
+
+    unread_BT: Tensor
+    mask_BT: Tensor | None
+    position_BT: Tensor | None
+    live_B: Tensor
+    cache: Cache
+    new: list[Tensor]
+    ended: bool = False
 
 
 class Decoder:
@@ -206,29 +223,49 @@ class Decoder:
 
     @torch.no_grad()
     def _passes(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
-        ids, mask_BT = self.input_ids, self.mask_BT
-        cache = self.new_cache(self.model.config, ids.shape[1] + self.max_new_tokens)
-        position_BT = None if mask_BT is None else (mask_BT.cumsum(1) - 1).clamp(min=0)
-        live_B = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-        for _ in range(self.max_new_tokens):
+        text = self._begin(self.input_ids.shape[1] + self.max_new_tokens)
+        yield from self._plain(text, sample, self.max_new_tokens, logits_to_keep)
+
+    def _begin(self, columns: int) -> _Text:
+        position_BT = None if self.mask_BT is None else (self.mask_BT.cumsum(1) - 1).clamp(min=0)
+        live_B = torch.ones(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)
+        return _Text(self.input_ids, self.mask_BT, position_BT, live_B, self.new_cache(self.model.config, columns), [])
+
+    def _plain(
+        self, text: _Text, sample: Sampler, count: int, logits_to_keep: int, length: Length | None = None
+    ) -> Iterator[DecodingPass]:
+        """Yield `count` tokens, one for each pass, or fewer if the text ends; `length` learns how long a step takes."""
+        for _ in range(count):
+            began = time.perf_counter()
             out = self.model(
-                input_ids=ids,
-                attention_mask=mask_BT,
-                position_ids=position_BT,
-                past_key_values=cache,
+                input_ids=text.unread_BT,
+                attention_mask=text.mask_BT,
+                position_ids=text.position_BT,
+                past_key_values=text.cache,
                 use_cache=True,
                 routing="causal",
                 noise=False,
                 output_records=True,
                 logits_to_keep=logits_to_keep,
             )
+            live_B = text.live_B
             token_B = torch.where(live_B, sample(out.logits[:, -1]), self.pad)
-            yield DecodingPass(token_B, live_B, out.records, out.logits, cache)
-            live_B = live_B & ~torch.isin(token_B, self.ends_E)
-            if len(self.ends_E) and not bool(live_B.any()):
+            seconds = time.perf_counter() - began
+            yield DecodingPass(token_B, live_B, out.records, out.logits, text.cache)
+            began = time.perf_counter()
+            if self._ends(text, token_B):
                 return
-            ids, mask_BT = token_B[:, None], None  # nothing new is padding
-            position_BT = None if position_BT is None else position_BT[:, -1:] + 1
+            text.unread_BT, text.mask_BT = token_B[:, None], None  # nothing new is padding
+            text.position_BT = None if text.position_BT is None else text.position_BT[:, -1:] + 1
+            if length is not None:
+                text.new.append(text.unread_BT)
+                length.learn(0, 0, 0.0, seconds + time.perf_counter() - began)
+
+    def _ends(self, text: _Text, token_B: Tensor) -> bool:
+        """Return whether every row has ended with these tokens."""
+        text.live_B = text.live_B & ~torch.isin(token_B, self.ends_E)
+        text.ended = bool(len(self.ends_E)) and not bool(text.live_B.any())
+        return text.ended
 
     @torch.no_grad()
     def _drafted(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
@@ -237,18 +274,22 @@ class Decoder:
         All rows advance by the number of tokens that every row accepts.
         """
         assert self.drafting is not None
-        (draft, length), cache = self.drafting, self.new_cache(self.model.config, 0)
-        whole, first = self.input_ids, self.input_ids.shape[1]
-        position_BT = None if self.mask_BT is None else (self.mask_BT.cumsum(1) - 1).clamp(min=0)
-        live_B = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
-        guess_BK, guessing, end, kind = whole[:, :0], 0.0, first + self.max_new_tokens, 0
-        while whole.shape[1] < end:
-            prompt, began, count = whole.shape[1] == first, time.perf_counter(), guess_BK.shape[1]
+        (draft, length), text = self.drafting, self._begin(0)
+        whole, end, prompt = self.input_ids, self.input_ids.shape[1] + self.max_new_tokens, True
+        guess_BK, guessing, kind = whole[:, :0], 0.0, 0
+        while not text.ended and whole.shape[1] < end:
+            if not prompt and not guess_BK.shape[1] and (rest := min(length.rest(), end - whole.shape[1])):
+                draft.rest()
+                yield from self._plain(text, sample, rest, 1, length)
+                whole, text.new = torch.cat([whole, *text.new], 1), []
+                guessing, guess_BK, kind = self._guess(draft, length, whole, text, end)
+                continue
+            began, count = time.perf_counter(), guess_BK.shape[1]
             out = self.model(
-                input_ids=whole if prompt else torch.cat([whole[:, -1:], guess_BK], 1),
-                attention_mask=self.mask_BT if prompt else None,
-                position_ids=position_BT if prompt else _on(position_BT, whole.shape[1] - first, count + 1),
-                past_key_values=cache,
+                input_ids=torch.cat([text.unread_BT, guess_BK], 1) if count else text.unread_BT,
+                attention_mask=text.mask_BT,
+                position_ids=text.position_BT if prompt else _on(text.position_BT, 0, count + 1),
+                past_key_values=text.cache,
                 use_cache=True,
                 routing="causal",
                 noise=False,
@@ -256,36 +297,56 @@ class Decoder:
                 output_last_hidden_state=draft.reads_states,
                 logits_to_keep=logits_to_keep if prompt else count + 1,
             )
-            checking, stood = time.perf_counter() - began, 0
+            mask_BT, stood, waited, new = text.mask_BT, 0, 0.0, list[Tensor]()
             for i in range(count + 1):
-                guess_B = guess_BK[:, i] if i < count else None
+                guess_B, live_B = guess_BK[:, i] if i < count else None, text.live_B
                 token_B = torch.where(live_B, sample(out.logits[:, i - count - 1], guess_B), self.pad)
                 right_B = torch.zeros_like(live_B) if guess_B is None else (token_B == guess_B) & live_B
-                yield DecodingPass(token_B, live_B, out.records, out.logits, cache, i - count - 1, right_B, guess_BK)
-                whole = torch.cat([whole, token_B[:, None]], 1)
+                asked = time.perf_counter()
+                yield DecodingPass(
+                    token_B, live_B, out.records, out.logits, text.cache, i - count - 1, right_B, guess_BK
+                )
+                waited += time.perf_counter() - asked
+                new.append(token_B[:, None])
                 agreed = guess_B is not None and bool((right_B | ~live_B).all())
-                live_B = live_B & ~torch.isin(token_B, self.ends_E)
-                if len(self.ends_E) and not bool(live_B.any()):
+                if self._ends(text, token_B):
                     return
-                if not agreed or whole.shape[1] == end:
+                if not agreed or whole.shape[1] + len(new) == end:
                     break
                 stood += 1
+            whole = torch.cat([whole, *new], 1)
+            text.unread_BT, text.mask_BT = new[-1], None
+            text.position_BT = _on(text.position_BT, len(new), 1)
             if stood < count:  # nothing was wrong otherwise, and a crop looks at every block
-                cache.crop(whole.shape[1] - 1)
+                text.cache.crop(whole.shape[1] - 1)
             if not prompt:
-                length.learn(count, stood, guessing, checking, kind)
-            began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
-            if draft.reads_states:
-                draft.see(out.last_hidden_state[:, : None if prompt else stood + 1], self.mask_BT if prompt else None)
-            possible = draft.kind(whole)
-            kind, wanted = (0, 0) if possible is None else (possible, length.next(most, possible))
-            last_B1 = _on(position_BT, whole.shape[1] - first, 1)
-            guess_BK = draft.propose(whole, cache, last_B1, wanted) if wanted else whole[:, :0]
-            guessing = time.perf_counter() - began
+                length.learn(count, stood, guessing, time.perf_counter() - began - waited, kind)
+            hidden_BTD = out.last_hidden_state[:, : None if prompt else stood + 1] if draft.reads_states else None
+            guessing, guess_BK, kind = self._guess(draft, length, whole, text, end, hidden_BTD, mask_BT)
+            prompt = False
+
+    def _guess(
+        self,
+        draft: Draft,
+        length: Length,
+        whole: Tensor,
+        text: _Text,
+        end: int,
+        hidden_BTD: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> tuple[float, Tensor, int]:
+        """Return the seconds that guesses have taken, the guesses for the next pass, and their kind."""
+        began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
+        if hidden_BTD is not None:
+            draft.see(hidden_BTD, mask_BT)
+        possible = draft.kind(whole)
+        kind, wanted = (0, 0) if possible is None else (possible, length.next(most, possible))
+        guess_BK = draft.propose(whole, text.cache, text.position_BT, wanted) if wanted else whole[:, :0]
+        return time.perf_counter() - began, guess_BK, kind
 
 
 def _on(position_BT: Tensor | None, steps: int, count: int) -> Tensor | None:
-    """Return the positions of `count` tokens, the first of which is `steps` after the last of the prompt."""
+    """Return the positions of `count` tokens, the first of which is `steps` after the last of these."""
     if position_BT is None:
         return None
     return position_BT[:, -1:] + steps + torch.arange(count, device=position_BT.device)
@@ -310,49 +371,3 @@ def setting_of(
     budget_table = BudgetTable.of(model) if budget_table is None else budget_table
     budget_table.thresholds(budget)
     return partial(budget_table.at, model, budget)
-
-
-class Sampler:
-    """Draws one token of each row from its logits when called.
-
-    temperature: 0 chooses the most probable token; above 0, tokens are drawn from softmax(logits / temperature). top_k:
-    draw among this many of the most probable tokens; None means all of them. seed: seed of the draws; None means a
-    random seed. device: the logits' device. Raises ValueError for values out of range.
-    """
-
-    def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
-        if top_k is not None:
-            check_count("top_k", top_k)
-        self.temperature, self.top_k = temperature, top_k
-        self.generator = torch.Generator(device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-
-    def __call__(self, logits_BV: Tensor, guess_B: Tensor | None = None) -> Tensor:
-        """Draw a token of each row.
-
-        guess_B: the drafted tokens; they are returned exactly as often as they would be drawn without a draft.
-        """
-        if self.temperature == 0:
-            return logits_BV.argmax(-1)
-        best_BK, index_BK = self._candidates(logits_BV.float())
-        probability_BK = best_BK.softmax(-1)
-        if guess_B is not None:
-            if index_BK is not None:
-                zero_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
-                probability_BK = zero_BV.scatter(1, index_BK, probability_BK)
-            return stand_or_redraw(probability_BK, guess_B, self.generator)
-        drawn_B1 = torch.multinomial(probability_BK, 1, generator=self.generator)
-        return (drawn_B1 if index_BK is None else index_BK.gather(1, drawn_B1))[:, 0]
-
-    def _candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the logits to draw from, by temperature, and their tokens; None for the whole vocabulary."""
-        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
-        if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
-            return logits_BV, None
-        best_BK, index_BK = logits_BV.topk(self.top_k)
-        return best_BK, index_BK

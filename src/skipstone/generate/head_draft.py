@@ -34,7 +34,7 @@ class HeadDraft(Draft):
 
     def __init__(self, model: SkipstoneForCausalLM, ready: ReadyHead) -> None:
         self.model, self.ready, self.cache = model, ready, ready.head.new_cache()
-        self.cost = ready.size / max(model.num_parameters(), 1)
+        self.cost, self.seconds = ready.size / max(model.num_parameters(), 1), ready.seconds
         self.state_BSD: Tensor | None = None  # of the last tokens that the model has seen
         self.mask_BS: Tensor | None = None
         self.unread = 0  # of these, those that the head has not read
@@ -46,6 +46,12 @@ class HeadDraft(Draft):
         if mask_BT is None and self.mask_BS is not None:
             mask_BT = torch.cat((self.mask_BS, self.mask_BS.new_ones(hidden_BTD.shape[:2])), 1)
         self.mask_BS = None if mask_BT is None or bool(mask_BT[:, -WINDOW:].all()) else mask_BT[:, -WINDOW:]
+
+    def kind(self, ids_BT: Tensor) -> int | None:
+        return None if self.state_BSD is None else 0
+
+    def rest(self) -> None:
+        self.state_BSD, self.mask_BS, self.unread = None, None, WINDOW + 1  # begins anew with the states that follow
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         hidden_B1D, found = self._read(ids_BT), list[Tensor]()

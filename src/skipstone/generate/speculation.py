@@ -9,6 +9,7 @@ Shape letters: B rows, K drafted tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ MARGIN = 1.02  # drafts must be expected to be so many times as fast
 # length is never slower than .98 of decoding without drafts, however badly they guess.
 AT_FIRST, SHARE = 0.5, 0.01
 CREDIT = 4.0  # of what drafts have gained, the most that they may lose again before they have to stop
-SLOPE = 0.15  # of a step, what a guess adds to its check, until that is measured
+SLOPE, LEAST_S = 0.15, 2e-4  # of a step, and at least seconds, that a guess adds to its check, until that is measured
 RECENT = 5  # measurements of which the least counts: a process may lose its processor, so times are too long if wrong
+FREE = 0.0025  # of a step: watching for an occasion to draft that costs less goes on all the time
+MOST_REST = 64  # plain steps in which nothing is done for drafts
 KNOWN = 2  # plain steps that are measured before anything is drafted
 KEPT = 0.9  # of the evidence for a share of guesses, after another pass
 HOPED = 0.5  # share of guesses that stand, as far as there is no evidence
@@ -47,12 +50,15 @@ class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
     fixed: a constant number; None means that it is chosen. cost: time of one guess as a share of a decoding step, used
-    until it is measured. Time lost by drafts is bounded, so that decoding takes at most about 2 % longer than without
-    drafts.
+    until it is measured. seconds: the least that a guess takes, however small the model; least: the least that checking
+    one takes. Time lost by drafts is bounded, so that decoding takes at most about 2 % longer than without drafts.
     """
 
-    def __init__(self, fixed: int | None = None, cost: float = 0.0) -> None:
-        self.fixed, self.cost = fixed, cost
+    def __init__(
+        self, fixed: int | None = None, cost: float = 0.0, seconds: float = 0.0, least: float = LEAST_S
+    ) -> None:
+        self.fixed, self.cost, self.seconds, self.least = fixed, cost, seconds, least
+        self.watch: deque[float] = deque(maxlen=RECENT)  # seconds of a step that looks for guesses and finds none
         self.check: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))  # seconds, by number of guesses
         self.guess: deque[float] = deque(maxlen=RECENT)  # seconds of one guess
         self.stands: dict[int, Evidence] = defaultdict(Evidence)
@@ -78,6 +84,20 @@ class Length:
             return best
         return max(possible, key=lambda n: self._speed(n, max(share, HOPED)))
 
+    def rest(self) -> int:
+        """Return how many plain steps to take before guesses are thought of again.
+
+        0 where that costs next to nothing, as beside a large model, or as long as there is time to lose for a try.
+        """
+        if self.fixed is not None or len(self.check[0]) < KNOWN or self._watching() <= FREE:
+            return 0
+        least = max(min(self._steps(n) for n in LENGTHS[:2]) - 1, 0.0) + self._watching()
+        return min(max(math.ceil((least - self.allowed) / SHARE), 0), MOST_REST)
+
+    def _watching(self) -> float:
+        """Return what a step that looks for guesses and finds none takes more than a plain one, in plain steps."""
+        return max(min(self.watch) / min(self.check[0]) - 1, 0.0) if self.watch else 0.0
+
     def _speed(self, count: int, share: float) -> float:
         """Return the expected tokens in the time of a plain step, with so many drafted tokens."""
         return sum(share**i for i in range(count + 1)) / self._steps(count)
@@ -85,7 +105,7 @@ class Length:
     def _steps(self, count: int) -> float:
         """Return the time of a pass with so many drafted tokens, in plain steps."""
         plain = min(self.check[0])
-        guess = min(self.guess) / plain if self.guess else self.cost
+        guess = min(self.guess) / plain if self.guess else max(self.cost, self.seconds / plain)
         return self._checking(count) / plain + count * guess
 
     def _checking(self, count: int) -> float:
@@ -98,22 +118,26 @@ class Length:
         if high is not None:
             share = (count - low) / (high - low)
             return known[low] * (1 - share) + known[high] * share
-        slope = (known[low] - known[0]) / low if low else SLOPE * known[0]
+        slope = (known[low] - known[0]) / low if low else max(SLOPE * known[0], self.least)
         return known[low] + max(slope, 0.0) * (count - low)
 
     def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
         """Record a pass over the last token and its guesses.
 
         guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing, checking:
-        seconds of drafting and of the pass. kind: as in `next`.
+        seconds of drafting and of the pass with all that follows from it; `guessing` is 0 for a plain step, in which
+        nothing was done for drafts. kind: as in `next`.
         """
         self.check[guesses].append(checking)
+        if guesses == 0 and guessing:
+            self.watch.append(guessing + checking)
         if guesses:
             self.guess.append(guessing / guesses)
             before, tried = self.stands[kind], min(stood + 1, guesses)
             self.stands[kind] = Evidence(KEPT * before.stood + stood, KEPT * before.tried + tried)
         if self.check[0]:
-            gained = stood + 1 - self._steps(guesses) - self._begun(guesses, guessing) if guesses else 0.0
+            watched = self._watching() if guessing else 0.0
+            gained = stood + 1 - self._steps(guesses) - self._begun(guesses, guessing) if guesses else -watched
             self.allowed = min(self.allowed + SHARE * (stood + 1) + gained, CREDIT)
 
     def _begun(self, guesses: int, guessing: float) -> float:

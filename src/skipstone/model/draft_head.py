@@ -12,6 +12,7 @@ Shape letters: B rows, T tokens, D width, R shortlisted tokens.
 from __future__ import annotations
 
 import copy
+import time
 from importlib.util import find_spec
 
 import torch
@@ -117,7 +118,7 @@ class ReadyHead:
     """A draft head prepared for guessing fast on a model's device, with the rows of the model's head that it needs.
 
     On a CPU with numba all of its matrices are rounded to int8, even if the model's are not, because a guess need not
-    be exact. size: its number of weights.
+    be exact. size: its number of weights. seconds: how long one guess took.
     """
 
     def __init__(self, head: DraftHead, model: SkipstoneForCausalLM) -> None:
@@ -139,12 +140,14 @@ class ReadyHead:
 
     @torch.no_grad()
     def _warm(self, model: SkipstoneForCausalLM) -> None:
-        """Guess twice, so that what has to be compiled is not taken for the time of a guess."""
+        """Guess a few times, so that what has to be compiled is not taken for the time of a guess."""
         cache, token_11 = self.head.new_cache(), self.head.shortlist_R[:1, None]
         hidden_11D = model.decoder.embed_tokens(token_11)
-        for _ in range(2):
+        for _ in range(3):
+            began = time.perf_counter()
             hidden_11D = self(hidden_11D, model.decoder.embed_tokens(token_11), cache, None)
             token_11 = self.token(hidden_11D)
+            self.seconds = time.perf_counter() - began
 
     def token(self, hidden_B1D: Tensor) -> Tensor:
         """Return for each row the shortlisted token with the largest logit, int64 [B, 1].

@@ -18,7 +18,8 @@ from skipstone.budget.handles import find_handles
 from skipstone.core.records import ActivationRecord, Records, of_kind
 from skipstone.core.strict import PlainDict
 from skipstone.generate.detokenizer import Detokenizer
-from skipstone.generate.engine import Decoder, DecodingPass, Sampler, drafting_of, setting_of
+from skipstone.generate.engine import Decoder, DecodingPass, drafting_of, setting_of
+from skipstone.generate.sampler import Sampler
 from skipstone.generate.text_generation import encode, ends
 from skipstone.measure.compute import compute_shares
 from skipstone.measure.depth_map import read_decisions

@@ -1,0 +1,58 @@
+"""Drawing tokens from logits.
+
+Shape letters: B rows, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstone.generate.prompt import check_count
+from skipstone.generate.speculation import stand_or_redraw
+
+
+class Sampler:
+    """Draws one token of each row from its logits when called.
+
+    temperature: 0 chooses the most probable token; above 0, tokens are drawn from softmax(logits / temperature). top_k:
+    draw among this many of the most probable tokens; None means all of them. seed: seed of the draws; None means a
+    random seed. device: the logits' device. Raises ValueError for values out of range.
+    """
+
+    def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+        if top_k is not None:
+            check_count("top_k", top_k)
+        self.temperature, self.top_k = temperature, top_k
+        self.generator = torch.Generator(device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def __call__(self, logits_BV: Tensor, guess_B: Tensor | None = None) -> Tensor:
+        """Draw a token of each row.
+
+        guess_B: the drafted tokens; they are returned exactly as often as they would be drawn without a draft.
+        """
+        if self.temperature == 0:
+            return logits_BV.argmax(-1)
+        best_BK, index_BK = self._candidates(logits_BV.float())
+        probability_BK = best_BK.softmax(-1)
+        if guess_B is not None:
+            if index_BK is not None:
+                zero_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
+                probability_BK = zero_BV.scatter(1, index_BK, probability_BK)
+            return stand_or_redraw(probability_BK, guess_B, self.generator)
+        drawn_B1 = torch.multinomial(probability_BK, 1, generator=self.generator)
+        return (drawn_B1 if index_BK is None else index_BK.gather(1, drawn_B1))[:, 0]
+
+    def _candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the logits to draw from, by temperature, and their tokens; None for the whole vocabulary."""
+        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
+        if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
+            return logits_BV, None
+        best_BK, index_BK = logits_BV.topk(self.top_k)
+        return best_BK, index_BK
