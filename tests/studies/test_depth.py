@@ -22,9 +22,9 @@ def test_both_models_are_trained_for_the_same_flops() -> None:
         assert (deep["model"]["num_hidden_layers"], shallow["model"]["num_hidden_layers"]) == (8, 5)
         assert deep["train"]["steps"] < shallow["train"]["steps"]
         for recipe in (deep, shallow):
-            tuning = recipe["protocol"]["tuning"] * budget
-            assert tuning <= 7.5e11
+            tuning = recipe["protocol"].get("tuning", protocol.ProtocolConfig.tuning) * budget
             assert tuning <= budget / 4
+            assert tuning <= 7.5e11 or (width, budget) in depth.IN_FULL
 
 
 def test_the_page_tells_what_three_blocks_gain_and_judges_it() -> None:

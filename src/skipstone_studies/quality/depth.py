@@ -14,17 +14,19 @@ from skipstone_studies.study import Column, RecipeDict, Study
 
 DEEP, SHALLOW = 8, 5  # blocks
 HEAD = 32  # width of an attention head
-# Training FLOPs by width, in the order in which they run: short ones first.
+# Widths and training FLOPs, in the order in which they run: short ones first.
 LENGTHS: dict[str, tuple[tuple[int, float], ...]] = {
     "laptop": ((32, 3e12), (32, 1e13), (32, 3e13), (64, 1e13), (64, 3e13), (32, 1e14), (64, 1e14)),
     "quick": ((16, 2e9), (16, 4e9)),
 }
+# Rates are tuned by runs of 7.5e11 FLOPs at most, except where depth begins to pay: there, by a quarter of the length.
+IN_FULL = ((32, 3e13),)
 COMMON: dict[str, PlainDict] = {
     "laptop": {"context": 256, "rows": 8, "test_rows": 4096, "tuning_rows": 256, "least_tokens": 2048},
     "quick": {"context": 32, "rows": 4, "test_rows": 16, "tuning_rows": 16, "least_tokens": 1},
 }
 FIRST_RATE = 4e-3
-MOST_TUNING = 3e12  # training FLOPs of a run that tunes the rate, at most
+LONGEST_TUNING = 7.5e11  # training FLOPs of a run that tunes the rate
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
@@ -58,7 +60,7 @@ def _arm(scale: str, corpus: str, blocks: int, width: int, budget: float) -> Rec
         protocol={
             "rate": FIRST_RATE,
             "budget": budget,
-            "tuning": min(0.25, MOST_TUNING / 4 / budget),
+            **({"most": 4} if (width, budget) in IN_FULL else {"tuning": min(0.25, LONGEST_TUNING / budget)}),
             **{name: size[name] for name in ("test_rows", "tuning_rows", "least_tokens")},
         },
     )
@@ -120,7 +122,7 @@ DEPTH = Study(
         "measures that difference by width and by length of training, to find where such a study could be decided.\n\n"
         "Dense byte models with heads of 32 and a context of 256, fp32, steps of 2,048 bytes; otherwise the protocol "
         "of [decisive](decisive.md). The learning rate is tuned for each arm on runs of a quarter of the length, "
-        "but of 7.5e11 FLOPs at most. " + pages.COLUMNS_NOTE
+        "but of 7.5e11 FLOPs at most, except at width 32 and 3e13 FLOPs. " + pages.COLUMNS_NOTE
     ),
     arms=arms,
     seeds={"laptop": (0, 1, 2), "quick": (0,)},
