@@ -67,9 +67,10 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
     """Yield optimizer groups of all parameters that some stage trains, by role and by whether weight decay applies.
 
-    model: the model, which has adapters if a stage trains some. stages: the stages in order. weight_decay: weight decay
-    of matrices; biases, norms and adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies),
-    `weight_decay` and `role`; Trainer logs the learning rate of the first group.
+    Roles are those of `roles`: routers, lora (adapters) and weights (all others). model: the model, which has adapters
+    if a stage trains some. stages: the stages in order. weight_decay: weight decay of matrices; biases, norms and
+    adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies), `weight_decay` and `role`;
+    Trainer logs the learning rate of the first group.
     """
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)

@@ -200,8 +200,8 @@ class BudgetTable:
     def load(cls, folder: str | Path) -> BudgetTable:
         """Read the budget table that `save` wrote into `folder`.
 
-        Raises FileNotFoundError if there is none, `Damaged` (a ValueError) if its hash differs, and ValueError if it
-        cannot be read.
+        Raises FileNotFoundError if there is none, `Damaged` (a ValueError) if its text does not have the hash that it
+        names, and ValueError if it cannot be read.
         """
         path = cls.find(folder)
         if path is None:

@@ -35,8 +35,8 @@ class DepthRecord(NamedTuple):
         """Convert this record of some selected tokens into one for all tokens that they were selected from.
 
         In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. part:
-        the selection. state: `Tokens.state` of all tokens, from which tokens that were not selected keep their values
-        in `carry`.
+        the selection. state: `Tokens.state` of all tokens, tensors by name; in the result's `carry`, tokens that were
+        not selected have its values.
         """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(

@@ -33,7 +33,8 @@ class ScoreThreshold:
     def state(self) -> State:
         """Return everything that `set` changes as a list of numbers, so that `restore` can undo it exactly.
 
-        If the threshold is an `option`, its value comes first; None in the list stands for an option that is not set.
+        If the threshold is an option of the configuration and not a buffer, the option's value comes first, None where
+        it is not set.
         """
         return [self.get()]
 

@@ -92,8 +92,8 @@ class Manifest:
 class ShardSet:
     """An opened folder of shards.
 
-    folder: its path. manifest: its contents. sha256: hash of its manifest file, which in turn contains the hashes of
-    all other files.
+    folder: its path. manifest: its parsed manifest. sha256: hash of its manifest file, which in turn contains the
+    hashes of all other files.
     """
 
     folder: Path

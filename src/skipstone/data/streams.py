@@ -22,9 +22,10 @@ ONE_BY_ONE = "documents"
 class Source:
     """Documents to be read one after another, as a stream for each split or as a single stream without splits.
 
-    streams: functions that begin reading, by split; one called "" reads a stream that is to be divided into splits by
-    the hash of each document's text. size: bytes of the files that are read; None if unknown. unit: what progress is
-    counted in, "documents" or "bytes of JSON". total: how many of these there are; None if unknown.
+    streams: by split, a function without arguments that begins reading and returns an iterator; one called "" reads a
+    stream that is to be divided into splits by the hash of each document's text. size: bytes of the files that are
+    read; None if unknown. unit: what progress is counted in, "documents" or "bytes of JSON". total: how many of these
+    there are; None if unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]

@@ -142,11 +142,11 @@ def huggingface(argument: str) -> Corpus:
 
 
 def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
-    """Return the splits of a Hugging Face dataset by name.
+    """Return the splits of a Hugging Face dataset by name, as objects of the package `datasets`.
 
-    argument: the dataset, as in `huggingface`. streaming: whether to read rows one after another instead of downloading
-    everything first. Raises ValueError without the package `datasets`, FileNotFoundError if the dataset cannot be
-    loaded.
+    argument: `NAME`, `OWNER/NAME`, `OWNER/NAME/CONFIG` or a folder. streaming: whether to read rows one after another
+    instead of downloading everything first. Raises ValueError without the package `datasets`, FileNotFoundError if the
+    dataset cannot be loaded.
     """
     try:
         import datasets

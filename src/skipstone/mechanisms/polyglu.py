@@ -261,7 +261,7 @@ class PolyGLU(MixFigures, Activation):
         return "preferences" if name == "preference_bias" else super().decay_kind(name)
 
     def set_identity(self) -> None:
-        """Make every neuron use SiLU, up to 1.4e-4 of the other functions, so that the MLP is nearly a SwiGLU."""
+        """Give SiLU a mixing weight of 1 - 1.4e-4 in every neuron, so that the MLP is nearly a SwiGLU."""
         with torch.no_grad():
             self.mix_weight.zero_()
             self.mix_bias.zero_()

@@ -60,7 +60,7 @@ class MagnitudeOutput(NamedTuple):
 
 
 def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
-    """Return the mean magnitude of each group of neurons, fp32 [..., G].
+    """Return the mean absolute value of each group of neurons, fp32 [..., G].
 
     value: [..., F], a number for each neuron. size: number of adjacent neurons per group, F = G size. typical_F: a
     factor on each neuron's magnitude; None means 1.

@@ -47,9 +47,12 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure memory, seconds, FLOPs and losses of some training steps, on a GPU if there is one.
+    """Run the recipe's number of training steps, on a GPU if there is one, and return what they took.
 
-    Times are wall time on a GPU and CPU time elsewhere, which other processes disturb less.
+    recipe: the sections of a recipe, and `tokens` (of its one row) and `steps`. Keys of the result: `parameters` and
+    `routing` (numbers of parameters), `uniform_loss` (nats), `first` and `last` (a step's loss, gradient norm and
+    seconds), `peak_gb` (peak memory), `flops` (of a step), `flops_per_second` and `tokens_per_second` (of the last
+    step). Seconds are wall time on a GPU and CPU time elsewhere, which other processes disturb less.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})

@@ -166,7 +166,7 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the table of boundary ids; transformers calls this after loading, as checkpoints do not hold it."""
+        """Fill the buffer that tells which token ids are boundaries; checkpoints lack it, so loading calls this."""
         self.table_V.zero_()
         self.table_V[self._ids] = True
 

@@ -78,7 +78,7 @@ class Threshold(Decision):
 
 
 class Predictor(Decision):
-    """A decision that keeps the top `capacity` share in training, which a small MLP predicts for generation.
+    """A decision that keeps the best `capacity` of tokens in training, which a small MLP predicts for generation.
 
     In generation, a token is kept if the MLP predicts that training would keep it. The MLP reads the router's input,
     detached, and learns from the training decision by binary cross-entropy; the model gets no gradient from it

@@ -46,7 +46,10 @@ class StopAt(TrainerCallback):
 
 
 def measure(bench: Bench) -> None:
-    """Train each model in fp32, under FSDP2 as a group of one, resumed and in bf16; evaluate it and generate text."""
+    """Train each of the bench's models in four ways, then evaluate it and generate text; add figures to the bench.
+
+    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16.
+    """
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
             root, plain = Path(folder), recipe(bench, MODELS[name])

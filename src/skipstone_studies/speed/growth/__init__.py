@@ -24,7 +24,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm, by the recipe's `kind`."""
+    """Return the curve of one arm: time, memory or both at each size of what grows.
+
+    recipe: names in `kind` what grows, a key of `KINDS`, whose functions define the keys of the result.
+    """
     return KINDS[recipe["kind"]](recipe)
 
 
