@@ -84,9 +84,9 @@ class DataConfig:
     shards, rows always lie side by side, and None reads all of them before any a second time. blend: for shards, the
     share of each source, fixed or changing during training; None means that it is proportional to the source's tokens.
     train_rows: number of training rows; None means as many windows as fit side by side into the text, or 65,536
-    synthetic rows. Row i is the same whatever this number, unless a blend changes during training. validation_rows: number of
-    validation rows; None means the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values:
-    synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
+    synthetic rows. Row i is the same whatever this number, unless a blend changes during training. validation_rows:
+    number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises ValueError for invalid
+    values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
