@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,8 @@ pytest.importorskip("numba")
 
 import skipstone
 from skipstone.core import lock
+from skipstone.nn import compiled_run
+from skipstone.nn.block_table import sizes_of
 from skipstone.ops import decode_stack
 
 
@@ -29,6 +34,24 @@ def test_compiling_for_long_is_said_in_one_line(
         monkeypatch.setattr(decode_stack, "LONG_S", seconds)
         assert decode_stack._units.__wrapped__(True, False) == (True, False)
     assert [record.getMessage() for record in caplog.records] == [decode_stack.COMPILING]
+
+
+def test_waiting_for_another_process_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    @contextmanager
+    def slowly(folder: Path, *, wait: bool) -> Iterator[None]:
+        time.sleep(0.2)
+        yield
+
+    monkeypatch.setattr(decode_stack, "LONG_S", 0.05)
+    monkeypatch.setattr(compiled_run, "locked", slowly)
+    monkeypatch.setattr(decode_stack, "prepare", lambda program: None)
+    caplog.set_level("INFO")
+    config = skipstone.SkipstoneConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=23)
+    blocks = skipstone.SkipstoneForCausalLM(config).eval().model.layers
+    compiled_run.CompiledRun(blocks, sizes_of(blocks))
+    assert [record.getMessage() for record in caplog.records] == [decode_stack.WAITING]
 
 
 def test_only_what_a_model_needs_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ class CompiledRun:
         self.blocks = blocks
         self.program, self.held = program_of(blocks, spans, sizes)
         with ExitStack() as stack:  # processes that begin together compile once: the others find it on disk
-            with suppress(OSError):  # a folder without locks
+            with suppress(OSError), decode_stack.said_if_long(decode_stack.WAITING):  # OSError: a folder without locks
                 stack.enter_context(locked(decode_stack.kept() / "step", wait=True))
             decode_stack.prepare(self.program)
         self.gates = [gate for _, _, gate in gates_of(blocks)]

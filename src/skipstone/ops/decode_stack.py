@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -35,6 +36,7 @@ LONG_S = 4.0  # seconds; reading from disk what has been compiled takes less
 COMPILING = (
     "compiling the decoding step for this processor: ten to twenty seconds of CPU, once; it is then kept on disk"
 )
+WAITING = "waiting for another process, which is compiling the decoding step for this processor"
 _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by address
 
 
@@ -155,6 +157,18 @@ def prepare(program: Program) -> tuple[int, ...]:
     return _units(program.rounded, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
 
+@contextmanager
+def said_if_long(line: str) -> Iterator[None]:
+    """Log a line at the level INFO if the `with` block takes longer than `LONG_S` seconds."""
+    timer = threading.Timer(LONG_S, logging.getLogger(__name__).info, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def kept() -> Path:
     """Return the folder in which numba keeps the compiled parts, unless it cannot be written to."""
     return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
@@ -206,10 +220,5 @@ def _units(*needed: bool) -> tuple[int, ...]:
 
     needed: the arguments of `decode_stack_native.units`. If compiling takes long, a line is logged.
     """
-    line = threading.Timer(LONG_S, logging.getLogger(__name__).info, [COMPILING])
-    line.daemon = True
-    line.start()
-    try:
+    with said_if_long(COMPILING):
         return _native().units(*needed)  # type: ignore[no-any-return]
-    finally:
-        line.cancel()

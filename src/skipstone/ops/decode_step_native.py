@@ -8,12 +8,12 @@ Shape letters: N rows, D width, C columns of the cache, H query heads, G key/val
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from skipstone.ops.kept_code import kept_njit
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import FAST, inner
 
-compiled = njit(fastmath=FAST, nogil=True, cache=True, error_model="numpy")  # kept on disk
+compiled = kept_njit(fastmath=FAST, nogil=True, error_model="numpy")  # kept on disk
 ONE = np.float32(0)  # a number of the kind to read
 INFINITY = np.float32(np.inf)
 

@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 
+from skipstone.ops.kept_code import kept_njit
 from skipstone.ops.workers import FAST, inner
 
 AT_ONCE = 8  # rows read at a time; four take a quarter more time
@@ -27,7 +28,7 @@ SQUARE = 16
 KINDS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 Array: TypeAlias = Any  # in numba: an array, or a tuple of addresses
 
-compiled = njit(fastmath=FAST, nogil=True, cache=True)  # kept on disk, because compiling takes seconds
+compiled = kept_njit(fastmath=FAST, nogil=True)  # kept on disk, because compiling takes seconds
 
 
 def one_token(

@@ -22,11 +22,15 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.core import cgutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from skipstone.ops.kept_code import keep
+
 FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered, but NaN and infinities are respected
+OPTIONS = {"error_model": "numpy", "fastmath": FAST}
 LINE = 64  # bytes of a line of the processor's caches
 SPINS = 1 << 9  # looks at a barrier, some tens of microseconds, before the processor is offered to others
 # A packet, from its start in bytes: the next part, the number of parts, a function that tells how many threads there
@@ -74,7 +78,9 @@ class Unit:
     def compiled(self) -> Any:
         """The machine code as numba's C callback."""
         kind = types.void(*[types.int64] * self.count)
-        return cfunc(kind, cache=True, error_model="numpy", fastmath=FAST)(self.function)
+        made = keep(CFunc(self.function, (kind.args, kind.return_type), {}, OPTIONS), self.function)
+        made.compile()
+        return made
 
     @property
     def address(self) -> int:

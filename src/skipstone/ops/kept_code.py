@@ -1,0 +1,92 @@
+"""Where numba keeps compiled functions on disk: never stale, and damaged or missing files only cost time.
+
+Numba by itself looks at nothing but the file of the function that it was asked for, though the code contains what that
+function calls or reads from other files; it raises an error for a damaged file, and where there is no folder to write
+to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+# The files of this folder that compiled functions consist of, or read constants from.
+SOURCES = ("*_native.py", "*_dot.py", "decode_*.py", "neuron_sums.py", "workers.py", "kept_code.py")
+
+
+class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
+    """Numba's files of one function, with a checksum of the machine code, which would be run unchecked otherwise."""
+
+    def _save_data(self, name: str, data: Any) -> None:
+        body = self._dump(data)
+        super()._save_data(name, (hashlib.sha256(body).digest(), body))
+
+    def _load_data(self, name: str) -> Any:
+        digest, body = super()._load_data(name)
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError(f"{name!r} is damaged")
+        return pickle.loads(body)  # noqa: S301 - as numba does, with its own file
+
+
+class KeptCode(FunctionCache):  # type: ignore[misc]
+    """What numba keeps of one function, valid for as long as none of the `SOURCES` changes.
+
+    function: the Python function. Raises RuntimeError if there is no folder that can be written to.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        stamp = (self._impl.locator.get_source_stamp(), sources())
+        self._cache_file = CheckedFile(self._cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return the compiled function, or None if it is not there or cannot be read.
+
+        sig, target_context: numba's types of the arguments, and for what it compiles.
+        """
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # any bytes may have been there instead of a pickle, and raise anything
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function, unless that is impossible: then the next process compiles again.
+
+        sig, data: numba's types of the arguments, and what it has compiled.
+        """
+        with suppress(Exception):  # a full disk, or damage that cannot be removed
+            super().save_overload(sig, data)
+
+
+def keep(compiled: Any, function: Any) -> Any:
+    """Return one of numba's compiled functions, which is kept on disk from now on if there is a folder for it.
+
+    compiled: what numba has made of `function`, before it has compiled anything.
+    """
+    with suppress(RuntimeError):  # no folder can be written to
+        compiled._cache = KeptCode(function)
+    return compiled
+
+
+def kept_njit(**options: Any) -> Any:
+    """Return numba's decorator `njit` with these options, for functions that are kept on disk where possible."""
+    compile_ = njit(**options)
+    return lambda function: keep(compile_(function), function)
+
+
+@cache
+def sources() -> str:
+    """Return a checksum of the files that match `SOURCES`."""
+    total = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern)}):
+        total.update(path.read_bytes())
+    return total.hexdigest()
