@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("numba")
 
 import numba
 from numba.core import caching
+from numba.core.ccallback import CFunc
 
 from skipstone.ops import kept_code
 from skipstone.ops.workers import Unit
@@ -83,6 +85,28 @@ def test_a_folder_that_cannot_be_written_to_any_more_is_no_error(
         patch.setattr(caching.IndexDataCacheFile, "_open_for_write", fails)
         assert hits() == 0
     assert [hits(), hits()] == [0, 1]
+
+
+def test_control_c_while_compiling_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM calls Python back, where an exception would be printed and forgotten."""
+    compiled, lost = CFunc.compile, list[BaseException]()
+
+    def interrupted(made: CFunc) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            lost.append(error)
+        compiled(made)
+
+    unit = Unit(_nothing, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(CFunc, "compile", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unit.compiled  # noqa: B018
+    assert not lost
+    assert unit.compiled.cache_hits == 1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_every_file_that_compiled_code_consists_of_is_looked_at() -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,26 @@ def kept_njit(**options: Any) -> Any:
     """Return numba's decorator `njit` with these options, for functions that are kept on disk where possible."""
     compile_ = njit(**options)
     return lambda function: keep(compile_(function), function)
+
+
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Call the handler of SIGINT only after the `with` block, if the signal arrives within it.
+
+    LLVM calls back into Python while it compiles, and an exception that is raised there is printed and lost: control-C
+    would show a traceback and stop nothing. Other threads than the main one are never interrupted.
+    """
+    before, arrived = signal.getsignal(signal.SIGINT), list[Any]()
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *given: arrived.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            before(*arrived[0])
 
 
 @cache

@@ -27,7 +27,7 @@ from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
-from skipstone.ops.kept_code import keep
+from skipstone.ops.kept_code import interrupted_later, keep
 
 FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered, but NaN and infinities are respected
 OPTIONS = {"error_model": "numpy", "fastmath": FAST}
@@ -79,7 +79,8 @@ class Unit:
         """The machine code as numba's C callback."""
         kind = types.void(*[types.int64] * self.count)
         made = keep(CFunc(self.function, (kind.args, kind.return_type), {}, OPTIONS), self.function)
-        made.compile()
+        with interrupted_later():
+            made.compile()
         return made
 
     @property
