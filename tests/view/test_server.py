@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import asyncio
 import json
 import re
 import threading
@@ -85,6 +86,18 @@ def test_a_request_streams_events(client: Any) -> None:
     assert "".join(token["text"] for token in found[0]["prompt"]) == "a <b>"
 
 
+def test_nothing_is_ahead_of_whoever_has_read_a_job_to_its_end() -> None:
+    async def scenario() -> list[int]:
+        work, ahead = WorkQueue(), list[int]()
+        for _ in range(200):
+            job = work.submit(lambda: iter([{"type": "end"}]))
+            ahead.append(job.ahead)
+            assert [event async for event in job.events()][-1] == {"type": "end"}
+        return ahead
+
+    assert not any(asyncio.run(scenario()))
+
+
 def test_attention_is_an_event_and_what_cannot_be_asked_is_refused(client: Any) -> None:
     answer = client.post("/api/attention", json={"model": 0, "tokens": [97, 98, 99]})
     event = json.loads(answer.text.removeprefix("data: "))
@@ -163,8 +176,6 @@ def test_a_full_queue_says_so_and_empties(client: Any, saved: Path, monkeypatch:
 
 
 def test_a_stopped_job_computes_no_further_and_a_defect_does_not_end_the_queue() -> None:
-    import asyncio
-
     computed: list[int] = []
     listening = threading.Event()
 

@@ -55,8 +55,10 @@ class Job:
         except Exception as error:
             self._tell({"type": "error", "message": f"{type(error).__name__}: the model could not be run"})
             raise
-        finally:
-            self._tell(None)
+
+    def end(self) -> None:
+        """Tell whoever reads the events that there are no more; the queue's thread calls this after `run`."""
+        self._tell(None)
 
     def _tell(self, event: PlainDict | None) -> None:
         try:
@@ -121,3 +123,4 @@ class WorkQueue:
             finally:
                 with self._lock:
                     self._accepted.remove(job)
+                job.end()  # not before: the next request of this reader would be told that a job is ahead of it
