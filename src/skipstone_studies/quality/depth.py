@@ -122,9 +122,9 @@ DEPTH = Study(
         "measures that difference by width and by length of training, to find where such a study could be decided.\n\n"
         "Dense byte models with heads of 32 and a context of 256, fp32, steps of 2,048 bytes; otherwise the protocol "
         "of [decisive](decisive.md). The learning rate is tuned for each arm on runs of a quarter of the length, "
-        "but of 7.5e11 FLOPs at most, except at width 32 and 3e13 FLOPs. The choice matters as much as what is "
-        "measured: there, 5 blocks end at 1.3845 with the rate of .004 that was best at a quarter of the length, and "
-        "ended at 1.3656 with .008, the best at a fortieth ([log](../docs/log.md)). " + pages.COLUMNS_NOTE
+        "but of 7.5e11 FLOPs at most, except at width 32 and 3e13 FLOPs. The choice of the rate can matter as "
+        "much as what is measured: how 5 blocks end there at another rate stands in the [log](../docs/log.md). "
+        + pages.COLUMNS_NOTE
     ),
     arms=arms,
     seeds={"laptop": (0, 1, 2), "quick": (0,)},
