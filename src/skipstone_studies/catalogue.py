@@ -22,6 +22,7 @@ FILES = {
     "headroom_pretrained": "quality.headroom",
     "depth": "quality.depth",
     "decisive": "quality.decisive",
+    "decisive_narrow": "quality.decisive",
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",
     "ffn_groups": "quality.ffn_groups",

@@ -201,9 +201,12 @@ def tuned_run(
 
 
 def _taken_over(recipe: RecipeDict, folder: Path) -> bool:
-    """Copy a finished run of the same recipe, with its rates, from another study; return whether there was one."""
-    scale = folder.parent.name
-    for other in sorted(folder.parents[2].glob(f"*/{scale}/{folder.name}")):
+    """Copy a finished run of the same recipe, with its rates, from another study; return whether there was one.
+
+    The other study may call the arm by another name.
+    """
+    scale, (_, dash, seed) = folder.parent.name, folder.name.rpartition("-seed")
+    for other in sorted(folder.parents[2].glob(f"*/{scale}/*{dash}{seed}")):
         note = recipe_file(other)
         same = note.is_file() and read_object(note) == recipe
         if other != folder and same and Run(other).finished and (other / USE).is_file():

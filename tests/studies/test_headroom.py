@@ -88,11 +88,11 @@ def test_a_run_of_another_study_is_taken_over(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_whose_rate_was_not_tuned_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, folder = seeded(decisive.arms("laptop")["dense-8"], 0), tmp_path / "decisive/laptop/dense-8-seed0"
+    recipe, folder = seeded(decisive.arms("laptop")["dense-8"], 0), tmp_path / "other/laptop/whole-seed0"
     folder.mkdir(parents=True)
     for name in (protocol.USE, "config.yaml"):
         (folder / name).write_text("{}", encoding="utf-8")
-    folder.with_name("dense-8-seed0.recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    folder.with_name("whole-seed0.recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
     monkeypatch.setattr(protocol.Run, "finished", True)
     own = tmp_path / "headroom/laptop/dense-8-seed0"
     own.parent.mkdir(parents=True)

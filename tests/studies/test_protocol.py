@@ -17,7 +17,7 @@ from skipstone_studies import record as records
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.measure import executed_training
 from skipstone_studies.protocol import ProtocolConfig, SharedStart, best_rate, climb, planned, tuning_figures
-from skipstone_studies.quality import decisive
+from skipstone_studies.quality import decisive, depth
 from skipstone_studies.run import reproduce
 from skipstone_studies.text_loss import spaced
 
@@ -60,6 +60,18 @@ def test_arms_get_equal_training_flops() -> None:
             model = protocol.json.dumps(recipe["model"], sort_keys=True)
             step = protocol.step_flops(model, data["context"], train["batch_size"])
             assert abs(train["steps"] * step / recipe["protocol"]["budget"] - 1) < 0.01
+
+
+def test_narrow_models_have_the_arms_of_the_wide_ones_and_dense_runs_of_another_study() -> None:
+    for scale, (width, budget) in decisive.NARROW.items():
+        narrow = decisive.narrow_arms(scale)
+        assert list(narrow) == list(decisive.arms(scale))
+        for name, blocks in (("dense-8", 8), ("dense-5", 5)):
+            assert narrow[name] == depth.arms(scale)[depth.name_of(blocks, width, budget)]
+        for recipe in narrow.values():
+            model = protocol.json.dumps(recipe["model"], sort_keys=True)
+            step = protocol.step_flops(model, recipe["data"]["context"], recipe["train"]["batch_size"])
+            assert abs(recipe["train"]["steps"] * step / budget - 1) < 0.01
 
 
 def test_a_warm_up_of_the_capacity_is_paid_for() -> None:

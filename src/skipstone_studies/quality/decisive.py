@@ -1,14 +1,20 @@
-"""Does routing win on text where depth pays? Dense models, controls and routers at equal training FLOPs."""
+"""Does routing win on text where depth pays? Dense models, controls and routers at equal training FLOPs.
+
+`DECISIVE` has models of width 128, `DECISIVE_NARROW` models so narrow that training long enough takes less than an
+hour of one core.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 from skipstone.core.strict import PlainDict
 from skipstone_studies import protocol
 from skipstone_studies import protocol_page as pages
 from skipstone_studies.claims import ByArm, Claim
+from skipstone_studies.quality import depth
 from skipstone_studies.study import Column, RecipeDict, Study
 
 BLOCKS = 8
@@ -25,6 +31,7 @@ RATES = {"laptop": 1.5e-3}  # where the search begins, or the only one
 TUNED = {"laptop": 0.0}  # a quarter of such a run is too short: dense-8 ends it at 2.9 nats whatever the rate
 PARTS = {"paper": 2}  # micro-batches of 16 rows, which fit into the caches
 LEAST_TOKENS = {"laptop": 2048, "quick": 1}  # of a step, where it is not the protocol's
+NARROW = {"laptop": (32, 1e14), "quick": (16, 2e9)}  # width and training FLOPs; both are lengths of `depth`
 SEEDS = {"laptop": (0,), "paper": (0, 1, 2, 3), "quick": (0,)}
 # One decision for the segment, or Mixture-of-Depths in every other block. Updates are whole (weight none) unless the
 # router is the paper's, whose scores are the weights.
@@ -36,6 +43,7 @@ ROUTED: dict[str, PlainDict] = {
     CHANCE: {**STACK, "decision": "random"},
     "raw-ema": {**STACK, **PAPERS},
     "benefit": {**STACK, "benefit": True, "auxiliary_weight": 1.0, "capacity_warmup": 0.2},
+    "chunks": {"name": "dynamic_chunking", "layers": SEGMENT, "share": SHARE},
     "layer-dropout": {"name": "layer_dropout", "rate": 0.2},
     "boundary-alternate": {**MOD, "decision": "boundary"},
     "raw-ema-alternate": {**MOD, **PAPERS},
@@ -49,6 +57,17 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
+    return {FULL: recipe(BLOCKS), RIVAL: recipe(5), **routed}
+
+
+def narrow_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
+    """Return the recipes of the same arms for narrow models; both dense ones are arms of the study `depth`.
+
+    scale: "laptop" or "quick". corpus: the text.
+    """
+    width, budget = NARROW[scale]
+    recipe = partial(depth.arm, scale, corpus, width=width, budget=budget)
+    routed = {name: recipe(BLOCKS, mechanisms=[mechanism]) for name, mechanism in ROUTED.items()}
     return {FULL: recipe(BLOCKS), RIVAL: recipe(5), **routed}
 
 
@@ -93,21 +112,31 @@ COLUMNS = (
     Column(key="training.seconds", title="seconds", format=",.0f"),
     Column(key="gflops_per_core_second", title="GFLOP/s per core", format=".1f"),
 )
-ABOUT = (
-    "All arms are trained for the same FLOPs (forward and backward), so an arm that skips reads more text. They are "
-    "byte models of width 128 and 8 blocks (*dense-5* has 5) with steps of 8,192 bytes (laptop: 2,048). The learning "
-    "rate was tuned for each arm on runs of a quarter of the length (laptop: one rate for all, because dense-8 ends "
-    "such a run at 2.9 nats whatever its rate) and falls to 0; the weights of the last tenth of the steps are averaged."
-    " The text is the source code of installed packages, split by package, without near-copies."
-    "\n\n"
+EQUAL = "All arms are trained for the same FLOPs (forward and backward), so an arm that skips reads more text. "
+CONTROL = (
     f"The routed arms keep about {SHARE:.1%} of the bytes, by one decision for blocks 2 to 5 (a segment), or by one in "
     "every other block (*alternate*): "
     "*boundary* by a fixed rule, the first byte after a word (SpaceByte, arXiv 2404.14408); *random*, drawn anew in "
     "each step; *raw-ema*, the router of Mixture-of-Depths, whose score weighs the update, with a threshold that "
     "follows the scores; *benefit*, a router that learns how much the segment lowers a token's loss (its measuring "
-    "passes, 4 % of a step of 32 rows and 8 % of one of 8, are not in its FLOPs). *layer-dropout* leaves whole blocks "
+    "passes, 4 % of a step of 32 rows and 8 % of one of 8, are not in its FLOPs); *chunks*, boundaries that a router "
+    "on neighbouring tokens learns (H-Net, arXiv 2507.07955). *layer-dropout* leaves whole blocks "
     "out in training only. *boundary* is the control that could say no to the set-up: if it does not win, a learned "
     "router cannot be expected to.\n\n" + pages.COLUMNS_NOTE
+)
+ABOUT = (
+    EQUAL + "They are "
+    "byte models of width 128 and 8 blocks (*dense-5* has 5) with steps of 8,192 bytes (laptop: 2,048). The learning "
+    "rate was tuned for each arm on runs of a quarter of the length (laptop: one rate for all, because dense-8 ends "
+    "such a run at 2.9 nats whatever its rate) and falls to 0; the weights of the last tenth of the steps are averaged."
+    " The text is the source code of installed packages, split by package, without near-copies.\n\n" + CONTROL
+)
+ABOUT_NARROW = (
+    EQUAL + "They are byte models of width 32 with one head and 8 blocks (*dense-5* has 5), trained in fp32 in steps "
+    "of 2,048 bytes. At width 32, 8 blocks began to beat 5 after about 150 bytes a parameter ([depth](depth.md)); if "
+    "width 128 needs as many, that is 3e15 FLOPs a run or 13 hours of a core. The learning rate was tuned for each arm on runs of "
+    f"{depth.LONGEST_TUNING:.1e} FLOPs and falls to 0; the weights of the last tenth of the steps are averaged. "
+    "The text is that of [decisive](decisive.md).\n\n" + CONTROL
 )
 
 GOES_ON = (
@@ -130,6 +159,18 @@ def details(figures: ByArm) -> str:
 
     figures: the figures of every run, by arm and seed.
     """
+    return "\n\n".join([*_sections(figures), GOES_ON])
+
+
+def narrow_details(figures: ByArm) -> str:
+    """Return the Markdown below the table of narrow models: the same as `details`, without what goes on.
+
+    figures: the figures of every run, by arm and seed.
+    """
+    return "\n\n".join(_sections(figures))
+
+
+def _sections(figures: ByArm) -> list[str]:
     room = pages.room_of(figures, FULL, [RIVAL])
     refused = room is None or not room.there
     parts = [
@@ -139,9 +180,8 @@ def details(figures: ByArm) -> str:
         *(pages.differences(figures, reference, refused) for reference in (FULL, RIVAL, CHANCE)),
         pages.NOTE,
         pages.rates(figures),
-        GOES_ON,
     ]
-    return "\n\n".join(part for part in parts if part)
+    return [part for part in parts if part]
 
 
 DECISIVE = Study(
@@ -156,4 +196,15 @@ DECISIVE = Study(
     measure_together=None,
     claims=claims,
     details=details,
+)
+
+
+DECISIVE_NARROW = replace(
+    DECISIVE,
+    name="decisive_narrow",
+    purpose="does routing beat narrow dense models on text at equal training FLOPs, where depth pays?",
+    about=ABOUT_NARROW,
+    arms=narrow_arms,
+    seeds=depth.DEPTH.seeds,
+    details=narrow_details,
 )

@@ -35,7 +35,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     scale: "laptop" or "quick". corpus: the text.
     """
     return {
-        name_of(blocks, width, budget): _arm(scale, corpus, blocks, width, budget)
+        name_of(blocks, width, budget): arm(scale, corpus, blocks, width, budget)
         for width, budget in LENGTHS[scale]
         for blocks in (DEEP, SHALLOW)
     }
@@ -46,7 +46,14 @@ def name_of(blocks: int, width: int, budget: float) -> str:
     return f"dense-{blocks}-width-{width}-{budget:.0e}".replace("e+", "e")
 
 
-def _arm(scale: str, corpus: str, blocks: int, width: int, budget: float) -> RecipeDict:
+def arm(
+    scale: str, corpus: str, blocks: int, width: int, budget: float, mechanisms: list[PlainDict] | None = None
+) -> RecipeDict:
+    """Return the recipe of one arm: a byte model with heads of 32 and this study's training protocol.
+
+    scale: "laptop" or "quick". corpus: the text. blocks, width: number of blocks and width of the model. budget:
+    training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense.
+    """
     size = COMMON[scale]
     return protocol.planned(
         model={
@@ -54,6 +61,7 @@ def _arm(scale: str, corpus: str, blocks: int, width: int, budget: float) -> Rec
             "hidden_size": width,
             "num_attention_heads": max(1, width // HEAD),
             "num_hidden_layers": blocks,
+            **({"mechanisms": mechanisms} if mechanisms else {}),
         },
         data={"corpus": corpus, "tokenizer": "byte", "context": size["context"]},
         train={"batch_size": size["rows"]},
