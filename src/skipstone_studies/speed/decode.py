@@ -64,10 +64,11 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 
 @torch.inference_mode()
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
-    """Set the threshold of every mechanism so that it keeps its capacity, block after block.
+    """Set the threshold of every depth mechanism so that it keeps its configured share (`capacity`) of random text.
 
-    The threshold becomes a quantile of the scores of the tokens from index `first` of each row on. ids: token ids
-    [rows, tokens].
+    The threshold becomes the (1 - capacity) quantile of the router's scores of `ids`, block after block, because a
+    block's scores depend on the blocks before it. ids: token ids, int64 [rows, tokens]. first: in each row, only scores
+    from this token on count.
     """
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
@@ -77,10 +78,10 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 
 
 class Decoding:
-    """A model with a prompt in its cache that is timed decoding fixed tokens in several turns.
+    """A model that is timed decoding random tokens after a prompt in its cache.
 
-    size: prompt (tokens of a prompt), steps (tokens decoded in a turn), turns. rows: sequences decoded together. Its
-    thresholds are calibrated on similar random text first.
+    model: its thresholds are set by `calibrate` first, on random text. size: a mapping with "vocabulary", "prompt"
+    (tokens of a prompt), "steps" (decoding steps of a turn) and "turns". rows: number of sequences decoded together.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
@@ -107,12 +108,15 @@ class Decoding:
         return Lap(tokens=self.rows * self.steps, seconds=spent, joules=None)
 
     def _fed(self, turn: int) -> Sequence[Tensor]:
-        """Return the tokens of a turn, one step each."""
+        """Return the random tokens that a turn decodes, a tensor int64 [rows, 1] for each step.
+
+        turn: the number of the turn, which seeds the draw.
+        """
         return text(self.size, self.rows, self.steps, seed=100 + turn).to(self.model.device).split(1, dim=1)
 
     @torch.inference_mode()
     def computed(self) -> float:
-        """Return how many rows a routed block computes in a decoding step, mean over blocks and steps."""
+        """Return how many rows a routed block computes in a decoding step, as a mean over routed blocks and steps."""
         kept = []
         for turn in range(self.size["turns"] + 1):
             for token in self._fed(turn):
@@ -123,10 +127,10 @@ class Decoding:
 
     @torch.inference_mode()
     def memory(self) -> dict[str, int]:
-        """Return what a prompt and the tokens of one turn leave in a new cache.
+        """Return the size of a new cache that holds the prompts and the tokens of one turn.
 
-        Keys: `entries` (stored tokens, all blocks together), `bytes` (of keys, values and slots) and `allocated`
-        (bytes).
+        Keys: `entries` (stored tokens, summed over rows and blocks), `bytes` (of their keys, values and slots) and
+        `allocated` (bytes that the cache has reserved).
         """
         cache = DynamicCache(config=self.model.config)
         self.model(self.prompts, past_key_values=cache)
@@ -151,7 +155,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: seconds per step of both models, and what the routed one computes and stores in its cache."""
+    """Time decoding by the dense and the routed model at one number of rows, and measure their caches.
+
+    recipe: an entry of `arms`. The result is that of `figures`.
+    """
     models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
     decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, recipe["turns"])
@@ -173,9 +180,12 @@ def figures(
 ) -> Figures:
     """Return the figures of decoding at one number of rows.
 
-    step: seconds per step of each model. speed: tokens/s of the routed model relative to the dense one's. computed:
-    mean number of rows, out of `rows`, that a routed block computes in a step. memory: for each model, the dict that
-    `Decoding.memory` returns.
+    step: seconds per step of the models "dense" and "routed". speed: tokens per second of the routed model relative to
+    the dense one's, as {"median", "min", "max"} over turns. computed: number of rows, out of `rows`, that a routed
+    block computes in a step, as a mean. memory: for each of the two models, the dict that `Decoding.memory` returns. In
+    the result, `seconds` is `step`; `share` is computed / rows; `memory` has, for each key of `Decoding.memory`, the
+    routed model's value relative to the dense one's, and `unused`, the share of the routed model's reserved bytes that
+    hold nothing.
     """
     ours, dense = memory["routed"], memory["dense"]
     shares = {what: ours[what] / dense[what] for what in ours}

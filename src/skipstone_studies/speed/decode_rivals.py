@@ -1,4 +1,4 @@
-"""What a user who decodes one row on a CPU can have: speed and distance to the source of several ways."""
+"""Several ways to decode one row on a CPU: their speed, and how far their predictions are from the source model's."""
 
 from __future__ import annotations
 
@@ -76,10 +76,14 @@ def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one way to decode: distance of its predictions to the source model's, bytes read per token, and speed.
+    """Measure one way to decode a checkpoint with less work.
 
-    recipe: names the source and the way. The speed is measured only for ways that really leave out work, not for those
-    that only compute what leaving it out would give.
+    recipe: an entry of `arms`, with the keys "way", "source" (name of the checkpoint), "prompt" and "new" (tokens),
+    "turns", "threads", and options of the way. Keys of the result: `distance`, that of its predictions from the
+    source's (`rivals.source.distance`; empty for ways that change no prediction); `bytes` of weights that decoding one
+    token reads; `share`, these bytes relative to those of the source in fp32; `speed`, the result of `speed`, absent
+    for ways that only compute what leaving out weights would give; `guessed`, with a draft, the share of the tokens
+    that the draft had proposed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -110,7 +114,7 @@ def _bytes(read: float, whole: float) -> Figures:
 
 
 def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
-    """Return what decodes, its logits, and the bytes that it reads for a token."""
+    """Return the engine of a way, the function that gives its logits, and the bytes of weights read for a token."""
     name, way = recipe["source"], recipe["way"]
     if way == "llama.cpp":
         if importlib.util.find_spec("llama_cpp") is None:
@@ -137,10 +141,10 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
-    """Return tokens/s of greedy decoding relative to transformers' in the same turn: median, least and greatest.
+    """Return the tokens per second of an engine relative to transformers' model in fp32, timed in turns.
 
-    recipe: names the source, the numbers of tokens of prompt and text, and the number of turns. engine: the engine that
-    decodes.
+    recipe: has the keys "source" (name of the checkpoint), "prompt" and "new" (tokens of the prompt and of the greedy
+    continuation) and "turns". The result is {"median", "min", "max"} over turns.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

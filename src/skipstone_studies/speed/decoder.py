@@ -27,7 +27,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: our time relative to transformers' Llama, or the seconds of a whole process."""
+    """Time our dense decoder against transformers' Llama, or the start of the command line.
+
+    recipe: an entry of `arms`. The result is {"time": seconds of our model relative to Llama's, as {"median", "min",
+    "max"} over rounds}, or {"seconds": the median wall time of the process `skipstone --help`}.
+    """
     if recipe["task"] == "help":
         command = [sys.executable, "-m", "skipstone_cli.main", "--help"]
         start = timed(lambda: subprocess.run(command, capture_output=True, check=True))

@@ -1,8 +1,8 @@
-"""A training step of a mixture of experts compared with the dense MLP of equal FLOPs per token.
+"""A forward and backward pass of a mixture of experts compared with the dense MLP of equal FLOPs per token.
 
-fp32, forward and backward of the MLP alone, including the balancing loss. `mixtral` is transformers' own block, with
-its loop over experts and with its grouped products; it computes no loss. No-ops: half as many as experts, chosen
-equally often.
+All in fp32, and the MLP alone, including its balancing loss. The arms named `mixtral` are transformers' own block, with
+its loop over experts (eager) and with its grouped products (grouped_mm); it computes no loss. In the arm with no-ops,
+there are half as many of them as experts, and they are chosen equally often.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: CPU seconds of forward and backward pass, and their ratio to the dense MLP's."""
+    """Time forward and backward pass of one implementation of a mixture of experts, in turns with a dense MLP.
+
+    recipe: an entry of `arms` with a key "seed". The result is {"seconds": the median CPU seconds, "time": CPU seconds
+    relative to the dense MLP's, as {"median", "min", "max"} over rounds}.
+    """
     torch.manual_seed(recipe["seed"])
     x_BTD = torch.randn(1, recipe["tokens"], recipe["width"], requires_grad=True)
 

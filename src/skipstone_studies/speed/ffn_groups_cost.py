@@ -26,10 +26,10 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms; `scale` has no effect.
+    """Return the arms: training steps of an MLP, and decoding by a whole model; `scale` has no effect.
 
-    Training steps differ in width, share of neurons that are on, and chunk (tokens with equal decisions); decoding uses
-    the first chunk only.
+    They differ in the width, in the share of the neurons that are on, and, in training, in the chunk, which is the
+    number of neighbouring tokens that share one decision.
     """
     found: dict[str, RecipeDict] = {}
     for part, chunks in (("training", CHUNKS), ("decoding", CHUNKS[:1])):
@@ -42,7 +42,12 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: CPU times of neuron groups and of a narrower MLP, relative to SwiGLU's."""
+    """Time an MLP with neuron groups, and a SwiGLU with as many neurons as are on, in turns with the whole SwiGLU.
+
+    recipe: an entry of `arms` with a key "seed". The result is {"time": {"groups", "narrow"}}, CPU seconds of each
+    relative to the whole SwiGLU's, as {"median", "min", "max"} over rounds; in training also "flops", the counted FLOPs
+    of the groups relative to the SwiGLU's.
+    """
     torch.manual_seed(recipe["seed"])
     return (_training if recipe["part"] == "training" else _decoding)(recipe)
 
@@ -76,13 +81,13 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def _neurons(recipe: RecipeDict) -> tuple[int, int]:
-    """Return four times the width, and the neurons of the whole groups that are on."""
+    """Return the number of neurons of the MLP, four times its width, and how many of them are on, in whole groups."""
     neurons = 4 * recipe["width"]
     return neurons, int(neurons / GROUP * recipe["share"] + 1e-9) * GROUP
 
 
 def _cpu_time(runs: Mapping[str, Run], rounds: int) -> Figures:
-    """Return each CPU time relative to SwiGLU's."""
+    """Return the CPU seconds of "groups" and "narrow" relative to those of "SwiGLU", which are timed in turns."""
     taken = seconds({name: timed(run, time.process_time) for name, run in runs.items()}, rounds)
     return {name: ratio(taken[name], taken["SwiGLU"]) for name in ("groups", "narrow")}
 

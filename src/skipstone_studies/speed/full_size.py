@@ -50,9 +50,11 @@ def measured(recipe: RecipeDict) -> Figures:
     """Run the recipe's number of training steps, on a GPU if there is one, and return what they took.
 
     recipe: the sections of a recipe, and `tokens` (of its one row) and `steps`. Keys of the result: `parameters` and
-    `routing` (numbers of parameters), `uniform_loss` (nats), `first` and `last` (a step's loss, gradient norm and
-    seconds), `peak_gb` (peak memory), `flops` (of a step), `flops_per_second` and `tokens_per_second` (of the last
-    step). Seconds are wall time on a GPU and CPU time elsewhere, which other processes disturb less.
+    `routing` (numbers of all parameters and of PolyGLU's routers), `uniform_loss` (loss of a uniform prediction in
+    nats), `first` and `last` (`loss` and `gradient_norm` of these steps, and the `seconds` of the last one by part),
+    `peak_gb` (peak memory), `flops` (of a step, by the cost model), `flops_per_second` (of the last step's forward and
+    backward pass) and `tokens_per_second` (of the whole last step). Seconds are wall time on a GPU and CPU time
+    elsewhere, which other processes disturb less.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
@@ -90,7 +92,10 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW for a model, with weight decay on the parameters that the recipe names."""
+    """Build AdamW for a model with the learning rate and betas of a recipe.
+
+    recipe: its weight decay applies to all parameters but the kinds that `train.no_decay` names.
+    """
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))
     groups = [
@@ -103,9 +108,11 @@ def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Opt
 def step(
     model: SkipstoneForCausalLM, optimizer: torch.optim.Optimizer, given: dict[str, Tensor], recipe: Recipe, device: str
 ) -> PlainDict:
-    """Run one training step, and return its loss, gradient norm, and the seconds of each of `PARTS`.
+    """Run one training step in bf16 under autocast, and return its loss, gradient norm and seconds.
 
-    given: the batch. recipe: for the gradient clipping and the chunked loss.
+    given: the batch. recipe: determines the gradient clipping and the chunks of the loss. device: "cuda" or "cpu". The
+    result is {"loss": nats per token, "gradient_norm": before clipping, "seconds": {"forward", "backward",
+    "optimizer"}}.
     """
     at = [_now(device)]
     with torch.autocast(device, torch.bfloat16):

@@ -33,9 +33,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: mean loss, peak memory beyond its inputs, and CPU seconds.
+    """Measure one way to compute the loss over a large vocabulary, forward and backward.
 
-    The CPU seconds are also given relative to those of computing all logits at once.
+    recipe: an entry of `arms`. Keys of the result: `loss` (mean over tokens, in nats), `gib` (peak memory beyond hidden
+    states and weight, in GiB), `seconds` (median CPU seconds) and `time` (CPU seconds relative to computing all logits
+    at once, as {"median", "min", "max"} over rounds).
     """
     given = inputs(recipe)
     kinds = (ALL, recipe["kind"])
@@ -49,10 +51,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random inputs of the loss.
+    """Return random hidden states [tokens, width], head weight [vocabulary, width] and targets [tokens].
 
-    They are hidden states [tokens, width], the head's weight [vocabulary, width] and targets [tokens], in sizes of the
-    recipe.
+    recipe: has the keys "tokens", "width" and "vocabulary". The first two tensors are fp32 and require gradients;
+    targets are int64.
     """
     torch.manual_seed(0)
     weight = torch.empty(recipe["vocabulary"], recipe["width"]).normal_(0, 0.02).requires_grad_()
@@ -61,9 +63,10 @@ def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def step(kind: str, given: tuple[Tensor, Tensor, Tensor], recipe: RecipeDict) -> float:
-    """Run one forward and backward pass, and return the loss summed over tokens.
+    """Run one forward and backward pass, and return the loss in nats, summed over tokens.
 
-    kind: a key of `KINDS`. given: as `inputs` returns it. recipe: for the precision.
+    kind: a key of `KINDS`, which says how the loss is computed. given: the tensors that `inputs` returns. recipe: its
+    "precision" is "fp32", or "bf16" for autocast.
     """
     for tensor in given[:2]:
         tensor.grad = None

@@ -27,15 +27,18 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
-    """Time all tasks in turns, and return the seconds of each in each round.
+    """Time all tasks in turns, and return the seconds of each in every round, by name.
 
-    rounds: number of rounds after one to warm up.
+    tasks: functions that run and time one call, as `timed` makes them. rounds: number of rounds after one to warm up.
     """
     return {name: [lap.seconds for lap in rate.laps] for name, rate in take_turns(tasks, rounds).items()}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest of ours / theirs, taken round by round."""
+    """Return median, least and greatest of ours / theirs, as `spread` does.
+
+    ours, theirs: values of the same rounds, in order; each quotient is taken within a round.
+    """
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -45,9 +48,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Time two functions in turns, and return our seconds relative to theirs: median, least and greatest.
+    """Time two functions in turns, and return our seconds relative to theirs as {"median", "min", "max"} over rounds.
 
-    Less than 1 means that ours is faster. rounds: number of rounds after one to warm up.
+    ours, theirs: the functions. Less than 1 means that ours is faster. rounds: number of rounds after one to warm up.
     """
     found = seconds({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
     return ratio(found["ours"], found["theirs"])

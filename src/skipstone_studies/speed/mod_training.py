@@ -54,7 +54,11 @@ def name_of(size: PlainDict, decision: str, way: str) -> str:
 
 
 def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights; every second block is routed by `decision`; None means a dense model."""
+    """Build a model with random weights whose every second block is routed, or a dense model.
+
+    size: a mapping with the keys "width", "blocks" and "context". decision: the decision of its Mixture-of-Depths; None
+    means a dense model.
+    """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
     torch.manual_seed(0)
     config = SkipstoneConfig(
@@ -69,14 +73,15 @@ def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
 
 
 def ids_of(size: RecipeDict) -> torch.Tensor:
-    """Return random token ids, int64 [rows, context]. size: a mapping with the two sizes."""
+    """Return random token ids, int64 [rows, context]. size: a mapping with the keys "rows" and "context"."""
     return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
 
 
 def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """Return a function that runs one training step of a hand-written loop, which also moves routing thresholds.
+    """Return a function that runs one training step: forward, backward, AdamW, and the update of routing thresholds.
 
-    bf16: run the forward pass under autocast.
+    ids: token ids, int64 [rows, context], which are also the labels. bf16: whether the forward pass runs under
+    autocast.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -117,9 +122,9 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
-    """Return a function that runs a few steps of `RoutingTrainer`, its set-up included.
+    """Return a function that trains for a few steps by `RoutingTrainer`, including its set-up.
 
-    size: rows of a batch and number of steps. folder: for Trainer's output.
+    size: a mapping with the keys of `ids_of` and "trainer_steps", the number of steps. folder: for Trainer's output.
     """
     arguments = TrainingArguments(
         output_dir=folder,
@@ -140,7 +145,10 @@ def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) ->
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: time and FLOPs of a step relative to the dense model's, and host syncs of a forward pass."""
+    """Time a Mixture-of-Depths training step in turns with the dense model's, and count the FLOPs of both.
+
+    recipe: an entry of `arms`. The result is that of `figures`.
+    """
     ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
     ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))
     ours()  # the first step sets the threshold
@@ -156,10 +164,13 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
-    """Return the figures of an arm.
+    """Return the figures of an arm, a training step of a Mixture-of-Depths model.
 
-    decision: name of the router's decision. flops, time: FLOPs and time of a step, relative to the dense model's.
-    limit: largest ratio of time to FLOPs that is accepted. syncs: host syncs of a forward pass.
+    decision: name of the router's decision. flops: FLOPs of a step relative to the dense model's. time: the same of its
+    seconds, as {"median", "min", "max"} over rounds. limit: the largest accepted ratio of time to FLOPs. syncs: number
+    of times that the host waits for the device in a forward pass. Keys of the result: `flops`, `time`, `limit`,
+    `host_syncs` and `over`, the median time divided by the FLOPs; it is absent for a decision that keeps another number
+    of tokens in every step.
     """
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}

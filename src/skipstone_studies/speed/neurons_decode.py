@@ -67,7 +67,7 @@ def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausal
 
 
 def copied(task: Task) -> Task:
-    """Return a task that runs `task` without numba, so that rows of the weights are copied instead of read in place."""
+    """Return a task that runs `task` without loops compiled by numba, so that the chosen rows of weights are copied."""
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None), patch.object(decode_stack, "MOST_TOKENS", 0):
@@ -77,7 +77,12 @@ def copied(task: Task) -> Task:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: FLOPs of a step and tokens/s, relative to the dense model."""
+    """Time decoding with a part of the neurons, in turns with the dense model.
+
+    recipe: an entry of `arms`. Keys of the result: `flops`, the FLOPs of a step relative to the dense model's; `place`
+    and `copy`, tokens per second relative to the dense model's if rows of the weights are read in place or copied
+    first, as {"median", "min", "max"} over turns.
+    """
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)
     prompt = torch.arange(recipe["prompt"])[None] * 37 % recipe["shape"]["vocab_size"]

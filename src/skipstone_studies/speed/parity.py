@@ -224,7 +224,10 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the reference with transformers' own classes from a folder, a Hub name or a .gguf file."""
+    """Load a checkpoint with transformers' own classes, as the reference for our model.
+
+    source: a folder, a Hub name or a .gguf file. dtype: the dtype of its weights.
+    """
     path, gguf = Path(source), {}
     if path.suffix == ".gguf":
         source, gguf = path.parent, {"gguf_file": path.name}
@@ -282,7 +285,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: the fields of `Parity`."""
+    """Measure the agreement of one checkpoint with transformers, and return the fields of `Parity` by name.
+
+    recipe: an entry of `arms`, with "source" (name of a checkpoint in SKIPSTONE_DATA) or "config" (fields of a
+    configuration of transformers, for a checkpoint with random weights).
+    """
     with quiet(), tempfile.TemporaryDirectory() as folder:
         if "source" in recipe:
             return vars(measure(source_path(recipe["source"]), length=128, tokens=100))

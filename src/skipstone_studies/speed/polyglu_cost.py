@@ -52,7 +52,12 @@ def decoding_name(width: int) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: its time relative to SwiGLU and, in training, the bytes that autograd saves relative to it."""
+    """Time PolyGLU in turns with SwiGLU, in training or in decoding.
+
+    recipe: an entry of `arms` with a key "seed". Keys of the result: `time`, seconds relative to SwiGLU's, as
+    {"median", "min", "max"} over rounds; in training also `saved`, the bytes that autograd keeps for the backward pass,
+    relative to SwiGLU's.
+    """
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)
 
@@ -79,9 +84,10 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 
 
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
-    """Return a function that runs forward and backward pass of an MLP on x_BTD.
+    """Return a function that runs forward and backward pass of an MLP on `x_BTD` [rows, tokens, width].
 
-    tokens: the description of the tokens that the MLP expects. bf16: run under autocast.
+    tokens: slots and positions of these tokens, and whether Gumbel noise is added. bf16: whether the forward pass runs
+    under autocast.
     """
 
     def run() -> None:
@@ -95,9 +101,9 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 
 
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
-    """Return the bytes that the forward pass saves for the backward pass.
+    """Return the bytes of the tensors that an MLP's forward pass keeps for the backward pass.
 
-    Parameters and their copies in bf16 do not count. Arguments are those of `step`.
+    Parameters and their copies in bf16 do not count. x_BTD, tokens and bf16 are as in `step`.
     """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}
@@ -116,9 +122,10 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
 
 @torch.no_grad()
 def as_if_trained(activation: PolyGLU, tau: float) -> None:
-    """Set router weights and the temperature tau to what is typical after training.
+    """Set PolyGLU's router weights and temperature to random values that are typical after training.
 
-    The logits of a token then differ by about five nats, those of neurons by a third of a nat.
+    A token's logits for the activations then differ by about five nats, a neuron's own logits by a third of a nat. tau:
+    the temperature.
     """
     for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
         nn.init.normal_(weight, 0.0, spread)
@@ -127,7 +134,7 @@ def as_if_trained(activation: PolyGLU, tau: float) -> None:
 
 
 def _decoding(recipe: RecipeDict) -> Figures:
-    """Time a hardened model with a quarter of the neurons for each activation against SwiGLU."""
+    """Time decoding of a model hardened to a quarter of the neurons per activation, relative to SwiGLU."""
     heads = max(1, recipe["width"] // 64)
     values = {"vocab_size": 256, "hidden_size": recipe["width"], "num_hidden_layers": recipe["blocks"]}
     routed = SkipstoneForCausalLM(SkipstoneConfig(**values, num_attention_heads=heads, activation={"name": "polyglu"}))

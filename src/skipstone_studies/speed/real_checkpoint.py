@@ -45,11 +45,12 @@ def perplexity(logits: list[Tensor], windows: list[Tensor]) -> float:
 
 
 def measure(source: str | Path, text: str, windows: int = 1) -> PlainDict:
-    """Compare our model of a checkpoint with transformers' on the beginning of a text.
+    """Compare our model of a checkpoint with transformers' on one text: logits, greedy text and perplexity.
 
-    source: folder, Hub name or .gguf file. text: the text, of which at least 2,000 bytes more are needed than are used.
-    windows: number of windows of 512 tokens. Returns relative error of the logits, equality of greedy text, and both
-    perplexities.
+    source: folder, Hub name or .gguf file with a tokenizer. text: the text; its first 2,000 bytes are left out.
+    windows: number of windows of 512 tokens that are read after them. Keys of the result: "parameters", "tokens"
+    (number evaluated), "max relative error" (of the logits), "greedy text equal", "text" (our greedy continuation),
+    "perplexity, ours" and "perplexity, theirs". Raises ValueError without a tokenizer.
     """
     with quiet():
         tokenizer = load_tokenizer(source)

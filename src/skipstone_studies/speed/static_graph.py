@@ -27,10 +27,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: whether operations, FLOPs and compiled graphs are the same for many inputs.
+    """Measure whether a routed model has the same operations, FLOPs and compiled graphs for many inputs of one shape.
 
-    recipe: names the decision and the number of inputs. Returns the numbers of different sequences of operations
-    (`lists`) and of different FLOP counts (`flops`), and the numbers of `compiled`.
+    recipe: has the keys "decision" and "inputs" (number of batches). Keys of the result: `lists`, the number of
+    different sequences of operations and shapes; `flops`, the number of different FLOP counts; and the keys of
+    `compiled`.
     """
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
@@ -80,9 +81,11 @@ def signature(run: Callable[[], None]) -> str:
 
 
 def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bool) -> dict[str, int]:
-    """Return the numbers of graphs, recompilations after the first input, and graph breaks of torch.compile.
+    """Return how often torch.compile had to compile a model that is trained on batches of one shape.
 
-    batches: the inputs. whole: require one graph without breaks.
+    batches: token ids, int64 [rows, tokens] each. whole: whether to require one graph without breaks (`fullgraph`). The
+    result is {"graphs": number of graphs in all, "recompilations": number of batches after the first that caused one,
+    "breaks": number of graph breaks}.
     """
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # silences graph breaks, which are counted here
     torch._dynamo.reset()

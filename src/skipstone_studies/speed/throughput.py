@@ -38,10 +38,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: CPU seconds of a training step, and the FLOPs that it executes a second.
+    """Measure the FLOPs per second at which a small dense model trains on a CPU.
 
-    gflops: training FLOPs by the cost model (forward and backward) / 1e9 / CPU seconds; median, least and greatest over
-    the rounds.
+    recipe: an entry of `arms` with a key "seed". Keys of the result: `seconds`, the median CPU seconds of a training
+    step; `gflops`, the step's forward and backward FLOPs by the cost model divided by 1e9 and by its CPU seconds, as
+    {"median", "min", "max"} over rounds.
     """
     torch.manual_seed(recipe["seed"])
     config = SkipstoneConfig(

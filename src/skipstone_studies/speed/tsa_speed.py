@@ -23,8 +23,8 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the arms; `scale` has no effect.
 
-    They differ in phase, number of rows, whether skipped tokens provide keys and values (`kv`), and the share that is
-    skipped.
+    They differ in phase (prefill or decode), number of rows, share of tokens that the gates skip, and `kv`, which is
+    "full" if skipped tokens still provide keys and values, else "kept".
     """
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
@@ -39,14 +39,19 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
     """Return the name of an arm.
 
-    part: the phase, prefill or decoding. rows: number of rows. kv: whether skipped tokens provide keys and values.
-    skipped: share of tokens that gated blocks skip.
+    part: the phase, "prefill" or "decode". rows: number of rows. kv: "full" if skipped tokens still provide keys and
+    values, else "kept". skipped: share of tokens that gated blocks skip.
     """
     return f"{part}, {of_rows(rows)}, kv {kv}, {skipped:.0%}"
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: FLOPs and time relative to the dense model, in prefill or decoding."""
+    """Time a gated model in turns with the dense model, in prefill or in decoding.
+
+    recipe: an entry of `arms`. Keys of the result: `skipped`, the share of pairs of a token and a gated block that were
+    skipped; for prefill those of `prefill_figures`; for decoding `dense_seconds` (seconds per step of the dense model)
+    and `speed` (tokens per second relative to it, as {"median", "min", "max"} over turns).
+    """
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
     return (_prefill if recipe["part"] == "prefill" else _decode)(recipe, dense, model)
@@ -61,17 +66,17 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 
 
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
-    """Return the figures of prefill.
+    """Return the figures of prefill: `skipped`, `flops`, `time`, and `over`, the median time divided by FLOPs.
 
-    skipped: share of pairs of token and gated block that were skipped. flops, time: FLOPs and time of a prefill,
-    relative to the dense model's.
+    skipped: share of pairs of a token and a gated block that were skipped. flops: FLOPs of a prefill relative to the
+    dense model's. time: the same of its seconds, as {"median", "min", "max"} over turns.
     """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
-    """Return the share of tokens that the gates keep, mean over blocks."""
+    """Return the share of the tokens `ids` [rows, tokens] that the gates keep, as a mean over gated blocks."""
     records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 

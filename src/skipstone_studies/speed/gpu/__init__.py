@@ -1,4 +1,4 @@
-"""Everything that a GPU should be asked, in parts that each take a minute: `make gpu`, or its rehearsal on a CPU."""
+"""The study of a GPU in parts of a minute each, run by `make gpu`; on a CPU it is rehearsed with tiny sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every part of the GPU study uses: guarded measurements that are written at once, and times of a device."""
+"""What the parts of the GPU study share: `Bench`, which stores measurements and survives failed ones, and timing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ RIGHT, WRONG = 1, 0
 class Bench:
     """The measurements of one part of the GPU study, written to a file after each of them.
 
-    out: the file. device: where the part computes. sizes: the part's recipe. found: the measurements by name. failures:
-    errors by name; after a failure the part goes on with the next measurement.
+    out: the file. device: where the part computes. sizes: the part's recipe, with the sizes of its models. found: the
+    result of each measurement by name. failures: the error of each failed measurement by name; the part goes on with
+    the next one.
     """
 
     out: Path
@@ -38,7 +39,10 @@ class Bench:
     failures: dict[str, str] = field(default_factory=dict)
 
     def measure(self, name: str, run: Callable[..., PlainMapping], *given: object) -> None:
-        """Call `run` with this bench and the arguments `given`, and write its result, or its error, under `name`."""
+        """Take a measurement and write its result, or its error, to the file under `name`.
+
+        run: called with this bench and the arguments `given`; returns figures by name, such as milliseconds.
+        """
         try:
             self.found[name] = dict(run(self, *given))
         except Exception as error:  # whatever a driver, compiler or kernel raises: the page says it
@@ -85,10 +89,10 @@ def one_line(error: BaseException) -> str:
 
 
 def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time several functions in turns after warm-up calls, and return milliseconds of each: median, least, greatest.
+    """Time several functions in turns, after three untimed calls of each, and return milliseconds per call by name.
 
-    rounds: number of timed calls of each. The device is awaited before and after each call, so a time includes
-    launching the kernels.
+    The result is {name: {"ms": median, "least", "most"}}. runs: the functions by name. rounds: number of timed calls of
+    each. The device is awaited before and after each call, so a time includes launching the kernels.
     """
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -107,7 +111,8 @@ def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int
 def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
     """Return a function that replays `run` as one CUDA graph; on other devices, `run` itself.
 
-    Raises RuntimeError if `run` waits for the device or copies from host memory, which a graph cannot contain.
+    Raises RuntimeError if `run` makes the host wait for the device or copies from host memory, which a graph cannot
+    contain.
     """
     for _ in range(WARM_UP):
         run()
@@ -133,9 +138,11 @@ def error_of(got: Tensor, wanted: Tensor) -> float:
 
 
 def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> PlainDict:
-    """Return the relative error of each pair of tensors (got, wanted), the largest, and whether all agree.
+    """Compare pairs of tensors and return their errors, each max |got - wanted| relative to max(1, max |wanted|).
 
-    pairs: the pairs of tensors by name. tolerance: the largest error that counts as agreement.
+    pairs: the tensors (got, wanted) by name. tolerance: the largest error that counts as agreement. Keys of the result:
+    `error` (the largest), `tolerance`, `equal` (1 if no error exceeds the tolerance, else 0) and `of` (all errors, as
+    text).
     """
     errors = {name: error_of(*pair) for name, pair in pairs.items()}
     worst = max(errors.values())

@@ -13,9 +13,9 @@ from skipstone_studies.speed.gpu.bench import Bench
 
 
 def main(part: str, out: Path) -> None:
-    """Measure the part of the GPU study named `part`, and write the measurements to `out`.
+    """Measure one part of the GPU study in this process, and write the measurements to the file `out`.
 
-    stdin holds its recipe as JSON.
+    part: its name. Its recipe (see `parts.arms`) is read as JSON from stdin.
     """
     sizes = json.load(sys.stdin)
     torch.manual_seed(sizes["seed"])

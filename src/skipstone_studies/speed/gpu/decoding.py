@@ -18,7 +18,10 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 
 
 def measure(bench: Bench) -> None:
-    """Time decoding steps of a dense and a routed model for several numbers of rows, also as one CUDA graph."""
+    """Time decoding steps of a dense and a Mixture-of-Depths model for several numbers of rows.
+
+    bench: stores the figures of `beside` for each number of rows, and those of `fixed` for some of them.
+    """
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
         bench.measure(of_rows(rows), beside, pair, rows)
@@ -27,17 +30,22 @@ def measure(bench: Bench) -> None:
 
 
 def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
-    """Return a dense and a routed model in bf16 on the device; routers stay fp32."""
+    """Return a dense and a Mixture-of-Depths model in bf16 on the device, by the names "dense" and "routed".
+
+    Routers stay fp32.
+    """
     with bench.device:
         made = {"dense": model_of(bench.sizes, []), "routed": model_of(bench.sizes, [ROUTED])}
     return {name: model.to(bench.device, torch.bfloat16).eval() for name, model in made.items()}  # type: ignore[arg-type]
 
 
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Return milliseconds per step of both models with a growing cache, and how many rows routed blocks compute.
+    """Time decoding steps of both models in turns, with a cache that grows.
 
-    pair: the models. rows: sequences decoded together. `share` is the share of the rows that a routed block computes, a
-    mean over blocks and steps.
+    pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of the result: `dense_ms`
+    and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model relative to the dense
+    one's), `share` (of the rows that a routed block computes, mean over blocks and steps) and `tokens_per_second` (of
+    the routed model).
     """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])
@@ -53,10 +61,11 @@ def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) ->
 
 @torch.no_grad()
 def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Return milliseconds per step with a cache of fixed size, launched kernel by kernel and as one CUDA graph.
+    """Time decoding steps with a cache of fixed size, kernel by kernel ("eager") and as one CUDA graph ("graph").
 
-    Such a step computes every block, so it shows what launching costs and not what skipping saves. pair, rows: as in
-    `beside`.
+    Such a step computes every block, so it shows what launching costs and not what skipping saves. pair: the models
+    "dense" and "routed". rows: number of sequences decoded together. Keys of the result: milliseconds per step as
+    `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms` and `routed_graph_ms`.
     """
     found: PlainDict = {}
     for name, model in pair.items():

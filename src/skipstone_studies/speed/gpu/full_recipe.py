@@ -1,4 +1,4 @@
-"""Tokens/s and the share of the peak of whole training steps of the 597M-parameter PolyGLU model."""
+"""Whole training steps of the PolyGLU model with 597 million parameters: tokens/s and share of the GPU's peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
 
 
 def measure(bench: Bench) -> None:
-    """Measure training steps of several numbers of rows, eager and with compiled blocks."""
+    """Time training steps for several numbers of rows, the largest also with compiled blocks.
+
+    bench: stores the figures of `steps_of` for each.
+    """
     for rows in bench.sizes["of_rows"]:
         bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", steps_of, rows, False)
     most = max(bench.sizes["of_rows"])
@@ -21,9 +24,11 @@ def measure(bench: Bench) -> None:
 
 
 def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
-    """Return the median time of a training step, and the tokens and FLOPs per second that follow from it.
+    """Time training steps (forward, backward, clipping, AdamW), and return figures of the median one.
 
-    FLOPs are those of the cost model. rows: number of rows of a step. compiled: whether to compile the blocks.
+    rows: number of rows of a step. compiled: whether to compile the blocks. Keys of the result: `parameters`, `ms`,
+    `tokens_per_second`, `tflops_per_second` (FLOPs by the cost model), `mfu` (these relative to the GPU's peak, if it
+    is known), `first_loss` and `last_loss` (nats per token), and on a GPU `peak_gb`.
     """
     recipe = read_recipe(bench.sizes["recipe"])
     config = setup.model_config(recipe.model, recipe.data.context, {})

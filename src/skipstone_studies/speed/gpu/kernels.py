@@ -1,4 +1,4 @@
-"""The kernels that CUDA selects against their references: results and every gradient, then times at real size."""
+"""The kernels that a CUDA device uses, compared with their references in results and every gradient, and timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ PLACES = ("result", "d gate", "d static", "d dynamic")
 
 
 def measure(bench: Bench) -> None:
-    """Compare each kernel with its reference, then time PolyGLU's mixture of activations at the size of a real MLP."""
+    """Compare each kernel with its reference, then time PolyGLU's mixture of activations in a large MLP.
+
+    bench: stores the errors that `compared` returns for each kernel, and the milliseconds that `times` returns.
+    """
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
         name += f"dynamic part per {'token' if dynamic == 'tokens' else 'row'}"
@@ -43,7 +46,10 @@ def triton_kernels() -> Any:
 
 
 def graded(run: Callable[..., Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Return the result of `run` and the gradients, for the inputs `given`, of a weighted sum of its entries."""
+    """Return the output of `run` for the inputs `given`, followed by the gradient of each input.
+
+    Gradients are those of a weighted sum of the output, with fixed weights between -1 and 1.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in given]
     out = run(*leaves)
     weight = torch.linspace(-1, 1, max(out.numel(), 1), device=out.device)[: out.numel()].view_as(out)
@@ -51,9 +57,11 @@ def graded(run: Callable[..., Tensor], given: Sequence[Tensor]) -> list[Tensor]:
 
 
 def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> list[Tensor]:
-    """Return inputs of PolyGLU's mixture: gate values, and static and dynamic logits over the 4 activations.
+    """Return random inputs of PolyGLU's mixture of 4 activations: [gate, static, dynamic].
 
-    per_row: static logits differ between rows. per_token: dynamic logits differ between tokens.
+    gate: the values that the activations are applied to, [rows, tokens, neurons] in `dtype`. static: each neuron's
+    logits, [rows or 1, neurons, 4] in fp32, different for every row if `per_row`. dynamic: logits of the input, [rows,
+    tokens or 1, 4] in fp32, different for every token if `per_token`. The sizes are those of `bench`.
     """
     rows, tokens, neurons = (bench.sizes[name] for name in ("rows", "tokens", "neurons"))
     gate = torch.randn(rows, tokens, neurons).to(bench.device, dtype)
@@ -63,9 +71,9 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 
 
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
-    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
+    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, and return what `compared` returns.
 
-    Arguments are those of `mixture_inputs`.
+    The temperature is .5. The arguments are those of `mixture_inputs`. Raises ValueError without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
@@ -75,7 +83,10 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
 
 
 def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
-    """Compare experts by grouped products with the reference, with some choices idle and one expert unused."""
+    """Compare a mixture of experts by grouped products with the reference, and return what `compared` returns.
+
+    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: the dtype of inputs and matrices.
+    """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
     expert_NC = torch.rand(tokens, count - 1).argsort(1)[:, :choices].to(bench.device)
@@ -96,7 +107,10 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 
 
 def head(bench: Bench) -> PlainDict:
-    """Compare the chunked cross-entropy of an output head with the plain one."""
+    """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
+
+    The result is that of `compared`, for the loss and its gradients.
+    """
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
     weight = (torch.randn(vocabulary, width) * width**-0.5).to(bench.device)
@@ -107,7 +121,10 @@ def head(bench: Bench) -> PlainDict:
 
 
 def scores(bench: Bench) -> PlainDict:
-    """Compare the router's score function, which saves less for the backward pass, with the reference."""
+    """Compare the router's score function that saves less for the backward pass with the reference.
+
+    The result is that of `compared`, for the scores and their gradients.
+    """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)
     weight = torch.randn(1, width).to(bench.device)
@@ -120,7 +137,11 @@ def scores(bench: Bench) -> PlainDict:
 
 
 def times(bench: Bench) -> PlainDict:
-    """Time PolyGLU's mixture, forward and backward, by Triton kernels, by the reference and by compiled code."""
+    """Time forward and backward pass of PolyGLU's mixture of activations in bf16, in turns.
+
+    Keys of the result: milliseconds as `reference_ms`, `compiled_ms` (torch.compile) and, where Triton's kernels are
+    timed, `triton_ms`.
+    """
     sizes = {**bench.sizes, **bench.sizes["timed"]}
     given = mixture_inputs(Bench(out=bench.out, device=bench.device, sizes=sizes), torch.bfloat16, False, True)
     leaves, weight = [x.requires_grad_() for x in given], torch.randn_like(given[0])

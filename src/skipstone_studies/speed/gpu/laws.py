@@ -1,4 +1,4 @@
-"""The laws of `tests/laws` on the device: one run of pytest, whose outcomes are read as they are printed."""
+"""The tests of `tests/laws` on the device: one run of pytest, whose outcomes are stored as they are printed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ BY_WORKER = re.compile(r"(PASSED|FAILED|ERROR) .*?tests/laws/test_(\w+)\.py::(.*
 def measure(bench: Bench) -> None:
     """Run the tests in `tests/laws` on the device, and count for each file the cases that passed and failed.
 
-    Counts are written after each case, so a part that is stopped keeps them. Raises ValueError without the tests or
-    pytest, and with pytest's last output if no case has run.
+    bench: stores {"passed", "failed", "of": names of the first three failed cases} for each file, after every case, so
+    that a part that is stopped keeps its counts. Raises ValueError without the tests or pytest, and with pytest's last
+    output if no case has run.
     """
     if not TESTS.is_dir():
         raise ValueError("tests/laws is not here: run it from a checkout")
@@ -43,7 +44,11 @@ def measure(bench: Bench) -> None:
 
 
 def command(sizes: PlainDict) -> list[str]:
-    """Return the command line that runs the laws; sizes: files, chosen cases and number of workers."""
+    """Return the command line that runs the tests.
+
+    sizes: a mapping with "files" (names without `test_`), "cases" (an expression for pytest's -k; "" means all) and
+    "workers" (number of processes; 0 means one).
+    """
     files = [f"tests/laws/test_{file}.py" for file in sizes["files"]]
     parallel = ["-n", str(sizes["workers"])] if sizes["workers"] and find_spec("xdist") is not None else []
     chosen = ["-k", sizes["cases"]] if sizes["cases"] else []
@@ -53,7 +58,10 @@ def command(sizes: PlainDict) -> list[str]:
 
 
 def _outcomes(bench: Bench, last: deque[str]) -> Iterator[tuple[str, str, bool]]:
-    """Yield file, name and success of every case as it ends; `last` keeps the last lines that were printed."""
+    """Run the tests, and yield file, name and success of every case as it ends.
+
+    last: a queue to which every printed line is appended.
+    """
     environment = {**os.environ, "SKIPSTONE_TEST_DEVICE": bench.device.type, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command(dict(bench.sizes)),

@@ -52,7 +52,10 @@ KINDS = {"dense": ("dense, {} tokens, ms", ".2f"), "adapted": ("{} tokens, ms", 
 
 
 def details(figures: ByArm) -> str:
-    """Return the page's text below the summary: where the parts were run, one table for each, and what failed."""
+    """Return the Markdown below the study's table: where the parts were run, a table for each, and what failed.
+
+    figures: the figures of each part by seed, as `runner.measured` returns them.
+    """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     parts = [_where(found)]
     parts += [_table(arm, one) for arm, one in found.items() if one["measurements"]]
@@ -90,7 +93,7 @@ def _table(arm: str, figures: PlainMapping) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts numbers in names by their value."""
+    """Return a sort key for names, by which numbers inside of them are compared by value."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU study: what each measures, its sizes on a GPU and in the rehearsal, and its limit of time."""
+"""The parts of the GPU study: what each measures, its sizes on a GPU and in a rehearsal on a CPU, its time limit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ LLAMA_1B: PlainDict = {
 class Part:
     """A part of the GPU study, which runs in its own process.
 
-    module: the file that measures it. about: a sentence for the page. limit: seconds that it may take on a GPU. on_gpu:
-    sizes for a GPU. rehearsed: tiny sizes for a rehearsal on a CPU.
+    module: name of the module in `speed.gpu` that measures it. about: text for the page. limit: seconds that it may
+    take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them. rehearsed: the same, tiny,
+    for a rehearsal on a CPU.
     """
 
     module: str
@@ -180,7 +181,10 @@ PARTS: dict[str, Part] = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the parts as arms: with sizes for a GPU at scale "paper", rehearsed on a CPU at scale "laptop"."""
+    """Return the recipe of each part, by name.
+
+    scale: "paper" means sizes for a GPU; "laptop" means a rehearsal with tiny sizes on a CPU.
+    """
     on_gpu = scale == "paper"
     return {
         name: {

@@ -1,4 +1,4 @@
-"""PolyGLU's MLP beside a SwiGLU of the same matrices, with 4,096 neurons in bf16: time and memory of training."""
+"""Training of PolyGLU's MLP and of a SwiGLU with the same matrices, in bf16: time and memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 
 
 def measure(bench: Bench) -> None:
-    """Time a PolyGLU and a SwiGLU MLP: eager, with the reference instead of the Triton kernels, and compiled."""
+    """Time a PolyGLU and a SwiGLU MLP: with the device's kernels, with the reference implementation, and compiled.
+
+    bench: stores the figures of `beside` for each.
+    """
     bench.measure("eager, kernels of the device", beside)
     bench.measure("eager, reference", with_reference)
     bench.measure("compiled", beside, True)
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Return what `beside` does, with the reference implementation of PolyGLU's mixture instead of the Triton kernels.
-
-    Devices without these kernels use it.
-    """
+    """Return the figures of `beside` with the reference implementation of PolyGLU's mixture instead of the kernels."""
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]
     try:
@@ -36,9 +36,10 @@ def with_reference(bench: Bench) -> PlainDict:
 
 
 def beside(bench: Bench, compiled: bool = False) -> PlainDict:
-    """Return times of forward and backward pass of both MLPs, in turns, and the ratio of their saved bytes.
+    """Time forward and backward pass of a PolyGLU and a SwiGLU MLP of equal sizes, in turns.
 
-    compiled: compile both MLPs. Saved bytes are those kept for the backward pass.
+    compiled: whether to compile both. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (the second relative to the
+    first), `saved` (bytes kept for the backward pass, PolyGLU's relative to SwiGLU's), and on a GPU `peak_gb`.
     """
     torch.manual_seed(0)
     sizes = bench.sizes

@@ -1,4 +1,7 @@
-"""Prompts of models as `skipstone adapt` makes them, beside their dense source, in bf16 with random weights."""
+"""Prefill by models with the mechanisms that `skipstone adapt` adds, compared with the dense model, in bf16.
+
+All weights are random.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,19 @@ ADAPTED: dict[str, PlainDict] = {
 
 
 def measure(bench: Bench) -> None:
-    """Time the prompts of every adapted model in turns with those of its dense source."""
+    """Time the prefill of each adapted model in turns with the dense model's.
+
+    bench: stores the figures of `prompts_of` by name of the mechanism.
+    """
     for name, options in ADAPTED.items():
         bench.measure(name, prompts_of, options)
 
 
 def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
-    """Build a model in the shape of a Llama with random weights in bf16; options: its mechanisms."""
+    """Build a model in the shape of a Llama, with random weights in bf16.
+
+    options: fields of SkipstoneConfig that add mechanisms; {} means a dense model.
+    """
     torch.manual_seed(0)
     config = SkipstoneConfig(**bench.sizes["model"], max_position_embeddings=max(bench.sizes["lengths"]), **options)
     with bench.device:
@@ -48,9 +57,11 @@ def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
 
 
 def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
-    """Return the speed of prompts relative to the dense source, by length, at the FLOP budget of the recipe.
+    """Time the prefill of one row by an adapted and a dense model, in turns, for several lengths of prompt.
 
-    options: mechanisms of the adapted model.
+    options: fields of SkipstoneConfig that add mechanisms, whose thresholds are set to the FLOP budget of the bench.
+    Keys of the result for each length N: `dense_N_ms` and `adapted_N_ms` (milliseconds) and `speed_N` (their ratio;
+    above 1 means that the adapted model is faster); on a GPU also `peak_gb`.
     """
     source, adapted = model_of(bench, {}), model_of(bench, options)
     vocabulary = bench.sizes["model"]["vocab_size"]

@@ -24,9 +24,12 @@ GRACE = 3.0  # seconds between asking a part to end and killing it
 def measured(recipe: RecipeDict) -> Figures:
     """Run one part of the GPU study in its own process, and return what it has measured when it ended or was stopped.
 
-    Keys: `seconds` that it took, `limit` in seconds, `measured`, `failed` and `wrong` (numbers of measurements; a part
-    that ended early counts as one more failure), `device` (name of the GPU, or "cpu"), `products` (torch's precision of
-    fp32 products), `measurements` and `failures`. Raises ValueError for a recipe whose device is not available.
+    recipe: an entry of `parts.arms` with a key "seed". Keys of the result: `seconds` that the part took; `limit`, the
+    seconds that it may take; numbers of measurements that were `measured`, that `failed` with an error (a part that
+    ended early counts as one more) and that are `wrong` (differ from their reference by more than the tolerance, or
+    have failed tests); `device`, the name of the GPU or "cpu"; `products`, torch's precision of fp32 matrix products;
+    `measurements` and `failures`, results and errors by name. Raises ValueError for a recipe whose device is not
+    available.
     """
     if recipe["device"] == "cuda" and not torch.cuda.is_available():
         raise ValueError("this scale needs a CUDA device, and torch sees none; --scale laptop rehearses it on a CPU")
@@ -52,7 +55,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def _run(recipe: RecipeDict, out: Path) -> str:
-    """Run the part; returns "" if it ended well, else what ended it."""
+    """Run the part until it ends or reaches its time limit; return "" if it ended well, else what ended it.
+
+    recipe: as in `measured`. out: the file into which the part writes its measurements.
+    """
     environment = dict(os.environ)
     if recipe["device"] == "cpu":  # a rehearsal: kernels are interpreted
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

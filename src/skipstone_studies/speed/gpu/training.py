@@ -1,4 +1,4 @@
-"""Training steps in bf16, routed beside dense: eager, with compiled blocks, and as one CUDA graph."""
+"""Training steps in bf16 of a Mixture-of-Depths and a dense model: eager, compiled by blocks, and as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Step = Callable[[], object]
 
 
 def measure(bench: Bench) -> None:
-    """Time training steps (forward, backward, AdamW) of a dense and a routed model in turns, run in each way."""
+    """Time training steps (forward, backward, AdamW) of a dense and a routed model, run in three ways.
+
+    bench: stores the figures of `both` for "eager", "compiled" and, not on a CPU, "CUDA graph".
+    """
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
             continue  # there are none
@@ -24,9 +27,12 @@ def measure(bench: Bench) -> None:
 
 
 def both(bench: Bench, way: str) -> PlainDict:
-    """Return times of a training step of the dense and the routed model, in turns, and their FLOPs by the cost model.
+    """Time training steps of the dense and the routed model in turns.
 
-    way: how the steps are run: "eager", "compiled" or "CUDA graph".
+    way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the result: `dense_ms` and `routed_ms`; `time`,
+    their ratio, and `flops`, that of the FLOPs by the cost model, both routed relative to dense; `tokens_per_second` of
+    the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second relative to the GPU's peak, if it is known; on a
+    GPU `peak_gb`.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}
@@ -69,7 +75,10 @@ def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
 
 
 def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
-    """Return a function that runs one training step of a model in one way, as in `both`."""
+    """Return a function that runs one training step of a model on random tokens.
+
+    way: how the step is run: "eager", "compiled" or "CUDA graph".
+    """
     sizes = bench.sizes
     ids = torch.randint(0, sizes["vocabulary"], (sizes["rows"], sizes["context"])).to(bench.device)
     fused = bench.device.type in ("cuda", "cpu")
@@ -88,16 +97,20 @@ def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
 
 
 def compile_blocks(model: SkipstoneForCausalLM, backend: str) -> None:
-    """Compile each block with a backend of torch.compile, with room for as many versions as there are blocks."""
+    """Compile each block of a model by torch.compile, and raise the limit of recompilations to at least 64.
+
+    backend: the backend of torch.compile.
+    """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.model.layers:
         block.compile(backend=backend)
 
 
 def share_of_peak(key: str, flops: float, milliseconds: float) -> PlainDict:
-    """Return {key: share of the GPU's peak bf16 FLOP/s} for `flops` computed in `milliseconds`.
+    """Return {key: FLOPs per second as a share of the GPU's peak in bf16}.
 
-    Empty without a GPU, and for one whose peak is not known.
+    flops, milliseconds: what was computed, and in which time. The result is empty without a GPU, and for one whose peak
+    is not known.
     """
     name = torch.cuda.get_device_name().replace(" ", "").upper() if torch.cuda.is_available() else ""
     found = [gpu for known, gpu in GPUS.items() if known.partition("-")[0].upper() in name]

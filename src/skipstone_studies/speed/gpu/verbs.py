@@ -1,4 +1,4 @@
-"""Training, resuming, evaluating and generating on the device, by what the commands of those names call."""
+"""Training, resuming, evaluating and generating on the device, by the functions behind the commands of these names."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class StopAt(TrainerCallback):
 
 
 def measure(bench: Bench) -> None:
-    """Train each of the bench's models in four ways, then evaluate it and generate text; add figures to the bench.
+    """Train small models in four ways, then evaluate each and generate text with it.
 
-    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16.
+    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: stores the figures of each way,
+    and those of `used`, for every model.
     """
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +89,10 @@ def losses(folder: Path) -> list[float]:
 
 
 def figures(folder: Path) -> PlainDict:
-    """Return first and last training loss of the run in `folder`, and its training tokens/s."""
+    """Return figures of a finished run: `first_loss` and `last_loss` of training, and `tokens_per_second`.
+
+    folder: the run folder. Losses are in nats per token.
+    """
     found, result = losses(folder), Run(folder).result()
     return {
         "first_loss": found[0],
@@ -98,9 +102,10 @@ def figures(folder: Path) -> PlainDict:
 
 
 def against(folder: Path, other: Path, limit: float) -> PlainDict:
-    """Return the figures of a run, and whether its losses equal another run's, step by step.
+    """Compare the training losses of two runs step by step, and return the figures of the first with the comparison.
 
-    folder, other: the run folders. limit: largest difference of losses that counts as equal.
+    folder, other: the run folders. limit: the largest difference in nats that counts as equal. The result has the keys
+    of `figures`, and `difference` (the largest of any step), `tolerance` (the limit) and `equal` (1 or 0).
     """
     pairs = zip(losses(folder), losses(other), strict=True)
     worst = max(abs(one - two) for one, two in pairs)
@@ -108,28 +113,35 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 
 
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in fp32 with the recipe `plain` unchanged, in the folder `root`, and return the figures of the run."""
+    """Train in fp32, and return the `figures` of the run.
+
+    plain: the recipe. root: the folder in which the run folder `whole` is written.
+    """
     return figures(_train(plain, root, "whole"))
 
 
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train with the recipe `plain` in bf16 under autocast, and return the figures of the run."""
+    """Train in bf16 under autocast, and return the `figures` of the run.
+
+    plain: the recipe. root: the folder in which the run folder `bf16` is written.
+    """
     return figures(_train(plain, root, "bf16", precision="bf16"))
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train under FSDP2, and return the figures of the run and whether its losses equal the unsharded run's.
+    """Train under FSDP2, and compare the losses with those of the run that `plainly` made (`against`).
 
-    plain: the recipe of the unsharded run. root: the folder that holds it, and in which this run is written.
+    plain: the recipe. root: the folder that holds that run, and in which this one is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
 
 def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Interrupt a training after its first checkpoint, resume it, and compare its losses with those of the whole run.
+    """Train, interrupt the training after its first checkpoint, resume it, and compare the losses with a whole run's.
 
-    They must be exactly equal on a CPU. On a GPU some sums are atomic, so their order may change the last bits. plain:
-    the recipe of the whole run. root: the folder that holds it, and in which this run is written.
+    The comparison is that of `against`: losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so
+    their order may change the last bits. plain: the recipe. root: the folder that holds the whole run, which `plainly`
+    made, and in which this one is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1
@@ -142,7 +154,11 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def used(bench: Bench, folder: Path) -> PlainDict:
-    """Evaluate the run in `folder` on the device and, if it can decide without later tokens, generate some text."""
+    """Evaluate the run in `folder`, and generate text if its model can decide without later tokens.
+
+    Keys of the result: `evaluated_loss`, the validation loss in nats per token, and `pieces`, the number of pieces of
+    text that were generated.
+    """
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}
     if "executed" not in found.measured:

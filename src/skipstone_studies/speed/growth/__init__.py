@@ -19,14 +19,17 @@ KINDS = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: all curves, and what is measured of loading and importing; `scale` has no effect."""
+    """Return the arms: curves over sizes and over processes, three ways to read a checkpoint, and imports.
+
+    `scale` has no effect.
+    """
     return {**curves.arms(), **processes.arms(), **loading.arms()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Return the curve of one arm: time, memory or both at each size of what grows.
+    """Measure one arm: a cost curve, the memory of reading a checkpoint, or the time of imports.
 
-    recipe: names in `kind` what grows, a key of `KINDS`, whose functions define the keys of the result.
+    recipe: an entry of `arms` with a key "seed"; its "kind" is a key of `KINDS`, whose function returns the result.
     """
     return KINDS[recipe["kind"]](recipe)
 

@@ -44,11 +44,10 @@ KEPT, RETURNED = (1 << 30, 1 << 25), (1 << 17, 1 << 16)
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one curve of forward passes: time and memory as one size of the model or its input grows.
+    """Measure one cost curve: time and memory of a forward pass as one size of the model or its input grows.
 
-    Returns, besides its points: `exponents`, with which CPU seconds, FLOPs by `causal_flops`, peak memory and the bytes
-    of the largest tensors grow with the size, fitted to the last three points; `apart`, differences of these exponents;
-    `rate`, GFLOP/s at the first and last point. The exponents of time and FLOPs differ by the exponent of this rate.
+    recipe: an entry of `arms` with a key "seed"; its "axis" names the size and "values" lists what it is set to. The
+    result is that of `with_exponents`.
     """
     sizes = [(value, {**recipe, recipe["axis"]: value}) for value in recipe["values"]]
     expected = [_expected(one, value) for value, one in sizes]
@@ -60,7 +59,14 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def with_exponents(points: list[dict[str, float]]) -> Figures:
-    """Return the figures of a curve (see `measured`) from its points, which are in order of size."""
+    """Return the figures of a cost curve: its points, and the exponents with which time and memory grow.
+
+    points: in order of size, each with `size`, `seconds` (CPU), `flops` (by `causal_flops`), `peak` (bytes of peak
+    memory) and `bytes` (of the largest tensors that a pass holds at once). Keys of the result: `points`; `exponents` of
+    all but the size, fitted to the last three points; `apart`, as `time` the exponent of the seconds minus that of the
+    FLOPs, and as `memory` that of the peak minus that of the bytes; `rate`, the GFLOP/s of the `first` and the `last`
+    point and their `exponent`; `seconds` and `peak_mb` of the last point.
+    """
     ends = points[-LAST:]
     sizes = [point["size"] for point in ends]
     exponents = {key: exponent(sizes, [point[key] for point in ends]) for key in ("seconds", "flops", "peak", "bytes")}
@@ -85,7 +91,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _expected(recipe: RecipeDict, size: int) -> dict[str, float]:
-    """Return what arithmetic expects of a point."""
+    """Return the size, FLOPs and bytes of a curve's point (see `with_exponents`), computed and not measured."""
     model = model_of(recipe)
     tokens = recipe["rows"] * recipe["context"]
     widest = max(
@@ -124,7 +130,10 @@ def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
 
 
 def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
-    """Build the model of one point of a curve with random weights."""
+    """Build a model with random weights in the sizes of a curve's point.
+
+    recipe: has the keys "seed", "model" (a key of `MODELS`), "width", "blocks", "context" and "vocabulary".
+    """
     torch.manual_seed(recipe["seed"])
     config = SkipstoneConfig(
         vocab_size=recipe["vocabulary"],
@@ -152,7 +161,7 @@ def least_seconds(run: Callable[[], object], repeats: int) -> float:
 def peak_bytes(run: Callable[[], object]) -> float:
     """Return by how many bytes a second call of `run` raises the peak resident memory of this process (Linux only).
 
-    To be measured before `least_seconds`, whose free memory stays with the process.
+    Has to be called before `least_seconds`, after which the process keeps freed memory.
     """
     _free_memory_is(RETURNED)
     run()
@@ -187,7 +196,10 @@ def _libc() -> ctypes.CDLL:
 
 
 def arms(values: Mapping[str, Sequence[int]] = AXES) -> dict[str, RecipeDict]:
-    """Return the curves, one for each axis and model; values: the sizes by axis."""
+    """Return the recipes of the curves, one for each axis and model.
+
+    values: for each axis ("context", "rows", "blocks", "vocabulary") the sizes along it.
+    """
     return {
         f"{axis}, {model}": {**SIZE, **SIZES.get(axis, {}), **curve, "values": list(found), "model": model}
         for axis, found in values.items()

@@ -58,9 +58,11 @@ print(json.dumps({"size": size, "peak": resident("VmHWM") - before}))
 
 
 def memory(recipe: RecipeDict) -> Figures:
-    """Measure the peak memory of loading or converting a checkpoint, in MB and relative to the size of its weights.
+    """Measure the peak memory of loading or converting a checkpoint with random weights, in a process of its own.
 
-    The peak includes pages of mapped files.
+    recipe: has the keys "checkpoint" (fields of a LlamaConfig) and "what" ("loading", "loading as fp32" or
+    "converting"). Keys of the result: `size_mb`, the size of the weights; `peak_mb`, the peak memory, pages of mapped
+    files included; `of_size`, the peak relative to the size.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
@@ -71,7 +73,10 @@ def memory(recipe: RecipeDict) -> Figures:
 
 
 def _python(text: str, *words: str) -> str:
-    """Run a program and return what it printed. Raises ValueError with its last line if it fails."""
+    """Run the Python program `text` with the arguments `words`, and return what it printed.
+
+    Raises ValueError with the last line of its error output if it fails.
+    """
     ran = subprocess.run([sys.executable, "-c", text, *words], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise ValueError((ran.stderr.strip().splitlines() or ["the process failed"])[-1])
@@ -79,9 +84,12 @@ def _python(text: str, *words: str) -> str:
 
 
 def imports(recipe: RecipeDict) -> Figures:
-    """Measure the CPU seconds of processes that import one thing or print the command's help.
+    """Measure the CPU seconds of whole processes that import one thing, or print the help of the command line.
 
-    Processes take turns, and the least of each counts.
+    recipe: its "repeats" is the number of turns that the processes take; the least time of each counts. Keys of the
+    result: `imports`, seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` relative to
+    those of `import transformers`; `of_class`, the same for a model class of each; `help`, seconds of `skipstone
+    --help`.
     """
     taken: dict[str, list[float]] = {name: [] for name in (*IMPORTS, "skipstone --help")}
     for _ in range(recipe["repeats"]):

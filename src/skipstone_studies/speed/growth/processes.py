@@ -1,4 +1,4 @@
-"""Cost curves over processes: what one process of several spends on a training step whose rows all of them share."""
+"""Cost curves over processes: what a training step costs each of several processes that divide its rows."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 3}  # rows: of the whole
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure training steps by FSDP2 on 1, 2 and 4 processes of this machine (gloo), which divide the rows.
+    """Measure a training step under FSDP2 by 1, 2 and 4 processes of this machine (gloo), which divide its rows.
 
-    Seconds are the CPU seconds of the process that spends most, memory that of the process that uses most; ideally both
-    fall in proportion to the number of processes.
+    recipe: an entry of `arms` with a key "seed". The result is that of `curves.with_exponents`, with the number of
+    processes as the size; seconds are the CPU seconds of the process that spends most, memory that of the process that
+    uses most. Ideally both fall in proportion to the number of processes.
     """
     return with_exponents([_point(recipe, count) for count in recipe["values"]])
 
@@ -51,7 +52,7 @@ def _point(recipe: RecipeDict, count: int) -> dict[str, float]:
 
 
 def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
-    """Train a few steps as one process of several, and write what they took."""
+    """Time a training step as process `rank` of `count`, and write the figures of a curve's point to FOLDER/RANK."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     model, rows = model_of(recipe).train(), recipe["rows"] // count

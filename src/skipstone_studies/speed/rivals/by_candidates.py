@@ -1,4 +1,4 @@
-"""Our own model with a head that steps read by candidates, and transformers' model of any family with its weights."""
+"""Our model with a head that computes exact logits of a few candidates only; and transformers' model of any source."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ ROWS = 32  # of the calibration text, which directions come from
 def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
     """Return the source model with an output head that computes exact logits of the most promising tokens only.
 
-    name: the name of the source model. weights: "int8", or "float" to leave them. candidates: number of exact logits.
-    directions: number of directions of the hidden states that the preview uses to choose them, fitted on the
-    calibration text.
+    name: the name of the source model. weights: "int8", or "float" to leave them in fp32. candidates: number of tokens
+    with exact logits. directions: number of directions of the hidden state, fitted on the calibration text, from which
+    a preview of all logits is computed to choose them.
     """
     model = quantise(source(name)) if weights == "int8" else source(name)
     return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()
 
 
 def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
-    """Return a function that computes, for all tokens of a text in one pass, the logits that decoding steps would give.
+    """Return a function that computes the logits of decoding steps for all tokens of a text in one pass.
 
-    `model` has a head preview (`HeadPreview`), which decides which logits are exact.
+    It takes token ids, int64 [1, T], and returns [T, V]. model: has an output head that computes exact logits for a few
+    candidates only (`model.head_preview`), as decoding steps do but an ordinary pass does not.
     """
     preview = model.head_preview
     assert preview is not None
@@ -50,7 +51,10 @@ def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
 
 
 def bytes_read(model: SkipstoneForCausalLM) -> float:
-    """Return the bytes of weights that a decoding step reads; an embedding table counts only as the head."""
+    """Return the bytes of weights that a decoding step of a model with head candidates reads.
+
+    The embedding table counts only as far as the output head reads it.
+    """
     tables = {id(p) for part in (model.lm_head, model.model.embed_tokens) for p in part.parameters()}
     return head_bytes(model) + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
 

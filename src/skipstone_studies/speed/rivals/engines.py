@@ -1,6 +1,7 @@
-"""The source in other engines and weight formats: transformers, torchao and llama.cpp, with the same weights.
+"""The source model in other engines and weight formats: transformers, torchao and llama.cpp, with the same weights.
 
-An engine decodes greedily, one token a step, for timings; where it gives logits they are judged as any other way's.
+An engine decodes greedily, one token a step, and is timed. llama.cpp's also returns logits, by which its distance from
+the source is measured.
 """
 
 from __future__ import annotations
@@ -36,14 +37,20 @@ SHARED = (
 
 
 class Engine(Protocol):
-    """The interface of what decodes one row greedily and can be timed."""
+    """The interface of an engine, which decodes one row greedily and is timed."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time `new` greedy tokens after the prompt ids_1T, in seconds of `now`; the prompt's pass is not timed."""
+        """Time the greedy decoding of `new` tokens after the prompt `ids_1T` (token ids, int64 [1, T]).
+
+        The pass over the prompt is not timed. Seconds are those of the clock `now`.
+        """
 
 
 def now() -> float:
-    """Return CPU seconds if torch uses one thread, which other processes hardly disturb; else seconds of wall time."""
+    """Return the time in seconds on the clock of all engines: CPU time if torch uses one thread, else wall time.
+
+    Other processes hardly disturb CPU time, but it adds up over threads.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -64,9 +71,10 @@ class Torch:
 
 
 class Drafted:
-    """The engine of our model with speculative decoding, whose number of guesses follows from measured times.
+    """The engine of our model with speculative decoding.
 
-    draft: source of the guesses, as in `stream`. guessed: [tokens that the draft had proposed, all tokens] so far.
+    draft: the source of guesses, as in `skipstone.generate.stream`; how many tokens are guessed at a time follows from
+    measured times. guessed: [number of tokens that the draft had proposed, number of all tokens], over all laps so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
@@ -82,9 +90,9 @@ class Drafted:
 
 
 class PromptLookup:
-    """The engine of transformers' own prompt lookup, with transformers' Llama.
+    """The engine of transformers' Llama with its own prompt lookup decoding.
 
-    count: tokens guessed at a time (`prompt_lookup_num_tokens`).
+    count: number of tokens guessed at a time (`prompt_lookup_num_tokens`).
     """
 
     def __init__(self, model: LlamaForCausalLM, count: int) -> None:
@@ -92,7 +100,7 @@ class PromptLookup:
 
     @torch.inference_mode()
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time the tokens after the first, as the difference of two calls of `generate`."""
+        """Time decoding as the difference of two calls of `generate`: for `new` + 1 tokens, and for the first one."""
         options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         seconds = []
         for count, more in ((1, {}), (new + 1, {"prompt_lookup_num_tokens": self.count})):
@@ -103,10 +111,11 @@ class PromptLookup:
 
 
 class LlamaCpp:
-    """The engine of llama.cpp through its Python bindings, which a user installs: `pip install llama-cpp-python`.
+    """The engine of llama.cpp through its Python bindings, which the user installs: `pip install llama-cpp-python`.
 
-    name: the name of the source model, a file in SKIPSTONE_DATA. format: "F16", "Q8_0", or anything else for the file
-    as it is. folder: where the file in another format is written. threads: CPU threads.
+    name: the source model, the file NAME.gguf in the folder SKIPSTONE_DATA. format: "F16" or "Q8_0", to which the file
+    is converted; anything else means the file as it is. folder: where the converted file is written. threads: number of
+    CPU threads.
     """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
@@ -125,7 +134,7 @@ class LlamaCpp:
         )
 
     def _feed(self, ids: list[int]) -> Any:
-        """Return the logits of the last token."""
+        """Continue the context with the tokens `ids` and return the logits of the last one, [V]."""
         self.model.eval(ids)
         at = self.lib.llama_get_logits_ith(self.model.ctx, -1)
         return np.ctypeslib.as_array(at, shape=(self.model.n_vocab(),))
@@ -148,9 +157,9 @@ class LlamaCpp:
 
 
 def llama(name: str) -> LlamaForCausalLM:
-    """Return transformers' Llama with the weights of the source `name`.
+    """Return transformers' Llama with the weights of the source model `name`, in fp32.
 
-    Raises ValueError if the source does not compute what a Llama computes.
+    Raises ValueError if its logits differ from the source's, whose architecture is then no Llama.
     """
     ours = source(name)
     values = {field: getattr(ours.config, field) for field in SHARED}
@@ -166,10 +175,10 @@ def llama(name: str) -> LlamaForCausalLM:
 
 
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
-    """Return the source with linear layers in torchao's format, and the bytes of weights that a token reads.
+    """Return the source model with quantised linear layers (torchao, weights only), and the bytes read for a token.
 
-    name: the name of the source model. bits: 8, or 4 (in groups of 32, stored in one byte each on a CPU). The tied
-    output head keeps 4 bytes a weight, because torchao does not change it.
+    name: the name of the source model. bits: 8, or 4 (in groups of 32 weights; on a CPU, torchao stores each in one
+    byte). The output head keeps 4 bytes a weight, because torchao does not change tied weights.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

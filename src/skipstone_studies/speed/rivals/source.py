@@ -1,4 +1,4 @@
-"""The source checkpoint, the texts that a way is judged on, and how far its predictions are from the source's."""
+"""The source checkpoint, the texts on which ways to decode it are judged, and the measure of their distance from it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def tokenizer(name: str) -> Any:
 
 
 def _texts() -> dict[str, str]:
-    """Return plays, the reference of the Python language, and code of its library: no arm was tuned on any of them."""
+    """Return three texts by title, on which no model was adapted: "plays", "manual" and "code".
+
+    The last two are the manual of the Python language and code of its library.
+    """
     code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (tarfile, argparse)]
     return {
         "plays": "\n\n".join(load_corpus("tiny-shakespeare").documents("validation")),
@@ -52,7 +55,7 @@ def _texts() -> dict[str, str]:
 
 @cache
 def rows(name: str) -> Mapping[str, Tensor]:
-    """Return token ids [ROWS, LENGTH] of each text on which ways are judged, by its title.
+    """Return the rows on which ways to decode are judged: for each text by title, token ids, int64 [ROWS, LENGTH].
 
     The rows lie at equal distances in the text. name: the name of the source model, whose tokenizer is used.
     """
@@ -61,7 +64,10 @@ def rows(name: str) -> Mapping[str, Tensor]:
 
 @cache
 def calibration(name: str, count: int = 4) -> Tensor:
-    """Return token ids [count, LENGTH] of the text on which thresholds are set; no figure is measured on it."""
+    """Return token ids, int64 [count, LENGTH], of the text on which thresholds are set; no figure is measured on it.
+
+    name: the name of the source model, whose tokenizer is used.
+    """
     corpus, split = CALIBRATION
     return _drawn(name, "\n\n".join(load_corpus(corpus).documents(split)), count)
 
@@ -76,18 +82,22 @@ def _drawn(name: str, text: str, count: int) -> Tensor:
 
 @cache
 def hidden(name: str, title: str) -> Tensor:
-    """Return the source's normalised hidden states on the rows of the text `title`, [ROWS, LENGTH, width]."""
+    """Return the source model's last hidden states after the final norm, [ROWS, LENGTH, width].
+
+    name: the name of the source model. title: the text, a key of `rows`.
+    """
     with torch.inference_mode():
         return source(name).model(rows(name)[title]).last_hidden_state  # type: ignore[return-value]
 
 
 @torch.inference_mode()
 def distance(name: str, logits: Logits) -> Figures:
-    """Return how far a way's predictions are from the source's, by text.
+    """Return how far the predictions of one way to decode are from the source model's, by text.
 
-    logits: computes the way's logits. Keys for each text: `kl` (KL(source || way) in nats a token), `agreement` (share
-    of tokens with the same most likely next token), `perplexity` and `increase` (of the perplexity, relative to the
-    source's). `worst` is the largest KL of all texts.
+    name: the name of the source model. logits: computes the way's logits [T, V] of token ids, int64 [1, T]. The result
+    has for each title of `rows`: `kl`, KL(source || way) in nats per token; `agreement`, the share of tokens after
+    which both find the same token most likely; `perplexity` of the way; `increase`, this perplexity relative to the
+    source's, minus 1. Its key `worst` is the largest KL of all texts.
     """
     found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}

@@ -1,7 +1,9 @@
-"""Ways that leave out weights: inputs and neurons of small magnitude, narrower MLPs, fewer blocks, a previewed head.
+"""Published ways to read fewer weights for a token: small inputs or neurons left out, fewer blocks, a previewed head.
 
-Each returns the logits and the weights of 4 bytes that a token reads. Where inputs or neurons are chosen for every
-token, nothing is left out on the clock here: the figures say what such a choice costs in quality.
+Where inputs, neurons or candidates are chosen anew for every token (TEAL, CATS, the previewed head), this
+implementation multiplies all weights and only counts those that a kernel would have to read, so these ways show what
+the choice costs in quality and are not timed. They return a `Way`: a function that maps token ids, int64 [1, T], to
+logits [T, V], and one that, called after it, returns the mean number of weights read per token.
 """
 
 from __future__ import annotations
@@ -49,7 +51,12 @@ def _during(model: SkipstoneForCausalLM, sites: dict[nn.Module, Any], after: boo
 
 
 def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[Any, Any], after: bool) -> Logits:
-    """Set the thresholds on the calibration text and return logits with them."""
+    """Set thresholds on the calibration text, and return a function that computes logits with them.
+
+    name: the name of the source model. sites: hooks that set small values to 0, by module. sparsity: share of the
+    values that fall below a hook's threshold on the calibration text. given: the functions to register for these
+    modules. after: whether they change a module's output instead of its input.
+    """
     model = source(name)
     with torch.inference_mode(), _during(model, given, after):
         model(calibration(name), use_cache=False)
@@ -64,9 +71,10 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """Set inputs of every matrix to 0 that are below one threshold per matrix (TEAL, arXiv 2408.14690, uniform).
+    """Set the inputs of every matrix to 0 that lie below a threshold of the matrix (TEAL, arXiv 2408.14690, uniform).
 
-    name: the name of the source model. sparsity: share of the inputs that are set to 0 on the calibration text.
+    name: the name of the source model. sparsity: share of a matrix's inputs that lie below its threshold on the
+    calibration text. Returns a `Way`.
     """
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
@@ -79,9 +87,10 @@ def teal(name: str, sparsity: float) -> Way:
 
 
 def cats(name: str, sparsity: float) -> Way:
-    """Set neurons to 0 whose activation is below a threshold of their block (CATS, arXiv 2404.08763).
+    """Set neurons to 0 whose activation lies below a threshold of their block (CATS, arXiv 2404.08763).
 
-    name: the name of the source model. sparsity: share of the neurons that are set to 0 on the calibration text.
+    name: the name of the source model. sparsity: share of a block's activations that lie below its threshold on the
+    calibration text. Returns a `Way`.
     """
     model = source(name)
     blocks: Any = model.model.layers
@@ -103,9 +112,10 @@ def cats(name: str, sparsity: float) -> Way:
 
 @torch.inference_mode()
 def narrower(name: str, share: float) -> SkipstoneForCausalLM:
-    """Remove a share of every MLP's neurons: those with the least mean |activation| times the norm of their column.
+    """Return the source model without those neurons of every MLP that contribute least.
 
-    name: the name of the source model. The mean is taken on the calibration text.
+    A neuron's contribution is its mean absolute activation on the calibration text times the norm of its column of the
+    down projection. name: the name of the source model. share: share of the neurons that is removed.
     """
     model, means = copy.deepcopy(source(name)), {}
     blocks: Any = model.model.layers
@@ -130,9 +140,10 @@ def narrower(name: str, share: float) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
-    """Leave out the blocks that change the direction of the stream least (block influence, ShortGPT, arXiv 2403.03853).
+    """Return the source model without the blocks that change the residual stream's direction least (ShortGPT).
 
-    name: the name of the source model. blocks: number of blocks that are left out.
+    The measure is block influence (arXiv 2403.03853) on the calibration text; the first and the last block stay. name:
+    the name of the source model. blocks: number of blocks that are left out.
     """
     model = copy.deepcopy(source(name))
     streams = model.model(calibration(name)[:4], use_cache=False, output_hidden_states=True).hidden_states
@@ -148,11 +159,11 @@ def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def previewed(name: str, directions: int, exact: int) -> Way:
-    """Compute exact logits for a few candidates only (SVD-softmax, NeurIPS 2017).
+    """Compute exact logits for a few candidates only, chosen by a low-rank preview (SVD-softmax, NeurIPS 2017).
 
-    name: the name of the source model, with head W. W and the hidden state h are rotated so that the leading
-    `directions` carry most of the logits' variance on the calibration text; these alone give a preview of all logits,
-    and the best `exact` of it are computed in full.
+    name: the name of the source model. directions: number of directions of the hidden state that give the preview of
+    all logits; they carry most of the logits' variance on the calibration text. exact: number of tokens with the
+    highest preview, whose logits are computed in full. Returns a `Way`.
     """
     model = source(name)
     head, V = model.lm_head.weight.double(), model.lm_head.weight.shape[0]
