@@ -134,9 +134,9 @@ ABOUT = (
 ABOUT_NARROW = (
     EQUAL + "They are byte models of width 32 with one head and 8 blocks (*dense-5* has 5), trained in fp32 in steps "
     "of 2,048 bytes. At width 32, 8 blocks began to beat 5 after about 150 bytes a parameter ([depth](depth.md)); if "
-    "width 128 needs as many, that is 3e15 FLOPs a run or 13 hours of a core. The learning rate was tuned for each arm on runs of "
-    f"{depth.LONGEST_TUNING:.1e} FLOPs and falls to 0; the weights of the last tenth of the steps are averaged. "
-    "The text is that of [decisive](decisive.md).\n\n" + CONTROL
+    "width 128 needs as many, that is 3e15 FLOPs a run or 13 hours of a core. The learning rate was tuned for each arm "
+    f"on runs of {depth.LONGEST_TUNING:.1e} FLOPs and falls to 0; the weights of the last tenth of the steps are "
+    "averaged. The text is that of [decisive](decisive.md).\n\n" + CONTROL
 )
 
 GOES_ON = (
