@@ -1,4 +1,4 @@
-"""Floor 4.5: the studies behind all published tables; `skipstone reproduce NAME` makes each of them.
+"""Floor 4.5: the studies behind all published tables, each of which `skipstone reproduce NAME` makes.
 
 study.py       `Study` and `Column`: the definition of a study
 catalogue.py   all studies by name
@@ -8,6 +8,8 @@ isoflop/       grids at equal training FLOPs, with recipes and sizes chosen by t
 adapting.py    runs that adapt a checkpoint, on text that it may have generated itself
 record.py      one JSON record per run
 page.py        renders records as results/NAME.md
+study_page.py  the same page as HTML, with pictures
+column_chart.py  a column of a study's table as a picture
 measure.py     measurements of a run in training, of a finished run, and of all runs of a seed together
 timing.py      training steps and forward passes of several models, timed interleaved
 gates.py       savings that soft gates claim and savings that hard passes realise
@@ -23,7 +25,8 @@ headroom.py    whether more depth lowers the loss, without which routing cannot 
 charts.py      charts of loss against a quantity on a logarithmic axis
 corpus.py      the first available of several corpora
 session.py     runs what is missing of a study, and can be interrupted at any time
-ledger.py      costs and claims of all records
+side_by_side.py  several arms at a time, each in a process of its own
+ledger.py      costs and claims of all records; its page is ledger_page.py, its pictures ledger_charts.py
 pace.py        messages with the remaining time
 readme.py      a table inside a README, between two marks
 run.py         `reproduce` and `describe`

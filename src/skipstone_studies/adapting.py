@@ -88,19 +88,19 @@ def run_beside(folder: Path, arm: str) -> Run:
 
 
 def text_folder(folder: Path, options: PlainDict) -> Path:
-    """Return the folder for text sampled with these options, which all arms and seeds of a study share.
+    """Return the folder in which text that a checkpoint generated with these options is kept for all arms and seeds.
 
-    folder: the run folder of any arm. options: the arguments of `sampled_text`, by name.
+    folder: the run folder of any arm of the study. options: the arguments of `sampled_text`, by name.
     """
     return folder.with_name(f"text-{digest(options)}")
 
 
 def sampled_text(source: str, out: Path, also: str | None = None, **options: Any) -> Path:
-    """Sample text from a checkpoint into the folder `out`, unless that exists already; return the folder.
+    """Let a checkpoint generate text into the folder `out`, unless that exists already; return the folder.
 
-    source: path or hub name of the checkpoint. also: a corpus whose validation split is put in front of the sampled
-    training text; None means that nothing is. options: further arguments of `skipstone.adapt.self_generated.write`.
-    Raises `Busy` while another process samples into the folder.
+    source: path or hub name of the checkpoint. also: name of a corpus whose validation split becomes the first part of
+    the training text; None means that there is only generated text. options: further arguments of
+    `skipstone.adapt.self_generated.write`. Raises `Busy` while another process generates into the folder.
     """
     if not out.is_dir():
         with locked(out), complete(out) as partial:  # raises Busy while another process samples it

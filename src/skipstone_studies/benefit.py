@@ -82,10 +82,10 @@ class _Seen:
 
 
 def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit]) -> Traced:
-    """Run the whole model over rows and return the figures of each token from which scores are derived.
+    """Run the whole model over rows and return the figures of each token from which routers' scores are derived.
 
-    model: a model that `maskable` returned. rows: rows of equal length. units: tuples of blocks that are skipped
-    together.
+    model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. units: tuples of indices of
+    blocks that are skipped together.
     """
     parts: list[Traced] = []
     for batch in _batches(rows):
@@ -118,7 +118,10 @@ def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit
 
 
 class _watched:
-    """Keep inputs and outputs of all blocks of a pass in a `with` block, as parts of a graph that starts at block 0."""
+    """A context in which the inputs and outputs of all blocks of a model are kept, together with autograd's graph.
+
+    The graph begins at the input of block 0, so gradients with respect to any of them can be taken.
+    """
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:
         self.blocks = model.decoder.layers
@@ -141,9 +144,10 @@ class _watched:
 
 @torch.no_grad()
 def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept_N: Tensor) -> Tensor:
-    """Return the loss of each prediction in nats, fp32 [N], if the blocks of a unit update some of the N tokens only.
+    """Return the loss of each of N tokens' predictions, fp32 [N] in nats, if some blocks update only some tokens.
 
-    unit: indices of the blocks. kept_N: bool, the tokens to update, over all rows in order.
+    model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. unit: indices of the blocks.
+    kept_N: bool, the tokens that they update, over all rows in order. The loss is 0 where there is no label.
     """
     found, at = [], 0
     for batch in _batches(rows):
@@ -159,10 +163,12 @@ def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept
 def measured_benefit(
     model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, repeats: int, generator: torch.Generator
 ) -> Tensor:
-    """Return for each token by how many nats the unit's update lowers the loss of its prediction, fp32 [N].
+    """Return by how many nats some blocks' update of each token lowers the loss of its prediction, fp32 [N].
 
-    It is the loss without the update minus the loss with it, in passes that skip a random half of all tokens. unit:
-    blocks that are skipped together. repeats: number of such halves, each with its complement, to average over.
+    It is the loss without the update minus the loss with it, each measured while these blocks skip a random half of all
+    tokens. model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. unit: indices of the
+    blocks, which are skipped together. repeats: number of random halves to average over, each followed by its
+    complement. generator: the source of the halves.
     """
     count = sum(row["input_ids"].numel() for row in rows)
     total_N = torch.zeros(count)
@@ -198,7 +204,7 @@ class Regression:
         return torch.cat(own, 1).double()
 
     def __call__(self, stream_ND: Tensor, surprise_N: Tensor) -> Tensor:
-        """Return the predicted benefit, fp32 [N]."""
+        """Return the predicted benefit in nats, fp32 [N], for inputs as the class describes them."""
         return (self._features(stream_ND, surprise_N) @ self.weight_F).float()
 
 
@@ -225,13 +231,15 @@ def oracle(
     repeats: int = 2,
     seed: int = 0,
 ) -> PlainDict:
-    """Measure for each unit (blocks that are skipped together) of a dense model how much it lowers each token's loss.
+    """Measure how much blocks of a dense model lower each token's loss, and how well scores find the tokens that gain.
 
     fit: rows to which a regression of this benefit is fitted. held_out: rows on which everything else is measured.
-    repeats: as in `measured_benefit`. Returns plain values for a record: `loss` of the whole model in nats per
-    prediction, the numbers of predictions, and for each of `units`: `removed`, the loss without it; `kept`, the losses
-    if it updates only a share of the tokens, by share and by the score that chooses them; `explained`, the share of the
-    benefit's variance that the regression predicts; `correlation` of each score with the benefit; `mean_benefit`.
+    units: tuples of indices of blocks that are skipped together. repeats: as in `measured_benefit`. seed: that of all
+    random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction; `predictions`
+    and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these keys for each:
+    `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the benefit's variance
+    that the regression predicts; `correlation` of each score with the benefit, by the score's name; `kept`, the loss if
+    the blocks update only the tokens with the highest scores, {share of tokens: {score: loss}}.
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)

@@ -74,8 +74,9 @@ def judge(
     The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", which is
     also the verdict on a single seed. arm: name of the arm. text: what is claimed, in words. found: one value per seed,
     such as paired differences; if empty, nothing is yielded. most, least: the limit; exactly one of them is given.
-    form: a format specification for numbers. told: text shown before the interval. blocks: for each seed, the values by
-    block of text, which add the variation over text to the interval.
+    form: a format specification for numbers. told: text shown before the interval. blocks: for each seed, the same
+    value on each block of the validation text, by which the interval includes the variation over text; () leaves that
+    out.
     """
     if not found:
         return
@@ -120,7 +121,7 @@ class ArmComparison:
 def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Claim]:
     """Yield, for each arm of each comparison, the claim that the arm is better than the reference, with its verdict.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, by arm and seed. compared: the comparisons.
     """
     for one in compared:
         for arm in (arm for arm in one.arms or figures if arm != one.against):
@@ -131,10 +132,12 @@ def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Cla
 
 
 def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool = False) -> str:
-    """Return Markdown: for each comparison a table of the arms that share at least two seeds with its reference.
+    """Return Markdown with a table for each comparison: every arm's difference from the reference, and the verdict.
 
-    figures: the figures of every run, by arm and seed. refused: whether to give no verdict because a deeper model has
-    no lower loss, so that there is nothing for routing to win (`skipstone_studies.headroom`).
+    Differences are paired by seed and have a confidence interval; arms that share fewer than two seeds with the
+    reference are left out. figures: the figures of every run, by arm and seed. compared: the comparisons. refused:
+    whether the verdict is "no headroom", because a deeper model has no lower loss, so that routing has nothing to win
+    (`skipstone_studies.headroom`).
     """
     sections = []
     for one in compared:

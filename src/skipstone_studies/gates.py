@@ -36,10 +36,11 @@ Layers = Sequence[Mapping[str, PlainMapping]]
 def savings(evaluation: PlainMapping) -> Figures:
     """Return how much of the blocks' work gates claim to save, and how much a pass really skips.
 
-    evaluation: the figures of `skipstone eval`. alpha: mean weight of the gates in the soft pass of training. claimed:
-    the share of all (token, block) pairs that this weight counts as saved (arXiv 2605.05222). skipped: the share of
-    these pairs that the main pass really skips. gap: loss of the pass that skips minus the loss of the soft pass, in
-    nats. Figures of passes that were not run are absent.
+    evaluation: the figures of a run as `skipstone eval --json` writes them. Keys of the result: `alpha`, the mean
+    weight of the gates in the soft pass of training; `claimed`, the share of all (token, block) pairs that this weight
+    counts as saved (arXiv 2605.05222); `skipped`, the share of these pairs that the main pass really skips; `gap`, the
+    loss of the pass that skips minus the loss of the soft pass, in nats. Figures of passes that were not run are
+    absent.
     """
     ways = evaluation["ways"]
     found: Figures = {}
@@ -54,7 +55,10 @@ def savings(evaluation: PlainMapping) -> Figures:
 
 
 def _gates(layers: Layers) -> Iterator[tuple[float, float]]:
-    """Yield the mean weight of a kept update and the share of kept tokens for each gated block."""
+    """Yield, for each gated block, the mean weight of the kept tokens' updates and the share of tokens that it keeps.
+
+    layers: the figures of each block's mechanisms, by name.
+    """
     for layer in layers:
         for figures in layer.values():
             if "capacity" in figures:
@@ -66,12 +70,13 @@ def _mean(values: Sequence[float], empty: float) -> float:
 
 
 def variants(folder: Path) -> dict[str, float]:
-    """Return losses of further passes of a model with softly trained Token-Selective Attention; {} for other models.
+    """Return losses, in nats, of one model with softly trained Token-Selective Attention when it is run in other ways.
 
-    folder: its run. gate, one: passes that skip, in which kept tokens have the weight of their gate, or weight 1 (the
-    paper's sparse mode). random: as `one`, with random tokens, in each block as many as its gates keep. constant: a
-    soft pass with each gate replaced by its block's mean, whose additional loss is what the gates know about tokens.
-    at_start: no loss, but the saving that the paper's metric claims before any training.
+    folder: its run folder. Keys: `gate` and `one`, passes that skip, in which a kept token's update has the weight of
+    its gate or weight 1 (the paper's sparse mode); `random`, as `one`, but each block keeps random tokens, as many as
+    its gates keep; `constant`, a soft pass with each gate replaced by its block's mean, whose additional loss is what
+    the gates know about tokens. `at_start` is no loss, but the share of (token, block) pairs that the paper's metric
+    counts as saved before any training. The result is {} for other models.
     """
     loaded = load_run(folder)
     gates = [gate for gate in _found(loaded.model, TokenSelective) if gate.decision is None and gate.config.learn]
@@ -95,10 +100,10 @@ def variants(folder: Path) -> dict[str, float]:
 def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figures]:
     """Return figures of a model with early exit at several thresholds; {} for other models.
 
-    folder: the run folder. thresholds: thresholds of the exit gate, from 0 to 1. The result has for each threshold,
-    under the key `exit_name` of it: loss, in nats; stretches, the loss by block of text (see
-    `skipstone_studies.text_blocks`); skipped, the share of (token, block) pairs that is left out; flops, counted per
-    token, including all keys and values and the routers.
+    folder: the run folder. thresholds: thresholds of the exit gate, from 0 to 1. The result has, for each threshold
+    under the key that `exit_name` gives it: `loss` in nats; `stretches`, the loss on each block of text
+    (`skipstone_studies.text_blocks`); `skipped`, the share of (token, block) pairs that is left out; `flops`, counted
+    per token in the forward pass, with the keys and values of all tokens and the routers.
     """
     loaded = load_run(folder)
     gates, found = _found(loaded.model, EarlyExit), {}

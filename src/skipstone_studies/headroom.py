@@ -47,10 +47,10 @@ class Headroom:
 
 
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
-    """Return the headroom of the full model over the best of several shallower ones; None if either has no figures.
+    """Return the headroom: by how much the full model's loss is below that of the best shallower one.
 
     figures: the figures of every run, by arm and seed. full, shallower: names of arms. key: dotted path of a loss in
-    nats.
+    nats. None if the full model or all shallower ones have no figures.
     """
     losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
     if not losses or mean(figures, full, key) is None:

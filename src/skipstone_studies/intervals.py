@@ -26,8 +26,9 @@ class Interval:
     """The mean of paired differences with its confidence interval.
 
     mean: the mean difference. errors: independent parts of its standard error (from seeds, from text), each with its
-    degrees of freedom. confidence: level of the interval. The half width is the root of the sum of squares of the
-    parts' half widths: exact if one part dominates, slightly too wide if several are similar.
+    degrees of freedom. confidence: level of the interval, such as 0.9. The half width is the root of the sum of squares
+    of the parts' half widths (Student's t), which is exact if one part dominates, and slightly too wide if several are
+    similar.
     """
 
     mean: float
@@ -101,10 +102,10 @@ class Claim:
 
 
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:
-    """Return the mean of differences with its confidence interval (Student's t); None for fewer than two seeds.
+    """Return the mean of paired differences with its confidence interval (Student's t); None for fewer than two seeds.
 
     differences: one per seed. blocks: for each seed, the difference on each block of the validation text, the same
-    blocks for all seeds; the standard error then has a part from seeds and a part from text.
+    blocks for all seeds; the interval then also includes the variation over text. () leaves that out.
     """
     seeds = len(differences)
     if seeds < 2:
@@ -157,7 +158,7 @@ def detectable_in_errors(power: float, degrees: int, confidence: float = CONFIDE
 
 
 def _bisect(rising: Callable[[float], float], high: float) -> float:
-    """Return where a rising function crosses 0 between 0 and `high`."""
+    """Return where a rising function crosses 0 between 0 and `high`, by bisection."""
     low = 0.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -41,9 +41,10 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
 
 
 def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
-    """Draw a bar per study from one column of the table of costs, leaving out studies without a number.
+    """Draw a bar of the hours of each study, from one column of the table of costs.
 
-    rows: cells as text, the study first. column: index of the column.
+    rows: the table's cells as text, the study first; rows without a number in the column are left out. column: index of
+    the column.
     """
     known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
     across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
@@ -76,7 +77,10 @@ def forest(claims: Sequence[Claim], title: str) -> Drawn:
 
 
 def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
-    """Draw a line over the interval and a mark at the estimate: filled where the claim is decided."""
+    """Draw the interval of a claim in row `i` as a line, with a mark at the estimate: filled if the claim is decided.
+
+    across: the horizontal axis.
+    """
     colour, y = COLOURS[claim.verdict], TOP + ROW * (i + 0.5)
     parts = []
     hover = svg.element("title", f"{claim.arm}: {claim.found}, {claim.verdict}")
@@ -94,9 +98,9 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Draw each claim of a study for all of its arms (`forest`); return pairs of the claim's text and its picture.
+    """Return pairs of a claim's text and its picture (`forest`), for each claim that is made about arms of a study.
 
-    study: its name, for titles.
+    study: its name, for titles. claims: its claims about all arms.
     """
     by_text: dict[str, list[Claim]] = {}
     for claim in claims:

@@ -1,4 +1,4 @@
-"""The ledger as one self-contained HTML page by the parts of `skipstone report`: pictures with their tables."""
+"""The ledger (costs and claims of all studies) as one self-contained HTML page: tables, and pictures of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from skipstone_studies.intervals import Claim
 def render(costs: Section, claims: Section, by_study: Mapping[str, Sequence[Claim]]) -> str:
     """Return the ledger (costs and claims of all studies) as one HTML page with pictures.
 
-    costs: a row for each study and a last one for all. claims: the table of claims. by_study: every judged claim by
-    study.
+    costs: the table of training costs, with a row for each study and a last one for all. claims: the table of claims.
+    by_study: the claims of each study, with their verdicts.
     """
     pages = environment()
     assert pages.loader is not None

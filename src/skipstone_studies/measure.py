@@ -34,8 +34,8 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm. The keys are `training_speed` (see `timing.training_speeds`) and `comparison`, the
-    figures of `skipstone compare`.
+    runs: the run folder of each arm. The result has for each arm the keys `training_speed` (see
+    `timing.training_speeds`) and `comparison`, the arm's figures of `skipstone compare`.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
@@ -80,9 +80,10 @@ def watched() -> Iterator[CoreUse]:
 
 
 def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
-    """Return the training FLOPs of a run with the shares of kept tokens that its log reports, averaged over log lines.
+    """Return the training FLOPs of a run by the cost model, for the shares of tokens that blocks really kept.
 
-    model: the trained model. run: the finished run. steps: number of optimizer steps.
+    The shares are those that the training logged, averaged over its log lines. model: the trained model. run: the
+    finished run. steps: number of optimizer steps.
     """
     config = run.config()
     context, rows = config["data"]["context"], config["train"]["batch_size"]

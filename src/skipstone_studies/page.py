@@ -1,4 +1,4 @@
-"""Render records as Markdown. Nothing but the records matters, so that equal records give equal bytes."""
+"""Render records as Markdown. Pages depend on nothing but the records, so equal records give equal bytes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
 
 
 def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """Return file names of a table's pictures, with what they show."""
+    """Return the SVG files that belong to a table, {file name: name of the picture in `Study.pictures`}."""
     drawn = {} if study.pictures is None else study.pictures(figures_of(study, records))
     scale = "" if records[0].scale == SCALES[0] else f"-{records[0].scale}"
     return {f"{study.name}{scale}-{name}.svg": name for name in drawn}
@@ -108,7 +108,10 @@ def block(study: Study, records: Sequence[Record]) -> str:
 
 
 def terminal(study: Study, records: Sequence[Record]) -> Section:
-    """Return the table of one scale and corpus for a terminal: arms are columns, and ratios are on separate lines."""
+    """Return the table of one scale and corpus for a terminal, with arms as columns and figures as rows.
+
+    records: as `groups` yields them. Ratios to the first arm are on rows of their own.
+    """
     rows = []
     for column in study.columns:
         cells = _cells(column, figures_of(study, records))
@@ -123,7 +126,10 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Return the figures of each arm by seed, including those that the study derives from other arms."""
+    """Return the figures of each arm by seed: those of the records, and those that the study derives from several arms.
+
+    records: records of one scale and corpus.
+    """
     found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
         of_seed: dict[str, PlainMapping] = {r.arm: r.figures for r in records if r.seed == seed}
@@ -147,16 +153,19 @@ def lookup(figures: PlainMapping, key: str) -> float | None:
 
 
 def column_values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
-    """Return a column's figure for every seed that has it, in the unit of the column.
+    """Return an arm's figure in a column for every seed that has it, divided by the column's unit.
 
-    seeds: the figures of one arm by seed.
+    seeds: the figures of the arm by seed. Of a column with a spread, the figure is the median.
     """
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]
 
 
 def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
-    """Return ` (min to max)` over the turns of all seeds."""
+    """Return the text ` (min to max)` of a column with a spread: the least and greatest figure of all seeds of an arm.
+
+    seeds: the figures of the arm by seed.
+    """
     ends = []
     for end, best in (("min", min), ("max", max)):
         found = [value for figures in seeds.values() if (value := lookup(figures, f"{column.key}.{end}")) is not None]
@@ -261,6 +270,6 @@ def _made_with(environment: PlainMapping) -> str:
 
 
 def _precision(environment: PlainMapping) -> str:
-    """Return how the GPU multiplied fp32, if the record says it."""
+    """Return text on the precision in which the GPU multiplied fp32 matrices; "" if the record does not say it."""
     found = environment["machine"].get("fp32_products")
     return "" if found is None else f" (fp32 products {'without TF32' if found == 'highest' else f'at {found!r}'})"

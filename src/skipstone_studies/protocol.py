@@ -75,8 +75,9 @@ class ProtocolConfig:
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
     """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
 
-    model, data, train, protocol: sections of the recipe. Raises ValueError if a step has fewer than 8,192 tokens, or
-    fewer than `protocol["least_tokens"]` if that is given.
+    model, data, train, protocol: sections of the recipe, of which `train` needs no steps; protocol holds the fields of
+    `ProtocolConfig`, and optionally `least_tokens`. Raises ValueError if a step has fewer tokens than that (8,192 by
+    default).
     """
     protocol = dict(protocol)
     least = protocol.pop("least_tokens", LEAST_TOKENS)
@@ -104,7 +105,7 @@ def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: Plain
 
 
 def lengths(steps: int) -> PlainDict:
-    """Return the training options that follow from the number of steps: steps, warmup_steps and log_every."""
+    """Return the training options that follow from the number of steps: steps, warmup_steps (a tenth) and log_every."""
     return {"steps": steps, "warmup_steps": round(WARMUP * steps), "log_every": max(1, steps // LOG_LINES)}
 
 
@@ -186,8 +187,9 @@ def tuned_run(
 ) -> None:
     """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
-    If another study has finished a run of the same recipe, it is copied instead. Rates and their losses are stored
-    beside the run folders, in `rates/`. folder: the run folder. resume: whether to continue it. blocks: as in
+    If another study has finished a run of the same recipe, it is copied instead. The rates are stored in the folder
+    `rates/` beside the run folders. recipe: the arm's recipe, as `planned` returns it, with a seed. folder: the run
+    folder. resume: whether to continue an interrupted run. callbacks: those of the trainer. blocks: as in
     `SharedStart`.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
@@ -235,16 +237,16 @@ def _train(
 
 
 def _runnable(recipe: RecipeDict, rate: float, steps: int) -> RecipeDict:
-    """Return what `skipstone train` reads: the recipe without its protocol, at a rate and a length."""
+    """Return a recipe as `skipstone train` reads it, without its protocol, at this learning rate and length."""
     parts = {name: copy.deepcopy(recipe[name]) for name in ("model", "data", "train")}
     parts["train"] |= {"learning_rate": rate, **lengths(steps)}
     return parts
 
 
 def rates_file(folder: Path, recipe: RecipeDict) -> Path:
-    """Return the path of the file with the tuned rates of an arm; it differs for every recipe, but not for every seed.
+    """Return the path of the file that holds an arm's tuned learning rates, which all seeds of a recipe share.
 
-    folder: the run folder of the arm.
+    folder: the run folder of the arm. recipe: its recipe; seeds in it are ignored.
     """
     unseeded = {name: {k: v for k, v in part.items() if k != "seed"} for name, part in recipe.items()}
     arm = folder.name.rpartition("-seed")[0]
@@ -252,10 +254,11 @@ def rates_file(folder: Path, recipe: RecipeDict) -> Path:
 
 
 def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
-    """Return the validation loss of every learning rate that was tried, running the trials that are missing at seed 0.
+    """Tune the learning rate of an arm (`climb`) and return the validation loss in nats per token at every rate tried.
 
-    folder: the run folder of the arm. blocks: as in `SharedStart`. A rate at which training diverged has an infinite
-    loss.
+    Rates that are missing from the arm's file are tried on short runs with seed 0. recipe: the arm's recipe. folder:
+    its run folder. config: its section `protocol`. blocks: as in `SharedStart`. A rate at which training diverged has
+    an infinite loss.
     """
     path = rates_file(folder, recipe)
     known = known_rates(path)
@@ -324,8 +327,8 @@ def best_rate(losses: dict[float, float]) -> float:
 def tuning_figures(losses: dict[float, float]) -> PlainDict:
     """Return the entries of a record that describe how the learning rate was tuned.
 
-    losses: the validation loss by rate. The entries are the finite losses by rate, the best rate, and `inside`, whether
-    rates on both sides of the best one were tried.
+    losses: the validation loss by rate. Keys of the result: `losses`, the finite ones by rate; `rate`, the best one;
+    `inside`, whether rates on both sides of the best one were tried.
     """
     best, finite = best_rate(losses), {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return {
@@ -336,16 +339,18 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
 
 
 def untuned(rate: float) -> PlainDict:
-    """Return the figures of `tuning_figures` for a rate that was not tuned."""
+    """Return the entries of `tuning_figures` for a rate that was not tuned: no losses, and None for `inside`."""
     return {"losses": {}, "rate": rate, "inside": None}
 
 
 def measured(folder: Path) -> Figures:
     """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities and times.
 
-    folder: the run folder. Keys: `loss`, the loss on the test split in nats per byte; `blocks`, the same by block of
-    text; `training_flops`, as planned, and as executed with the capacities that were logged; `training.busy`, CPU
-    seconds per second and thread; `gflops_per_core_second`, the training's GFLOPs divided by its CPU seconds.
+    folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
+    of text; `predictions` and `test_bytes`, how many there are; `validation_loss`; `training_flops`, as `planned` and
+    as `executed` with the capacities that were logged; `forward_flops`, counted per token; `forward_share`, these
+    relative to the dense model's; `capacity` (`capacities`); `tuning` (`tuning_figures`); `training`, its summary and
+    the use of cores (`CoreUse`); `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()
@@ -384,7 +389,8 @@ def recipe_of(folder: Path) -> RecipeDict:
 def capacities(layers: Sequence[PlainMapping]) -> dict[str, float]:
     """Return the share of tokens that each routed block keeps, by the block's index as text.
 
-    layers: figures of each block's mechanisms; the smallest share counts where a block has several.
+    layers: for each block the figures of its mechanisms, by name. Of several mechanisms in a block, the smallest share
+    counts.
     """
     found = {}
     for i, layer in enumerate(layers):

@@ -44,9 +44,10 @@ def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> st
 
 
 def differences(figures: ByArm, against: str, refused: bool) -> str:
-    """Return a Markdown table of the arms' differences in test loss from `against`, paired by seed, with intervals.
+    """Return a Markdown table of the arms' differences in test loss from one arm, paired by seed, with intervals.
 
-    refused: whether to give no verdict, because depth does not pay. "" if `against` has not run.
+    figures: the figures of every run, by arm and seed. against: name of the arm that is subtracted. refused: whether
+    the verdict is "no headroom", because a deeper model has no lower loss. The table is "" if `against` has not run.
     """
     rows = []
     for arm in figures:
@@ -61,9 +62,9 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
 
 
 def difference(figures: ByArm, arm: str, against: str) -> list[str]:
-    """Return three cells of a table: number of seeds, difference in test loss with interval, and error over the text.
+    """Return the cells of a table: number of seeds, difference in test loss with interval, standard error over text.
 
-    The last cell is the standard error of the difference over blocks of text. figures: the figures of every run, by arm
+    The latter is the standard error of the difference over blocks of text. figures: the figures of every run, by arm
     and seed. arm, against: names of two arms that share a seed.
     """
     found = paired_differences(figures, arm, against, LOSS)
@@ -89,7 +90,10 @@ def by_block(figures: ByArm, arm: str, other: str) -> list[list[float]]:
 
 
 def _text_error(figures: ByArm, arm: str, other: str) -> float | None:
-    """Return the standard error of the difference over blocks of text, which says nothing of other seeds."""
+    """Return the standard error over blocks of text of two arms' difference in test loss, averaged over seeds.
+
+    None for fewer than two blocks. It does not include the variation between seeds.
+    """
     blocks = [statistics.fmean(values) for values in zip(*by_block(figures, arm, other), strict=True)]
     return statistics.stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else None
 
@@ -147,7 +151,8 @@ def length(figures: ByArm, full: str) -> str:
 def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Iterator[Claim]:
     """Yield for each arm the claim that its test loss is 0.02 nats below that of each reference, with its verdict.
 
-    room: the headroom; without it, the verdict is "no headroom". against: the names of the references.
+    figures: the figures of every run, by arm and seed. room: the headroom (`room_of`); if it is None or too small, the
+    verdict is "no headroom". against: names of the references.
     """
     for reference in against:
         for arm in figures:

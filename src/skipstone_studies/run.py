@@ -132,7 +132,7 @@ def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
 
 
 def _report(session: Session, arms: dict[str, RecipeDict], seed: int) -> None:
-    """Write report.html beside the run folders, for those of one seed."""
+    """Write the report of the run folders of one seed (`write_report`) as report.html beside them."""
     found = {arm: record for arm in arms if (record := session.recorded(arm, seed)) is not None}
     here = {arm: session.folder(arm, seed) for arm in found if (session.folder(arm, seed) / METRICS).is_file()}
     if not here:

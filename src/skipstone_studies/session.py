@@ -193,7 +193,7 @@ class Session:
         return bool(read_object(note) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
-        """Print a message after the study's name."""
+        """Print a message after the study's name. text: the message."""
         self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
 

@@ -93,7 +93,7 @@ def _start(session: Session, arm: str, seed: int, jobs: int) -> Worker:
 
 
 def _note(session: Session, worker: Worker) -> None:
-    """Say how a process ended, and note a failure."""
+    """Print how a worker's process ended, and add a failure to the session's list."""
     spent = duration(time.perf_counter() - worker.began)
     name = f"[bold]{worker.arm}[/bold], seed {worker.seed}"
     if session.recorded(worker.arm, worker.seed) is not None:

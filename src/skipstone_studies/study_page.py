@@ -48,7 +48,10 @@ def render(study: Study, records: Sequence[Record]) -> str:
 
 
 def _part(study: Study, records: Sequence[Record]) -> PlainDict:
-    """Return what the page shows of one scale and corpus."""
+    """Return the template's variables for the part of a page that shows one scale and corpus.
+
+    records: as `page.groups` yields them.
+    """
     figures, title = figures_of(study, records), heading(records)
     claims = [] if study.claims is None else list(study.claims(figures))
     drawn = {} if study.pictures is None else study.pictures(figures)
@@ -64,7 +67,10 @@ def _part(study: Study, records: Sequence[Record]) -> PlainDict:
 
 
 def _columns(study: Study, figures: ByArm, title: str) -> list[tuple[str, Drawn]]:
-    """Draw each column that several arms have, and in which they differ."""
+    """Draw each column of the table that several arms have with different values; return pairs of title and picture.
+
+    figures: the figures of every run, by arm and seed. title: the heading of this part of the page.
+    """
     found, titles = [], [column.title for column in study.columns]
     for column in study.columns:
         named = column.title if titles.count(column.title) == 1 else f"{column.title} ({column.key})"

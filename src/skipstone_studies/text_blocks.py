@@ -18,7 +18,7 @@ RECORDED = "stretches"  # name of the losses by block in records, kept from earl
 def block_losses(folder: Path) -> list[float]:
     """Return the validation loss of each block of text (64 neighbouring windows) in nats, in the order of the text.
 
-    folder: the run. The loss is that of its primary pass: the one that skips, if the model can decide causally.
+    folder: the run folder. The loss is that of `of_loaded`.
     """
     return list(of_loaded(load_run(folder)))
 
@@ -26,7 +26,7 @@ def block_losses(folder: Path) -> list[float]:
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
     """Yield the validation loss of each block of text (64 neighbouring windows) in nats, for a loaded run.
 
-    The loss is that of its primary pass, as in `block_losses`.
+    The loss is that of its primary pass: the one that skips, if the model can decide without later tokens.
     """
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):

@@ -34,7 +34,8 @@ def by_block(
 ) -> list[LossResult]:
     """Return losses on evenly spaced validation rows, divided into at most `blocks` consecutive parts, one result each.
 
-    Tokens are skipped as in generation. count: how many rows; None means all.
+    Tokens are skipped as in generation. data: prepared data, of which `validation` is read. count: how many rows; None
+    means all.
     """
     chosen = spaced(len(data.validation), count)
     parts = min(blocks, len(chosen))

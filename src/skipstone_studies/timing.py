@@ -23,7 +23,8 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
     """Time training steps of each run's model on its own recipe's rows, taking turns; return speeds by arm.
 
     runs: the run folder of each arm. rounds: timed steps of each. A step is forward, backward, clipping and optimizer.
-    tokens_per_second: the median over steps. spread: half of the range over steps, as a share of the median.
+    The result has for each arm: `tokens_per_second`, the median over steps; `spread`, half of the range over steps as a
+    share of the median; `rounds`.
     """
     rates = take_turns({arm: training_step(Run(folder)) for arm, folder in runs.items()}, rounds)
     return {
@@ -35,8 +36,8 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
 def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, PlainDict]:
     """Time forward passes over `rows` validation rows without a cache, taking turns; return speeds by arm.
 
-    runs: the run folder of each arm. rounds: timed passes of each. Speeds are as in `training_speeds`, under the key
-    `forward`.
+    runs: the run folder of each arm. rounds: timed passes of each. The result is {arm: {"forward": figures}}, with the
+    figures that `training_speeds` returns for an arm.
     """
     rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {
@@ -46,7 +47,10 @@ def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUND
 
 
 def forward_pass(loaded: LoadedRun, rows: int) -> Task:
-    """Return a function that runs and times one primary pass of a loaded run over its first `rows` validation rows."""
+    """Return a task that times one forward pass over the first `rows` validation rows of a loaded run.
+
+    The pass is the run's primary one, which really skips if the model can decide without later tokens.
+    """
     assert loaded.data is not None
     batch = next(batches(loaded.data, rows, loaded.model.device))
 
@@ -61,7 +65,7 @@ def forward_pass(loaded: LoadedRun, rows: int) -> Task:
 
 
 def training_step(run: Run) -> Task:
-    """Return a function that runs and times one training step of a run's model.
+    """Return a task that times one training step of a run's model: forward, backward, clipping and AdamW.
 
     It uses the recipe's rows, micro-batches, precision, compilation and routing, and a learning rate so small that
     routing stays as trained.
@@ -104,7 +108,10 @@ def _micro_batches(run: Run, rows: int, parts: int, device: torch.device) -> lis
 
 
 def _arguments(model: SkipstoneForCausalLM, batch: Row, routing: str) -> PlainDict:
-    """Return the arguments with which the trainer calls forward."""
+    """Return the arguments with which the trainer calls the model's forward.
+
+    batch: the tensors of a batch by name. routing: the recipe's `train.routing`.
+    """
     targets = "shift_labels" if "shift_labels" in batch else "labels"
     arguments: PlainDict = {**inputs_of(batch), targets: batch[targets]}
     if routing == "difficulty":

@@ -1,7 +1,7 @@
-"""Curves of a grid: collect records as points and fit a parabola of loss over the logarithm of size.
+"""Curves of an isoFLOP grid: collect records as points and fit a parabola of loss over the logarithm of model size.
 
-Also whether depth pays in a grid, without which a routed arm gets no verdict. Everything follows from the spec and the
-records.
+Also whether deeper models have a lower loss in a grid, without which an arm that routes tokens gets no verdict.
+Everything follows from the specification and the records.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Refusal = Literal["", "no headroom", "headroom not known"]  # of a verdict on a 
 class Optimum:
     """The optimum of a curve of loss over model size.
 
-    x: the size, in parameters. loss: the loss there, in nats. where: "inside" if it is the vertex of the parabola
-    within the measured sizes; else why a measured point is given instead.
+    x: the size, in parameters. loss: the loss there, in nats per token. where: "inside" if it is the vertex of the
+    parabola within the measured sizes; else why the measured point with the lowest loss is given instead.
     """
 
     x: float
@@ -150,10 +150,10 @@ Lookup = Callable[[GridCell, int], Record | None]
 
 
 def lookup(out: Path, name: str) -> Lookup:
-    """Return a function that finds the record of a run, given its cell and seed; None if there is none.
+    """Return a function that finds the record of a run of an isoFLOP grid, given its cell and seed, or None.
 
-    out: the folder of records. name: the name of the grid. Records made with another recipe than the cell's are
-    ignored.
+    out: the folder of records. name: the name of the grid. A cell is a run whatever its seed; records that were made
+    with another recipe than the cell's are ignored.
     """
     return partial(_find, out, name)
 
@@ -165,9 +165,9 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GridPoint:
-    """A cell of the grid (arm, budget, size, learning rate) with the records of its runs, one for each seed.
+    """A run of an isoFLOP grid (arm, budget, size, learning rate) with the records of all its seeds.
 
-    records: the records, of which the one with the grid's first seed comes first.
+    cell: the run, whatever its seed. records: one for each seed, of which that with the grid's first seed comes first.
     """
 
     cell: GridCell
@@ -175,12 +175,12 @@ class GridPoint:
 
     @property
     def losses(self) -> list[float]:
-        """The losses of all seeds, in nats."""
+        """The validation losses of all seeds, in nats per token."""
         return [record.figures["loss"] for record in self.records]
 
     @property
     def loss(self) -> float:
-        """The mean loss over seeds, in nats."""
+        """The validation loss in nats per token, mean over seeds."""
         return statistics.fmean(self.losses)
 
     @property
@@ -201,11 +201,11 @@ class GridPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class GridRecords:
-    """All records of a grid that exist so far.
+    """All records of an isoFLOP grid that exist so far.
 
-    sweep: losses of the runs that try learning rates, {arm: {rate: loss}}. chosen: the best learning rate of each arm.
-    curves: the points in order of size, by (arm, budget). speeds: training tokens per second by (arm, size), measured
-    while the arms of a size took turns.
+    grid: the runs that its specification describes. sweep: losses of the runs that try learning rates, {arm: {rate:
+    loss}}. chosen: the best learning rate of each arm. curves: the points in order of size, by (arm, budget in training
+    FLOPs). speeds: training tokens per second by (arm, size), measured while the arms of a size took turns.
     """
 
     grid: Grid
@@ -224,7 +224,11 @@ class GridRecords:
 
 
 def collect(grid: Grid, find: Lookup) -> GridRecords:
-    """Collect the records of a grid; `find` returns the record of a cell and seed, or None (see `lookup`)."""
+    """Collect the records of an isoFLOP grid that exist so far.
+
+    grid: the runs that its specification describes. find: returns the record of a run, given its cell and seed, or None
+    (see `lookup`).
+    """
     sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
     chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
     if len(grid.spec.rates) == 1:  # nothing to choose
@@ -249,7 +253,7 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 
 
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
-    """Return the cell whose size is nearest to the optimum of the curve through `points`.
+    """Return the run, whatever its seed, whose model size is nearest to the optimum of the curve through `points`.
 
     points: the points of one arm and budget; only the first seed of each is used.
     """
@@ -327,8 +331,9 @@ def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
 def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
     """Return why no verdict is given on an arm at a budget; "" if one is given.
 
-    An arm that routes tokens gets a verdict only if depth pays for the base arm, by at least .02 nats: otherwise
-    skipping blocks has nothing to lose. collected: all records. budget: the training FLOPs of a run.
+    An arm that routes tokens gets a verdict only if deeper models of the base arm (with which it is compared) have a
+    loss that is lower by at least .02 nats; otherwise skipping blocks has nothing to lose. collected: all records.
+    budget: the training FLOPs of a run.
     """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""

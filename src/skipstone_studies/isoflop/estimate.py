@@ -1,4 +1,4 @@
-"""Estimate FLOPs and hours of every run of a grid before anything is trained.
+"""Estimate FLOPs and hours of every run of an isoFLOP grid before anything is trained.
 
 Step times come from a few passes over random tokens. Forward and backward are timed per row and the optimizer per step,
 so that large batches need not be run.
@@ -54,7 +54,7 @@ class StepTime:
 
 
 def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
-    """Time training steps of every model of the grid on this machine.
+    """Time training steps of every model of an isoFLOP grid on this machine.
 
     A model too large to be timed is assumed to reach the FLOPs per second of the arm's largest timed one. Raises
     ValueError if an arm's smallest size is already too large.
@@ -77,9 +77,9 @@ def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
 
 
 def step_times_at(grid: Grid, flops_per_second: float) -> dict[ModelShape, StepTime]:
-    """Return the step times of every model on a machine that reaches `flops_per_second` training FLOPs per second.
+    """Return the step times of every model of a grid on a machine that reaches so many training FLOPs per second.
 
-    Raises ValueError unless it is above 0.
+    flops_per_second: the machine's speed. Raises ValueError unless it is above 0.
     """
     if not 0 < flops_per_second < float("inf"):
         raise ValueError(f"FLOPs per second must be above 0, got {flops_per_second}")
@@ -126,7 +126,11 @@ def _backward(loss: Tensor | None) -> None:
 
 @torch.no_grad()
 def _settle(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
-    """Let thresholds follow the scores; their initial values would keep far more than the capacity."""
+    """Set the routing thresholds that follow the scores to those of one pass, so that blocks keep their capacity.
+
+    Their initial values would keep far more, and steps would be timed too slow. records: decisions of the pass, a dict
+    by mechanism name for each block.
+    """
     for mechanism in model.routing_modules():
         record = records[mechanism.placement.layer].get(mechanism.placement.name)
         mechanism.advance(0.0, None if record is None else mechanism.statistics(record))
@@ -143,10 +147,10 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 
 @dataclass(frozen=True, kw_only=True)
 class GridEstimate:
-    """The estimated FLOPs and hours of all runs of a grid.
+    """The estimated FLOPs and hours of all runs of an isoFLOP grid.
 
-    facts: what is known of the corpus. step_times: the times of a training step, by model. source: how these times were
-    found, in words.
+    grid: the runs. facts: what is known of the corpus. step_times: the times of a training step, by model. source: how
+    these times were found, in words.
     """
 
     grid: Grid
@@ -192,9 +196,10 @@ class GridEstimate:
         ]
 
     def parts(self) -> dict[str, list[GridCell]]:
-        """Return the runs by purpose.
+        """Return the runs by purpose: tries of learning rates, the grid itself, and further seeds at the optima.
 
-        The optima are not known in advance, so their further seeds are assumed to run at the middle size.
+        The keys describe the purposes in words. The optima are not known in advance, so their further seeds are assumed
+        to run at the middle size.
         """
         grid, arms = self.grid, self.grid.spec.arms
         middle = [grid.cell(arm, budget, grid.middle, grid.spec.rates[0]) for arm in arms for budget in grid.budgets]

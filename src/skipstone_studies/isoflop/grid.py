@@ -87,10 +87,10 @@ def compact(value: float) -> str:
 
 
 class Grid:
-    """The runs that a specification describes, with their costs; nothing is trained or read from disk.
+    """All runs that an isoFLOP specification describes, with their costs; nothing is trained or read from disk.
 
     spec: arms, sizes, budgets and learning rates. base: the parsed recipe. once: whether each window of text is read at
-    most once. sizes, budgets: the sizes and budgets of the specification in ascending order. Models are built without
+    most once. sizes, budgets: the sizes and the training FLOPs of a run in ascending order. Models are built without
     memory, on the meta device.
     """
 
@@ -141,9 +141,10 @@ class Grid:
         return [self.cell(arm, self.budgets[0], self.middle, rate) for rate in self.spec.rates]
 
     def rate(self, chosen: float, size: GridSize) -> float:
-        """Return the learning rate for a size, given the best one at the middle size (`chosen`), to three digits.
+        """Return the learning rate for a model size, rounded to three digits.
 
-        It is the same for all sizes, or inversely proportional to the width, by the spec's `rate_rule`.
+        chosen: the best rate at the middle size. It is the same for all sizes, or inversely proportional to the width,
+        by the specification's `rate_rule`.
         """
         if self.spec.rate_rule == "constant":
             return chosen
@@ -167,7 +168,11 @@ class Grid:
         ]
 
     def _recipe(self, shape: ModelShape, steps: int, rate: float) -> PlainDict:
-        """Return the recipe of a run. Warm-up keeps its share of steps; validation is done once, by `measure`."""
+        """Return the recipe of a run, without a seed.
+
+        shape: arm and size. steps: number of steps, of which warm-up has the same share as in the base recipe. rate:
+        the learning rate. The training does not validate; the run is measured after it.
+        """
         train = {
             **(self.spec.recipe.get("train") or {}),
             "steps": steps,
@@ -256,7 +261,7 @@ def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """What is known of the corpus of a grid.
+    """What is known of the corpus of an isoFLOP grid.
 
     vocab_size: size of the vocabulary; None if the corpus was not read. tokens: number of tokens in the training split;
     None if unlimited or not known. sha256: hash of the training split's token ids. data: its rows; None if it was not
@@ -303,12 +308,15 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 
 
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
-    """Return how many times a run reads the corpus (1: once); None if it is unlimited or its size is not known."""
+    """Return how many times a run reads the corpus (1 means once); None if it is unlimited or its size is not known.
+
+    cell: the run. facts: what is known of the corpus.
+    """
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 
 
 def tokens_per_step(grid: Grid) -> int:
-    """Return the tokens of one optimizer step."""
+    """Return the number of tokens in an optimizer step, which is the same for all runs of a grid."""
     return grid.base.train.batch_size * grid.base.data.context
 
 

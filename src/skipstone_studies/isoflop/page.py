@@ -1,4 +1,4 @@
-"""Render a grid's result as Markdown and as one HTML page with charts. Equal records give equal bytes.
+"""Render the result of an isoFLOP grid as Markdown and as one HTML page with charts. Equal records give equal bytes.
 
 The HTML page is made of the parts of `skipstone report`; it is self-contained and downloads nothing.
 """
@@ -45,7 +45,7 @@ def as_markdown(result: IsoFlopResult) -> str:
 
 
 def _arms(result: IsoFlopResult) -> str:
-    """List the arms with their changes of the model."""
+    """Return a Markdown list of the arms, each with the options of the model in which it differs from the recipe."""
     grid = result.collected.grid
     return "\n".join(f"* *{arm}*: {table.own(grid, arm)}" for arm in grid.spec.arms)
 
@@ -60,7 +60,7 @@ def as_html(result: IsoFlopResult) -> str:
 
 
 def context(result: IsoFlopResult) -> PlainDict:
-    """Return the variables of `templates/isoflop.html`."""
+    """Return the variables of the HTML page's template, `templates/isoflop.html`."""
     spec, found = result.collected.grid.spec, result.collected.records
     return {
         "title": spec.name,
@@ -85,14 +85,17 @@ def _look(result: IsoFlopResult, arm: str) -> Style:
 
 
 def _loss_range(result: IsoFlopResult, margin: float = 0.06) -> tuple[float, float]:
-    """Return one range of losses for all panels of a row."""
+    """Return the least and greatest loss of all runs, widened at both ends, as the y axis of every chart of a row.
+
+    margin: by which share of the range it is widened.
+    """
     losses = [loss for point in result.collected for loss in point.losses]
     curves = [curve for arms in result.curves.values() for curve in arms.values()]
     return bounds([*losses, *(curve.fit.optimum.loss for curve in curves)], margin)
 
 
 def _iso_flop(result: IsoFlopResult) -> list[Figure]:
-    """Return charts of loss over parameters, one panel per budget."""
+    """Return charts of loss over parameters, as pairs of title and picture, one for each budget of training FLOPs."""
     xs = [point.parameters for point in result.collected]
     made = []
     for budget, curves in result.curves.items():
@@ -112,7 +115,7 @@ def _iso_flop(result: IsoFlopResult) -> list[Figure]:
 
 
 def _dots(points: Sequence[GridPoint]) -> list[Dot]:
-    """Return the mean of each cell, and its seeds if there are several."""
+    """Return a dot for each point's mean loss and, if it has several seeds, pale ones for their losses."""
     made = []
     for point in points:
         said = f"{point.cell.arm} {point.cell.size}, {point.parameters:,} parameters, {point.cell.steps:,} steps"
@@ -125,7 +128,7 @@ def _dots(points: Sequence[GridPoint]) -> list[Dot]:
 
 
 def _sizes(curve: Curve) -> list[float]:
-    """Return sizes from the smallest to the largest, evenly spaced on a logarithmic axis."""
+    """Return sizes for drawing a curve, from its smallest to its largest, evenly spaced on a logarithmic axis."""
     low, high = math.log(curve.fit.low), math.log(curve.fit.high)
     return [math.exp(low + (high - low) * i / STEPS) for i in range(STEPS + 1)]
 
@@ -145,7 +148,10 @@ def _star(curve: Curve, x: float) -> Dot | None:
 
 
 def _relative(result: IsoFlopResult) -> list[Figure]:
-    """Return charts of loss over forward FLOPs relative to the base's optimum, one panel per budget."""
+    """Return charts of loss over forward FLOPs per token, as pairs of title and picture, one for each training budget.
+
+    FLOPs are relative to those of the base arm's best size.
+    """
     base = result.base
     based = {budget: curves for budget, curves in result.curves.items() if base in curves}
     units = {budget: curves[base].forward(curves[base].fit.optimum.x) for budget, curves in based.items()}
@@ -189,7 +195,10 @@ def _against_flops(result: IsoFlopResult, curve: Curve, points: Sequence[GridPoi
 
 
 def _iso_time(result: IsoFlopResult) -> list[Figure]:
-    """Return charts of loss over parameters after equal times, and one of every run over its seconds."""
+    """Return charts of loss over parameters after equal training times, and one of every run's loss over its seconds.
+
+    They are pairs of title and picture.
+    """
     xs = [point.parameters for point in result.collected]
     made = []
     for time in result.times:
@@ -236,7 +245,7 @@ def _all_seconds(result: IsoFlopResult) -> Drawn:
 
 
 def _frontier(dots: Sequence[Dot]) -> list[tuple[float, float]]:
-    """Return the points that no faster run beats."""
+    """Return the points (x, y), in order of x, that have a lower y than all points with a smaller x."""
     best: list[tuple[float, float]] = []
     for dot in sorted(dots, key=lambda dot: dot.x):
         if not best or dot.y < best[-1][1]:
@@ -257,7 +266,7 @@ def notes(result: IsoFlopResult) -> list[str]:
 
 
 def _scale(result: IsoFlopResult) -> list[str]:
-    """Say how small the models are, and whether their depth was varied."""
+    """Return sentences on how small the models are, and on whether their depth was varied."""
     points, grid = list(result.collected), result.collected.grid
     if not points:
         return []

@@ -1,9 +1,9 @@
-"""The result of a grid: optima, forward FLOPs at equal loss, losses after equal times, all with confidence intervals.
+"""The result of an isoFLOP grid: optima, forward FLOPs at equal loss, losses after equal training times.
 
-Intervals are a parametric bootstrap: every loss gets normal noise of the size observed between seeds (pooled over all
-cells with more than one, else that of the parabolas' residuals), and everything is fitted again. The size of the noise
-is itself only known to its degrees of freedom, so each draw uses another one, from the scaled inverse chi distribution:
-for a single difference the interval would be Student's.
+All of them have intervals by a parametric bootstrap: every loss gets normal noise of the size observed between seeds
+(pooled over all runs with more than one, else that of the parabolas' residuals), and everything is fitted again. The
+size of the noise is itself only known to its degrees of freedom, so each draw uses another one, from the scaled inverse
+chi distribution: for a single difference the interval would be Student's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """The losses of all arms after the same seconds of training.
+    """The losses of all arms after the same number of seconds of training.
 
-    curves: loss over size, by arm; losses are interpolated between runs of different budgets. stretched: for each arm,
-    the sizes whose loss is extrapolated beyond the budgets that were run.
+    seconds: this number. curves: loss over model size, by arm; losses are interpolated between runs of different
+    budgets. stretched: for each arm, the sizes whose loss is extrapolated beyond the budgets that were run.
     """
 
     seconds: float
@@ -38,7 +38,8 @@ class EqualTime:
 class ReadOff:
     """A loss that was read off a straight line between two measured points.
 
-    beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as much noise.
+    loss: in nats per token. beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as
+    much noise.
     """
 
     loss: float
@@ -50,10 +51,10 @@ STRETCH = 0.3  # largest extrapolation, as a share of the distance between the o
 
 
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
-    """Return the seconds of a point's training.
+    """Return how many seconds the training of a grid's point takes.
 
-    They follow from its tokens and the speed measured while arms took turns; without such a speed, they are what the
-    run itself took.
+    They are its tokens divided by the speed measured while arms took turns; without such a speed, the seconds that its
+    runs took, mean over seeds.
     """
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
@@ -97,9 +98,10 @@ def _at(collected: GridRecords, seconds: float) -> EqualTime:
 
 
 def _read_off(points: Sequence[tuple[float, float, int]], seconds: float) -> ReadOff | None:
-    """Return the loss at a time by linear interpolation over (seconds, loss, seeds).
+    """Return the loss of a size after `seconds` of training, interpolated linearly over the logarithm of the seconds.
 
-    Returns None with fewer than two points, or if the time is too far beyond them.
+    points: (seconds, loss, number of seeds) of the runs with this size. None for fewer than two points, and for a time
+    that is too far beyond them.
     """
     if len(points) < 2:
         return None
@@ -122,7 +124,7 @@ DRAWS = 1000
 class Noise:
     """The noise of one run's loss.
 
-    deviation: standard deviation in nats. source: "seeds" (observed between runs that differ in the seed) or
+    deviation: standard deviation in nats per token. source: "seeds" (observed between runs that differ in the seed) or
     "residuals" (of the fitted parabolas). degrees: degrees of freedom of the estimate.
     """
 
@@ -133,15 +135,15 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """A comparison of an arm with the best model of the base arm at the same budget.
+    """A comparison of an arm with the best model of the base arm at the same budget of training FLOPs.
 
-    parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share: forward FLOPs
-    per token at that size, relative to the base's best model; None if no size reaches it. at_most: whether even the
-    smallest size of the grid reaches it. ratio: parameters at that size, relative to the base's best model. gap: the
-    arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share and
-    ratio, over the draws that reach the loss. reached: the fraction of these draws. gap_low, gap_high: 90 % interval of
-    the gap. detectable: gaps that would be found with each probability in `intervals.POWERS`. refused: why there is no
-    verdict; "" if there is one. Intervals are None if the noise is not known.
+    arm: its name. parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share:
+    forward FLOPs per token at that size, relative to the base's best model; None if no size reaches it. at_most:
+    whether even the smallest size of the grid reaches it. ratio: parameters at that size, relative to the base's best
+    model. gap: the arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap
+    intervals of share and ratio, over the bootstrap draws in which some size reaches the loss. reached: the fraction of
+    these draws. gap_low, gap_high: 90 % interval of the gap. detectable: gaps that would be found with 80 and 90 %
+    probability. refused: why there is no verdict; "" if there is one. Intervals are None if the noise is not known.
     """
 
     arm: str
@@ -174,7 +176,7 @@ class SameLoss:
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """Return the noise of one run's loss, pooled over all points with several seeds.
+    """Return the noise of one run's loss, pooled over all points of a grid that have several seeds.
 
     Without such points it is estimated from the parabolas' residuals; None if these do not determine it either.
     """
@@ -192,10 +194,10 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Compare every arm with the base arm at one budget.
+    """Compare every arm with the base arm at one budget of training FLOPs.
 
-    curves: loss over size, by arm. name: the name of the base arm. spread: the noise of a loss; None means no
-    intervals. Empty without a curve of the base.
+    curves: loss over model size, by arm. name: the name of the base arm. spread: the noise of one run's loss; None
+    means no intervals. The result is empty without a curve of the base.
     """
     base = curves.get(name)
     if base is None:
@@ -241,13 +243,16 @@ def _with_spread(base: Curve, other: Curve, spread: Noise | None) -> SameLoss:
 
 
 def _deviations(spread: Noise, generator: np.random.Generator) -> list[float]:
-    """Return a standard deviation for each draw, distributed as its degrees of freedom allow."""
+    """Return a standard deviation for each bootstrap draw, distributed as its estimate's degrees of freedom imply."""
     squares = generator.chisquare(spread.degrees, DRAWS) / spread.degrees
     return (spread.deviation / np.sqrt(squares)).tolist()
 
 
 def _detectable(low: float | None, high: float | None, degrees: int) -> tuple[float, ...]:
-    """Return detectable gaps from the half width of the interval, as for Student's t."""
+    """Return the smallest true differences that would be found with each probability in `POWERS`, as for Student's t.
+
+    low, high: the confidence interval, whose half width gives the standard error. degrees: its degrees of freedom.
+    """
     if low is None or high is None:
         return ()
     error = (high - low) / 2 / t_quantile((1 + CONFIDENCE) / 2, degrees)
@@ -263,7 +268,10 @@ def _interval(drawn: Sequence[float | None]) -> tuple[float | None, float | None
 
 
 def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Curve:
-    """Return a parametric bootstrap sample of the curve; a mean over more seeds has less noise."""
+    """Return the curve with normal noise added to its losses, and fitted again: a draw of the parametric bootstrap.
+
+    deviation: standard deviation of one run's loss; that of a mean over n seeds is smaller by the root of n.
+    """
     deviations = deviation / np.sqrt(curve.seeds)
     losses = np.asarray(curve.losses) + deviations * generator.standard_normal(len(curve.losses))
     return make_curve(curve.arm, curve.parameters, curve.forward_flops, losses.tolist(), curve.seeds)
@@ -276,9 +284,9 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 class IsoFlopResult:
     """The result of an isoFLOP grid, as far as it was run.
 
-    collected: the records. curves: loss over size, {budget: {arm: curve}}. noise: the noise of one run's loss; None if
-    not known. same: comparisons of the arms with the base, by budget. times: losses after equal training times.
-    same_times: comparisons with the base at each of these times.
+    collected: the records. curves: loss over model size, {budget in training FLOPs: {arm: curve}}. noise: the noise of
+    one run's loss; None if not known. same: comparisons of the arms with the base arm, by budget. times: losses after
+    equal training times. same_times: comparisons with the base arm at each of these times.
     """
 
     collected: GridRecords

@@ -47,11 +47,11 @@ PLAN = "plan.json"  # the spec, kept beside the records
 
 
 def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
-    """Train all runs of a grid that have no record yet, and return the paths of its table and page.
+    """Train all runs of an isoFLOP grid that have no record yet, and return the paths of its Markdown and HTML page.
 
-    Both are rendered again after every stage. spec: the grid. out: folder for table, page and records. runs: folder for
-    run folders. command: noted in records. Raises ValueError or FileNotFoundError before anything is trained if a run
-    is impossible, and ValueError at the end if runs have failed.
+    Both are rendered again after every stage. spec: the grid. out: folder for pages and records. runs: folder for run
+    folders. command: the shell command, which is noted in records. Raises ValueError or FileNotFoundError before
+    anything is trained if a run is impossible, and ValueError at the end if runs have failed.
     """
     facts = read_corpus(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -73,11 +73,12 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 
 @dataclass(kw_only=True)
 class Stages:
-    """The stages of a grid: learning rates, the grid itself, speeds with arms in turns, further seeds at the optima.
+    """The stages in which an isoFLOP grid is run; finished runs are recorded, and interrupted ones resumed.
 
-    Runs are resumed and recorded as in any study. facts: the corpus with its rows. out: folder for records. runs:
-    folder for run folders. command: noted in records. console: for messages. failures: one message for each failed run.
-    use: use of cores by run folder, for runs trained in this process.
+    The stages are: tries of learning rates, the grid itself, training speeds with the arms of a size in turns, and
+    further seeds at the optima. grid: all runs. facts: the corpus with its rows. out: folder for records. runs: folder
+    for run folders. command: the shell command, which is noted in records. console: for messages. failures: one message
+    for each failed run. use: use of processor cores by run folder, for runs trained in this process.
     """
 
     grid: Grid
@@ -90,7 +91,7 @@ class Stages:
     use: dict[Path, CoreUse] = field(default_factory=dict)  # by run folder, for runs trained in this process
 
     def say(self, text: str) -> None:
-        """Print a message."""
+        """Print a message after the name of the grid. text: the message."""
         self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def run(self) -> None:
@@ -108,10 +109,10 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run cells with each of `seeds`, unless they are recorded, then render table and page.
+        """Run cells with each of `seeds`, unless they are recorded, then render the pages.
 
-        name: the name of the stage, for messages. timed: whether to measure the training speeds of all cells in turns
-        as well.
+        name: the name of the stage, for messages. cells: the runs, without seeds. timed: whether to measure the
+        training speeds of all cells in turns as well.
         """
         if not cells or not seeds:
             return
@@ -141,7 +142,11 @@ class Stages:
         _render_if_any(self.out, self.grid.spec.name)
 
     def _train(self, recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-        """Train one cell on the shared corpus, which is read once; each seed has its own order of rows."""
+        """Train one run of the grid on the corpus that all runs share; each seed has its own order of rows.
+
+        recipe: its recipe. folder: the run folder. resume: whether to continue an interrupted run. callbacks: further
+        callbacks of the trainer.
+        """
         data = self.facts.data
         assert data is not None
         assert data.train is not None
@@ -235,11 +240,16 @@ def _render_if_any(out: Path, name: str) -> list[Path]:
 
 
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
-    """Return the figures of a finished run for its record.
+    """Return the figures of a finished run of an isoFLOP grid, for its record.
 
-    cell: the cell of the grid that was run. folder: the run folder. facts: the corpus with its rows. clock: use of
-    cores during the training. Losses are in nats and are measured on the whole validation set in the pass that really
-    skips; `training_flops` are those of the whole training, `forward_flops` those of one token.
+    cell: the run, whatever its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
+    cores during the training. Keys: `cell`, arm, budget, size, rate, steps and parameters; `loss` on the whole
+    validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`; `capacity`,
+    the share of tokens kept, {block: {mechanism: share}}; `forward_flops`, counted per token, `forward_flops_needed`,
+    without the padding of rows that keep fewer tokens than others, and `forward_flops_dense`, without mechanisms;
+    `training_flops`, as `planned` and as `executed` with the capacities that were logged; `training`, the summary of
+    the training; `sharing`, the fields of `clock`; `corpus`, its tokens and hash, and as `seen` how many times it was
+    read.
     """
     assert facts.data is not None
     run = Run(folder)

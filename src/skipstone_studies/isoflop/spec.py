@@ -60,7 +60,7 @@ def parse_size(word: object, blocks: int) -> GridSize:
 
 
 def arms_of(recipe: PlainDict) -> dict[str, Changes]:
-    """Return the default arms of a recipe, each with its changes of the section `model`.
+    """Return the default arms of a recipe by name, each with its changes of the section `model`.
 
     They are dense (no mechanisms), mod or routed (the recipe's mechanisms) and, if the recipe has Mixture-of-Depths,
     random (the same with tokens chosen at random).

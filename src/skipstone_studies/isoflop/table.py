@@ -1,4 +1,4 @@
-"""The tables and sentences of a grid's result."""
+"""The tables and sentences of an isoFLOP grid's result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLACES = {
 
 
 def about(result: IsoFlopResult) -> str:
-    """Return the paragraph above the tables."""
+    """Return the paragraph above the tables: arms, corpus, budgets, and how losses and optima are measured."""
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -37,7 +37,7 @@ def about(result: IsoFlopResult) -> str:
 
 
 def _router(grid: Grid) -> str:
-    """Return a sentence if Mixture-of-Depths differs from the paper's."""
+    """Return a sentence if some arm's Mixture-of-Depths does not scale updates, unlike the paper's; "" otherwise."""
     entries = [entry for arm in grid.spec.arms for entry in grid.spec.known[arm].get("mechanisms") or []]
     guided = any(e["name"] == "mixture_of_depths" and e.get("weight", "none") == "none" for e in entries)
     paper = " Updates are not scaled by the router's output (weight none), which differs from the paper's router."
@@ -45,7 +45,10 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """Return in words how the model of an arm differs from the base recipe's model."""
+    """Return in words the options in which the model of an arm differs from the recipe's.
+
+    grid: the runs, with their specification. arm: its name.
+    """
     parts = []
     for key, value in grid.spec.known[arm].items():
         if key == "mechanisms":
@@ -61,7 +64,7 @@ def _entry(entry: PlainDict) -> str:
 
 
 def verdicts(result: IsoFlopResult) -> list[str]:
-    """Return one sentence for each arm and budget that compares it with the base arm."""
+    """Return one sentence for each arm and budget of training FLOPs that compares it with the base arm."""
     return [
         f"At {compact(budget)}: {_verdict(found, result.curves[budget], result.base)}"
         for budget, compared in result.same.items()
@@ -85,7 +88,10 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 
 
 def claims(collected: GridRecords) -> list[Claim]:
-    """Return, for each arm and budget, the claim that its best loss is below the base arm's, with its verdict."""
+    """Return, for each arm and budget, the claim that its best loss is below the base arm's, with its verdict.
+
+    collected: all records of the grid.
+    """
     result = find(collected)
     words: dict[str, Verdict] = {"better": "yes", "worse": "no", "no headroom": "no headroom"}
     return [
@@ -117,13 +123,13 @@ def _signed(value: float) -> str:
 
 
 def sections(result: IsoFlopResult) -> list[Section]:
-    """Return every table that has rows."""
+    """Return the tables of a result, without those that have no rows."""
     made = [same(result), optima(result), times(result), speeds(result), rates(result), runs(result)]
     return [section for section in made if section.rows]
 
 
 def same(result: IsoFlopResult) -> Section:
-    """Return the table of forward FLOPs at equal loss."""
+    """Return the table of the forward FLOPs with which each arm reaches the base arm's best loss, for each budget."""
     spread = result.noise
     told = [] if spread is None else [f"Intervals are 90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
@@ -174,7 +180,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
 
 
 def optima(result: IsoFlopResult) -> Section:
-    """Return the table of the best size of each arm and budget."""
+    """Return the table of the best size of each arm and training budget, with its loss."""
     rows = []
     for budget, curves in result.curves.items():
         for arm, curve in curves.items():
@@ -209,7 +215,7 @@ def _with_deviation(losses: Sequence[float]) -> str:
 
 
 def times(result: IsoFlopResult) -> Section:
-    """Return the table of losses after equal training times."""
+    """Return the table of each arm's best loss after equal training times, compared with the base arm's."""
     rows = []
     for time, compared in zip(result.times, result.same_times, strict=True):
         gaps = {found.arm: found for found in compared}
@@ -234,7 +240,7 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
-    """Return the table of training speeds, measured while arms took turns."""
+    """Return the table of training tokens per second by size and arm, measured while arms took turns."""
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -256,7 +262,7 @@ def speeds(result: IsoFlopResult) -> Section:
 
 
 def rates(result: IsoFlopResult) -> Section:
-    """Return the table of learning rates that were tried."""
+    """Return the table of the losses at the learning rates that each arm tried."""
     collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
@@ -279,7 +285,7 @@ def rates(result: IsoFlopResult) -> Section:
 
 
 def runs(result: IsoFlopResult) -> Section:
-    """Return the table of all runs."""
+    """Return the table of all runs, one row each, with parameters, steps, tokens, FLOPs, loss and seconds."""
     return Section(
         title="All runs of the grid",
         columns=[

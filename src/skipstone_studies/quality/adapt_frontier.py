@@ -58,9 +58,10 @@ def arms(
     """Return the recipes by name: the pretrained source, the source trained further, and methods that compute less.
 
     scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of
-    cross-entropy in the loss; distillation from the source has the rest, and with 0 the source is not trained further.
-    sampled: whether training rows are also drawn from text that the source generated. move_to: budgets (shares of the
-    source's FLOPs) to which the routed models are also set after training.
+    cross-entropy in the loss, from 0 to 1; distillation from the source has the rest, and with 0 the source is not
+    trained further. sampled: whether training rows are also drawn from text that the source generated. move_to: for
+    each of these budgets (shares of the source's FLOPs), arms are added whose models are set to it after training,
+    without further training; () adds none.
     """
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
@@ -122,8 +123,9 @@ def _recipe(
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
 
-    recipe: the arm's recipe; if it has the key `at_budget`, another arm's model is saved. resume: whether to continue
-    an interrupted training. callbacks: further callbacks of the trainer.
+    recipe: the arm's recipe; if it has the key `at_budget`, the model of another arm is saved, set to this budget.
+    folder: the run folder. resume: whether to continue an interrupted training. callbacks: further callbacks of the
+    trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
@@ -155,10 +157,11 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return the figures of one run folder: for each text the loss and FLOPs per token, and a generated sample.
+    """Return the figures of one run folder: loss and FLOPs on each text, and a generated sample.
 
-    rows: number of rows of each text. For each text, `loss` is in nats per token by the pass that skips, and `flops` is
-    counted per token while it runs. greedy: the sample. tokens: training tokens; 0 for the source.
+    rows: number of rows of each text that are read. Keys: for the name of each text, `loss`, in nats per token by the
+    pass that skips, and `flops`, counted per token while it runs; `greedy`, the sample; `tokens`, the number of
+    training tokens, 0 for the source.
     """
     found: PlainDict = {"greedy": greedy(folder), "tokens": 0}
     if not Run(folder).is_saved_model:
@@ -186,10 +189,11 @@ def greedy(folder: Path) -> str:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return by arm the FLOPs and tokens/s of decoding one row, both relative to the source's.
+    """Return the FLOPs and the speed of decoding one row by each arm, both relative to the source's.
 
-    runs: run folders by arm. Steps follow a prompt from the first text, because what is skipped depends on the text.
-    Arms are timed in turns.
+    runs: run folders by arm. The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted while steps run,
+    "speed": ratio of the tokens per second, as {"median", "min", "max"} over turns}}}. Steps follow a prompt from the
+    first text, because what is skipped depends on the text. Arms are timed in turns.
     """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data
@@ -218,10 +222,11 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return figures that follow from all arms of a seed: for each arm and text, share, perplexity and over.
+    """Return figures of each arm and text that follow from all arms of a seed; {} without the source.
 
-    The result is {arm: {"by_text": {text: figures}}}. share: FLOPs relative to the source's. over: perplexity relative
-    to that of the tuned source (or the source, if none was tuned), minus 1. Returns {} without the source.
+    The result is {arm: {"by_text": {text: {"share": FLOPs relative to the source's, "perplexity": that of the arm,
+    "over": this perplexity relative to that of the tuned source (or the source, if none was tuned), minus 1}}}}.
+    figures: the figures of all arms with one seed, by arm.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)

@@ -34,9 +34,11 @@ SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyG
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: the SwiGLU checkpoint, its two continuations, and models from scratch.
+    """Return the recipes by name: a SwiGLU checkpoint, two ways to train it further, and models trained from scratch.
 
-    Continued models and those from scratch get equal training FLOPs in total. scale: not used.
+    It is trained further as it is or adapted to PolyGLU. From scratch, one SwiGLU and one PolyGLU get as many training
+    FLOPs as the checkpoint and its continuation together, another PolyGLU those of the continuation alone. scale: not
+    used.
     """
     ratio = forward_flops("polyglu") / forward_flops("silu")
     whole = STEPS + MORE * ratio  # in steps of SwiGLU
@@ -76,9 +78,9 @@ def _rest(steps: int, rate: float) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder: validation loss, training FLOPs, and how neurons choose their activations.
 
-    nats: loss per character. own_flops: forward FLOPs of a row times the run's steps, which is proportional to its
-    training FLOPs. apart: for PolyGLU, the share of neurons whose strongest activation is not the most common one of
-    their layer, on some rows.
+    Keys: `nats`, the loss per character; `own_flops`, the forward FLOPs of a row times the run's steps, which are
+    proportional to its training FLOPs; for PolyGLU also `apart`, the share of neurons whose strongest activation is not
+    the most common one of their layer, mean over layers and the tokens of the first rows.
     """
     loaded = load_run(folder, "validation")
     assert loaded.data is not None
@@ -97,10 +99,11 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm its training FLOPs relative to the checkpoint's, and by how much its loss is higher.
+    """Return by arm `flops`, its training FLOPs relative to the checkpoint's, and `over`, how much higher its loss is.
 
-    The loss is compared with that of the checkpoint trained further as it is. The FLOPs include the checkpoint's own
-    training where an arm starts from it. Returns {} if the checkpoint or its continuation is missing.
+    The loss is compared, in nats, with that of the checkpoint trained further as it is. The FLOPs include the
+    checkpoint's own training where an arm starts from it. figures: the figures of all arms with one seed, by arm.
+    Returns {} if the checkpoint or its continuation is missing.
     """
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:

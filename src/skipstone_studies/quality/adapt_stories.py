@@ -26,7 +26,7 @@ LEAST = {"score": "block_influence"}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: the source, the tuned source, the source without a block, and models that skip.
+    """Return the recipes by name: the source, the source trained further, without a block, and models that skip.
 
     scale: not used.
     """
@@ -68,7 +68,7 @@ def _recipe(model: PlainDict, **options: object) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the losses of one run on held-out stories and on wikitext-2, and the counted FLOPs per token of stories.
 
-    folder: the run folder. Losses are in nats per token, by the pass that skips.
+    folder: the run folder. Keys: `stories` and `wikitext-2`, losses in nats per token by the pass that skips; `flops`.
     """
     stories = f"text:{text_folder(folder, SAMPLED)}"
     found: PlainDict = {}
@@ -83,7 +83,10 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm the FLOPs as a share of the source's, and the perplexity of the stories; {} without the source."""
+    """Return by arm `share`, its FLOPs relative to the source's, and `perplexity` of the stories.
+
+    figures: the figures of all arms with one seed, by arm. Returns {} without the source.
+    """
     if "source" not in figures:
         return {}
     whole = figures["source"]["flops"]

@@ -1,7 +1,7 @@
-"""Does routing win on text where depth pays? Dense models, controls and routers at equal training FLOPs.
+"""Does routing win on text where depth pays? Dense models, learned routers, and choices that nothing learns.
 
-`DECISIVE` has models of width 128, `DECISIVE_NARROW` models so narrow that training long enough takes less than an
-hour of one core.
+All have equal training FLOPs. `DECISIVE` has models of width 128, `DECISIVE_NARROW` models so narrow that training long
+enough takes less than an hour of one core.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes by name, all with equal training FLOPs: two dense models, controls, and routers.
+    """Return the recipes by name, all with equal training FLOPs: dense models of 8 and 5 blocks, and models that skip.
 
-    scale: "laptop", "paper" or "quick". corpus: the text.
+    The latter choose tokens by boundaries of words, at random, by learned routers or not at all (layer dropout). scale:
+    "laptop", "paper" or "quick". corpus: the text.
     """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
@@ -61,9 +62,10 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def narrow_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes of the same arms for narrow models; both dense ones are arms of the study `depth`.
+    """Return the recipes of the arms of `arms` for narrow models, with fixed training FLOPs; `DECISIVE_NARROW` uses
+    them.
 
-    scale: "laptop" or "quick". corpus: the text.
+    Both dense ones are arms of the study `depth` as well. scale: "laptop" or "quick". corpus: the text.
     """
     width, budget = NARROW[scale]
     recipe = partial(depth.arm, scale, corpus, width=width, budget=budget)
@@ -148,8 +150,8 @@ GOES_ON = (
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm the claims that its test loss is .02 nats below dense-8's and below that of random tokens.
 
-    figures: the figures of every run, by arm and seed. The verdict is "no headroom" if dense-8 is not better than
-    dense-5, because then depth does not pay.
+    figures: the figures of every run, by arm and seed. The verdict is "no headroom" if the dense model of 8 blocks is
+    not better than that of 5, because then depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 

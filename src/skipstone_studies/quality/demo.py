@@ -86,7 +86,7 @@ PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib:20-5-75": "def "}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the five recipes by name: one model, dense and with different mechanisms.
+    """Return the five recipes by name: dense, mod, tsa, polyglu, and all, which combines these three mechanisms.
 
     scale: "quick", "laptop" or "paper", a key of `SIZES`.
     """
@@ -135,7 +135,10 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: training summary, evaluation, and a generated sample (`sample`)."""
+    """Return the figures of one run folder: those of `measure.standard`, and as `sample` those of `measure.sample`.
+
+    These are the summary of the training, the evaluation, and a text that the model generated.
+    """
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}
 

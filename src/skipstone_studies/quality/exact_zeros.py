@@ -1,4 +1,7 @@
-"""Exact zeros behind ReLU: the loss of models whose MLPs read fewer bytes for a decoded token without any error."""
+"""Exact zeros behind ReLU: the loss of models that read fewer bytes of their MLPs for a decoded token, without error.
+
+The weights of a neuron whose activation is exactly 0 need not be read.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,10 @@ PROMISED = 0.8  # share of the bytes, the least saving that was announced
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes by name: SwiGLU, a narrower one, ReGLU, a mix of ReLU and SiLU, and PolyGLU.
+    """Return the recipes by name: SwiGLU, a narrower one, ReGLU, a fixed mix of ReLU and SiLU neurons, and PolyGLU.
 
-    ReGLU and the mix appear with and without a price on activations that are not 0. scale: "laptop", "paper" or
-    "quick". corpus: the text.
+    ReGLU and the mix appear with and without a penalty (price) on activations that are not 0. scale: "laptop", "paper"
+    or "quick". corpus: the text.
     """
     recipe, neurons = partial(_recipe, scale, corpus), NEURONS[scale]
     relu = round(RELU_SHARE * neurons)
@@ -103,10 +106,11 @@ def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[obj
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with shares of neurons that are not 0 and bytes read in decoding.
 
-    on: the share of such neurons by block. mlp_read, read: bytes of the MLPs' and of all matrices that a decoded token
-    reads, as shares of those of a model with `NEURONS` neurons in each block. teal: for the dense arm, the increase of
-    the loss and the share of bytes left with small inputs set to 0, by share of inputs. PolyGLU is measured with one
-    fixed activation per neuron; mixed_loss is its loss before that, relu the share of neurons with ReLU by block.
+    Keys besides those of `protocol.measured`: `on`, the share of neurons that are not 0 by block, None if all are read;
+    `mlp_read` and `read`, the bytes of the MLPs' and of all matrices that a decoded token reads, relative to those of
+    the arm "swiglu". For that arm, `teal` shows small inputs of MLPs set to 0 after training, by share of the inputs:
+    as `loss` its increase in nats, as `mlp_read` the share of bytes left. PolyGLU is measured with one fixed activation
+    per neuron; `mixed_loss` is its loss before that, and `relu` the share of neurons with ReLU by block.
     """
     figures = protocol.measured(folder)
     recipe, model = protocol.recipe_of(folder), Run(folder).load_model().eval()
@@ -139,7 +143,10 @@ def measured(folder: Path) -> Figures:
 
 
 def _hardened(model: SkipstoneForCausalLM, calibration: Sequence[Mapping[str, Tensor]]) -> SkipstoneForCausalLM:
-    """Return the model with one function a neuron, whose zeros are left out."""
+    """Return PolyGLU's model with one fixed activation per neuron, in which neurons that are exactly 0 are left out.
+
+    calibration: batches on which each neuron's strongest activation is found.
+    """
     hardened = harden(model, mean_logits(model, PASSES["executed"], calibration))
     hardened.config.neuron_groups = {"decision": "zeros"}
     return from_tensors(hardened.config, hardened.state_dict(), hardened.dtype).eval()

@@ -39,7 +39,7 @@ BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 
 
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
-    """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups of equal FLOPs, and controls.
+    """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups with their FLOPs, and variants of the groups.
 
     scale: "laptop" or "paper". corpus: the text.
     """
@@ -68,10 +68,11 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: the standard ones, the MLPs' FLOPs per token, and TEAL's losses.
+    """Return the figures of one run folder: those of `measure.standard`, the MLPs' FLOPs, and TEAL's losses.
 
-    mlp_flops: the MLPs' forward FLOPs per token. teal: only for models without neuron groups: `loss`, and `executed`,
-    the share of the MLPs' multiplications with inputs other than 0, by the share of inputs that TEAL leaves.
+    Keys: `mlp_flops`, the MLPs' forward FLOPs per token; for models without neuron groups, `teal`, by the share of the
+    MLPs' inputs that TEAL does not set to 0: as `loss` that of the model in nats per token, as `executed` the share of
+    the MLPs' multiplications whose input is not 0.
     """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)
@@ -82,7 +83,7 @@ def measured(folder: Path) -> Figures:
 
 
 def _step(share: float) -> str:
-    """Return the key of a share in the figures, without a dot."""
+    """Return a share as a key of the figures, in per cent, because dots separate the keys of a path."""
     return f"{share:.0%}"
 
 

@@ -45,9 +45,10 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with the benefit of each block (`benefit`) for the model of 8 blocks.
+    """Return the figures of one run folder, for the model of 8 blocks with the benefit of each block.
 
-    The benefit of a block for a token is by how much it lowers the token's loss, measured on the test split.
+    The figures are those of `protocol.measured`. The benefit of a block for a token is by how much it lowers the
+    token's loss. It is measured on the test split and stored under the key `benefit`, as `on_rows` returns it.
     """
     figures = protocol.measured(folder)
     if folder.name.rpartition("-seed")[0] != FULL:
@@ -67,10 +68,10 @@ def units_of(blocks: int) -> list[Unit]:
 
 
 def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
-    """Measure the benefit of blocks in a dense model on `count` evenly spaced rows, in nats of each token's loss.
+    """Measure how much blocks of a dense model lower each token's loss, on evenly spaced rows.
 
-    data: prepared text, whose validation rows are used. A regression of the benefit is fitted on every second row and
-    judged on the others. Returns the record of `benefit.oracle`.
+    data: prepared text, whose `validation` is read. count: number of rows. Every second one fits a regression that
+    predicts the benefit, the others judge it. Returns the dict of `benefit.oracle`.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
@@ -128,9 +129,9 @@ HEADROOM = Study(
 
 
 def checkpoints(scale: str) -> dict[str, RecipeDict]:
-    """Return recipes that name pretrained checkpoints, the text on which their blocks are measured, and its rows.
+    """Return recipes by name, each with a pretrained checkpoint and the text on which its blocks are measured.
 
-    scale: "quick" uses fewer rows.
+    scale: "quick" reads fewer rows of the text.
     """
     rows = {"rows": 16 if scale == "quick" else 64}
     few = {"rows": 16 if scale == "quick" else 24}  # 2,268 passes of a row

@@ -1,4 +1,4 @@
-"""The routing that PolyGLU learns: entropies, diversity of neurons, and the loss of hardening it."""
+"""The routing that PolyGLU learns: entropies, diversity of neurons, and the cost of fixing one activation for each."""
 
 from __future__ import annotations
 
@@ -68,9 +68,11 @@ def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, and for PolyGLU how its neurons choose their activations.
 
-    diversity, dynamic_entropy, static_entropy: means over layers of the methods of `MixFigures`. hardened: change of
-    the loss in nats when each neuron keeps one activation, chosen on training rows. neurons: for each layer, the share
-    of neurons whose strongest activation is each of the functions. course: the result of `course` for the run.
+    Keys besides those of `measure.standard`: `diversity`, the share of neurons whose strongest activation is not the
+    most common one of their layer; `dynamic_entropy` and `static_entropy`, mean entropies in nats of a neuron's softmax
+    over activations, with all logits and with its learned preferences alone; these are means over layers. `hardened`:
+    by how many nats the loss rises if each neuron keeps one activation, chosen on training rows. `neurons`: for each
+    layer, the share of neurons whose strongest activation is each of the functions. `course`: the result of `course`.
     """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
@@ -84,7 +86,11 @@ def measured(folder: Path) -> Figures:
 
 
 def _hardened(folder: Path, loaded: LoadedRun) -> float:
-    """Return the nats of the model with one fixed activation per neuron, chosen on training rows."""
+    """Return the validation loss in nats per token of the model with one fixed activation per neuron.
+
+    folder: the run folder, whose training rows determine each neuron's activation. loaded: the run with its validation
+    rows.
+    """
     train = load_run(folder, "train")
     assert loaded.data is not None
     assert train.data is not None
@@ -95,9 +101,10 @@ def _hardened(folder: Path, loaded: LoadedRun) -> float:
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:
-    """Return routing statistics logged at 5 evenly spaced points of a training, averaged over layers.
+    """Return `diversity`, `dynamic_entropy` and `static_entropy` at 5 evenly spaced points of a training.
 
-    The result is {percentage of the steps: {name: value}}.
+    They are described in `measured`, were logged, and are averaged over layers. The result is {percentage of the steps:
+    {name: value}}.
     """
     lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
     last, found = lines[-1]["step"], {}
@@ -116,9 +123,11 @@ DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield verdicts on the paper's two claims about entropies, and on whether neurons differ and can be hardened.
+    """Yield five claims for each arm with their verdicts, of which the first two are the paper's.
 
-    figures: the figures of every run, by arm and seed.
+    They are: routing is nearly deterministic (dynamic entropy at most .1 % of ln 4); static entropy stays within 1 % of
+    ln 4; at least 5 % of a layer's neurons differ from its most common activation; fixing one activation per neuron
+    costs at most .01 nats; the loss is below SwiGLU's. figures: the figures of every run, by arm and seed.
     """
     for arm in figures:
         share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]

@@ -39,8 +39,8 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
     """Return the recipes by name: each model with its own weights, in int8 and in int4.
 
     scale: not used. runs: (study, arm) of finished runs, the first of a dense model; ", pruned" after an arm's name
-    removes unused neuron groups. text: arguments of `load_run` for the evaluated text. group: weights of a matrix row
-    that share an int4 scale; 0: all.
+    removes unused neuron groups. text: keyword arguments of `load_run` that select the evaluated text. group: number of
+    weights in a matrix row that share an int4 scale; 0 means the whole row.
     """
     return {
         name_of(arm, weights): {
@@ -87,7 +87,10 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def _options(weights: str, group: int) -> PlainDict:
-    """Return the arguments of `from_pretrained` that load weights in this form."""
+    """Return the arguments of `from_pretrained` that quantise linear layers by torchao (weights only).
+
+    weights: "as trained" (no arguments), "int8" or "int4". group: as in `arms`. Raises ValueError without torchao.
+    """
     if weights == "as trained":
         return {}
     try:
@@ -103,7 +106,10 @@ def _options(weights: str, group: int) -> PlainDict:
 
 @torch.no_grad()
 def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
-    """Raise ValueError if the saved model differs, or its routers are quantised."""
+    """Raise ValueError if the model in `folder` differs from the one that was saved, or if its routers are quantised.
+
+    made: the model that was saved.
+    """
     loaded = SkipstoneForCausalLM.from_pretrained(folder).eval()
     ids_BT = torch.arange(2 * PROMPT).view(2, PROMPT) % made.config.vocab_size
     if not torch.equal(loaded(ids_BT).logits, made(ids_BT).logits):
@@ -113,7 +119,10 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return `nats`, the loss per token on `rows` rows by the pass that skips, and `bytes`, the weights' file size."""
+    """Return `nats`, the loss per token by the pass that skips, and `bytes`, the size of the weights' file.
+
+    folder: the model folder, with the choice of text that `make` stored. rows: number of rows that are read.
+    """
     text = read_object(folder / TEXT)
     loaded = load_run(folder, **text)
     assert loaded.data is not None
@@ -123,9 +132,10 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return by arm the tokens/s of decoding one row, and half of the range of its turns as a share of that.
+    """Return by arm the tokens per second of decoding one row, and their spread.
 
-    runs: model folders by arm, which are timed in turns.
+    runs: model folders by arm, which are timed in turns. The result is {arm: {"tokens_per_second": median over turns,
+    "spread": half of the range over turns, as a share of the median}}.
     """
     tasks = {}
     for arm, folder in runs.items():
@@ -136,7 +146,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
-    """Return by arm the perplexity, and the interaction of skipping and quantising in nats.
+    """Return by arm `perplexity`, and for arms that skip and are quantised `interaction`, in nats.
 
     The interaction is the loss added by both together minus the sum of the losses that each adds alone. figures: the
     figures of all arms with one seed, by arm. first: name of the dense arm.

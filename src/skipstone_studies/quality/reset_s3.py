@@ -113,9 +113,10 @@ def recipe(
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with `accuracy` (by bin of needed depth) and counted `flops` per token.
+    """Return the figures of one run folder: those of `measure.standard`, `accuracy` and `flops`.
 
-    Both are of the model's main pass, which skips as generation does.
+    accuracy: share of correct operations by bin of difficulty (operations since the last reset). flops: counted per
+    token. Both are those of the model's main pass, which skips as generation does.
     """
     figures = measure.standard(folder)
     evaluation = figures["evaluation"]
@@ -126,11 +127,12 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """Return for each judged arm `headroom`, by bin: its accuracy between a dense model (0) and known decisions (1).
+    """Return for each judged arm how far its accuracy lies between a dense model's (0) and that of known decisions (1).
 
-    Dense accuracies are interpolated at the arm's executed FLOPs. figures: the figures of all arms with one seed, by
-    arm. judged: names of the arms to judge. knowing: name of the arm whose decisions are imposed by the known
-    difficulty. Returns {} without the latter or without dense arms.
+    The result is {arm: {"headroom": {bin of difficulty: value}}}. Dense accuracies are interpolated at the arm's
+    executed FLOPs. figures: the figures of all arms with one seed, by arm. judged: names of the arms to judge. knowing:
+    name of the arm that keeps exactly the tokens known to need depth. Returns {} without the latter or without dense
+    arms.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)

@@ -136,9 +136,11 @@ class Routing:
 
     @torch.no_grad()
     def figures(self) -> PlainDict:
-        """Return dynamic_entropy, in nats by layer, and flips, the share of neurons that changed their activation.
+        """Return `dynamic_entropy` and `flips`, as they are now.
 
-        A neuron counts if its strongest activation is not the one that it was when the object was built.
+        dynamic_entropy: for each layer, mean entropy in nats, over tokens and neurons, of the softmax over activations
+        with all logits. flips: share of neurons whose strongest activation is not the one that it was when the object
+        was built.
         """
         was_training = self.model.training
         self.model.eval()
@@ -155,7 +157,7 @@ class Routing:
         return {"dynamic_entropy": (sums / count).tolist(), "flips": float(flips)}
 
     def _strongest(self) -> list[Tensor]:
-        """Return the strongest activation of each neuron, [F] per layer."""
+        """Return each neuron's strongest activation for the mean logits of all rows, an index, int64 [F] per layer."""
         was_training = self.model.training
         dynamic = mean_logits(self.model.eval(), PASSES["executed"], self.rows)
         self.model.train(was_training)
@@ -195,9 +197,9 @@ def course(path: Path) -> list[PlainDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """Fine-tune the base model in `folder` by TRL's SFTTrainer and return `figures` of its losses and its routing.
+    """Fine-tune the base model in `folder` by TRL's SFTTrainer, and return the figures of the tuning (`figures`).
 
-    An interrupted tuning is resumed. Raises ValueError if TRL is not installed or the temperature tau has changed.
+    An interrupted tuning is resumed. Raises ValueError if TRL is not installed or if the temperature tau has changed.
     """
     try:
         from datasets import Dataset
@@ -250,10 +252,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor
 def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
     """Return the figures of a fine-tuning: what was logged, and summaries.
 
-    losses: logged losses. lines: measurements of the routing over time, the first from before tuning. tau: the
-    temperature of PolyGLU. In the result, start and end are dynamic entropies averaged over layers; drift is their
-    relative change, largest the largest one at any time; flips is the share of neurons whose strongest activation
-    changed; stable is 1 if drift is at most 10 % and flips at most 1 %, else 0.
+    losses: the logged training losses. lines: the dicts of `Routing.figures` over time, the first from before tuning.
+    tau: the temperature of PolyGLU. Keys of the result: `losses`, `course` (the lines) and `tau` as given;
+    `first_loss`, `last_loss`; `start` and `end`, dynamic entropies averaged over layers; `drift`, their relative
+    change; `largest`, the largest such change at any time; `flips`, the share of neurons whose strongest activation has
+    changed; `stable`, 1 if the drift is at most 10 % and the flips at most 1 %, else 0.
     """
     means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
     drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]

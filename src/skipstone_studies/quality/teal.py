@@ -95,7 +95,7 @@ def measure_teal(
 
 @contextmanager
 def _sites(model: SkipstoneForCausalLM) -> Iterator[list[tuple[Any, Site]]]:
-    """Install hooks on the matrices of every MLP during a `with` block."""
+    """Register a `Site` at every matrix of every MLP during a `with` block; yield the list of (matrix, site)."""
     blocks = model.model.layers
     if any(not isinstance(getattr(block.mlp, name, None), nn.Linear) for block in blocks for name in INPUTS):
         raise ValueError(f"thresholds need gated MLPs of three matrices, this model has mlp {model.config.mlp!r}")

@@ -69,18 +69,20 @@ def _data(task: str, symbols: int) -> PlainDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with savings and losses of other passes.
+    """Return the figures of one run folder: those of `measure.standard` and `gates.savings`, and `variants`.
 
-    Savings are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
+    variants: losses of the gated model when it is run in other ways, as `gates.variants` returns them.
     """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return the claims about both tasks, judged: accuracy kept, savings realised, few dense blocks not sufficient.
+    """Return the claims about both tasks with their verdicts, on the gated models.
 
-    figures: the figures of every run, by arm and seed.
+    The accuracy of the soft and of the executed pass is within 1 % of the dense model's; at least 90 % of the saving by
+    the paper's metric is really skipped; and the accuracy is more than 1 % above that of dense models of 1 and 2
+    blocks. figures: the figures of every run, by arm and seed.
     """
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 

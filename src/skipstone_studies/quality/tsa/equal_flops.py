@@ -1,4 +1,4 @@
-"""The value of an arm's skipping: its executed loss minus that of rivals at equal executed FLOPs, with intervals."""
+"""By how much a routed arm's executed loss is lower than that of rivals at equal executed FLOPs, with intervals."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Verdicts on the paper's claims, each by a rule with its threshold in the text and by the interval over seeds.
+"""Verdicts on the claims of the paper on Token-Selective Attention, each by its interval over seeds.
 
-Differences are between runs of one seed, in nats.
+The text of a claim states its limit. Differences are between runs of one seed, in nats.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def depth_pays(figures: ByArm) -> Headroom | None:
 
 
 def language(figures: ByArm) -> list[Claim]:
-    """Return the judged claims of the studies on text: softly trained arms, the sweep over lambda, arms trained hard.
+    """Return the claims of the studies on text with their verdicts.
 
-    figures: the figures of every run, by arm and seed. Trained hard means with tokens skipped during training.
+    They are about softly trained gates (savings, losses, and whether gates choose better than chance), about the sweep
+    over lambda (the coefficient of the penalty on open gates), and about arms that skip tokens in training. figures:
+    the figures of every run, by arm and seed.
     """
     gated = [arm for arm in figures if mean(figures, arm, "variants.one") is not None]
     budgets = [arm for arm in figures if arm.startswith("hard=")]
@@ -61,7 +63,11 @@ def _of_arm(figures: ByArm, arm: str) -> Iterator[Claim]:
 
 
 def _rivals(figures: ByArm, arm: str) -> Iterator[Claim]:
-    """Yield comparisons with trained rivals, without a verdict if depth does not pay."""
+    """Yield, for each kind of rival, the claim that an arm's executed loss is below the rivals' at equal FLOPs.
+
+    The rivals are dense models of fewer blocks, random tokens and early exit. The verdict is "no headroom" if the dense
+    models show that depth does not pay.
+    """
     room = depth_pays(figures)
     for key, rival in RIVALS.items():
         found, blocks = values(figures, arm, key), blocks_of(figures.get(arm, {}), key)

@@ -29,8 +29,8 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: dense models, and gates that differ in training and decision.
 
-    Gates are trained soft (scaling only), trained hard (skipping), imposed by known difficulty, or random. scale:
-    "laptop" or "paper".
+    Gates are trained soft (scaling updates) or hard (skipping tokens), keep the tokens that are known to need depth, or
+    random ones. scale: "laptop" or "paper".
     """
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}
@@ -45,10 +45,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder as `reset_s3.measured` does, with savings.
-
-    These are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
-    """
+    """Return the figures of one run folder: those of `reset_s3.measured` and of `gates.savings`."""
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}
 

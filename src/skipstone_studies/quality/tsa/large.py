@@ -20,7 +20,7 @@ ENWIK8: dict[str, PlainDict] = {
 def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes on enwik8 by name: dense, gated with two lambdas, early exit, random tokens, and fewer blocks.
 
-    scale: "laptop" or "paper".
+    Lambda is the coefficient of the penalty on open gates. scale: "laptop" or "paper".
     """
     data = ENWIK8[scale]
     return {

@@ -35,7 +35,7 @@ NEAR, DEEPER = 0.005, 2.0  # largest relative text loss; least depth of operatio
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: dense models, gates trained soft (scaling) and hard (skipping), random tokens.
+    """Return the recipes by name: dense models, gates trained soft (scaling updates) or hard (skipping), random tokens.
 
     scale: "laptop" or "paper".
     """
@@ -61,8 +61,9 @@ def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None 
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with losses and depths of the executed pass by kind of token.
 
-    kinds: for text and operations, the loss in nats and the depth, the mean number of blocks that update a token.
-    deeper: depth of operations divided by that of text.
+    Keys besides those of `reset_s3.measured` and `gates.savings`: `kinds`, {"text", "operations" or "fillers": {"loss"
+    in nats per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of operations
+    divided by that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]
@@ -84,9 +85,10 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
 
 def claims(figures: ByArm) -> list[Claim]:
-    """Return two judged claims: at most .5 % more loss on text, and operations at least twice as deep as text.
+    """Return two claims for each gated arm with their verdicts, on the cost for text and on where the depth goes.
 
-    Depth is the number of blocks that update a token. figures: the figures of every run, by arm and seed.
+    The loss on text is at most .5 % above the dense model's; operations are at least twice as deep as text, where depth
+    is the mean number of blocks that update a token. figures: the figures of every run, by arm and seed.
     """
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):

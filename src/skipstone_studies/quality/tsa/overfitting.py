@@ -35,9 +35,11 @@ SEED = 0
 def measured(folder: Path) -> PlainDict:
     """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
-    folder: the run folder. curve: [step, loss with decisions of training, loss of the causal pass or None] at each
-    validation. random_batches: the last step's loss as the paper measures it. test: losses of the last step. best: the
-    step of the lowest validation loss, with losses on both splits.
+    folder: the run folder. Keys: `curve`, [step, loss with the decisions of training, loss of the causal pass or None]
+    at each validation; `random_batches`, the last step's loss as the paper measures it (the function of this name);
+    `test`, the last step's losses on the test split; `best`, the `step` of the lowest validation loss, and its losses
+    on the splits `validation` and `test`. Losses on a split are `soft`, with the decisions of training, `executed`, in
+    the pass that really skips, and the counted `flops` per token of that pass.
     """
     run = Run(folder)
     best = run.best()
@@ -58,7 +60,11 @@ def measured(folder: Path) -> PlainDict:
 
 
 def _losses(folder: Path, split: str, corpus: str | None = None, context: int | None = None) -> PlainDict:
-    """Return `soft`, the loss as trained, and `executed` and `flops`, loss and counted FLOPs of the primary pass."""
+    """Return losses of a run on a whole split.
+
+    Keys: `soft`, the loss in nats per token with the decisions of training; `executed` and `flops`, the loss of the
+    pass that really skips and its counted FLOPs per token.
+    """
     found = evaluate(folder, split=split, batch_size=ROWS, corpus=corpus, context=context)
     losses = {name: result.loss for name, result in found.measured.items()}
     executed = losses[found.primary]
@@ -66,10 +72,10 @@ def _losses(folder: Path, split: str, corpus: str | None = None, context: int | 
 
 
 def random_batches(loaded: LoadedRun) -> PlainDict:
-    """Return the mean loss over 20 batches of 64 windows at random places of the validation split, as the paper does.
+    """Return the loss over 20 batches of 64 windows at random places of the validation split, as the paper measures it.
 
-    loaded: the run. The windows are the same for all runs of a text. deviation: standard deviation of the batches'
-    losses.
+    loaded: the run. The windows are the same for all runs of a text. The result is {"loss": with the decisions of
+    training, mean over batches, "deviation": standard deviation of the batches' losses}, in nats per token.
     """
     found = [measure_loss(loaded.model, PASSES["oracle"], [batch], activations=False).loss for batch in _drawn(loaded)]
     return {"loss": statistics.fmean(found), "deviation": statistics.stdev(found)}

@@ -1,7 +1,7 @@
-"""Published figures of Token-Selective Attention: arXiv 2605.05222, its tables and result files.
+"""Published figures of Token-Selective Attention: the tables and result files of arXiv 2605.05222.
 
-loss: nats per token. alpha: mean soft gate of the gated blocks. saved: share of token-layers by its metric, which is 1
-- (1 + (L - 1) alpha) / L for L blocks; computed by this formula if only alpha is published.
+loss: nats per token. alpha: mean soft gate of the gated blocks. saved: share of (token, block) pairs that the paper's
+metric counts as saved, 1 - (1 + (L - 1) alpha) / L for L blocks; computed by this formula if only alpha is published.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The paper's model and training, at its sizes and at a laptop's. Choices that its code leaves open are marked.
+"""The model and training of the paper on Token-Selective Attention, at its sizes and at a laptop's.
 
-One difference at either scale: its AdamW does not decay embeddings, while ours decays them like every matrix.
+Comments mark choices that its code leaves open. One difference at either scale: its AdamW does not decay embeddings,
+while ours decays them like every matrix.
 """
 
 from __future__ import annotations

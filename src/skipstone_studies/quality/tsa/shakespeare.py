@@ -16,7 +16,7 @@ SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 def claims_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: the paper's table and sweep over lambda, early exit, random tokens, and fewer blocks.
 
-    scale: "laptop" or "paper".
+    Lambda is the coefficient of the penalty on open gates. scale: "laptop" or "paper".
     """
     data = SHAKESPEARE
     return {
@@ -31,7 +31,7 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def control_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes of controls by name: start biases, frozen and constant gates, and random tokens.
+    """Return the recipes of controls by name: other start biases, frozen or constant gates, and random tokens.
 
     scale: "laptop" or "paper".
     """

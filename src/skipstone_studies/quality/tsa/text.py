@@ -1,4 +1,4 @@
-"""Measurements and page sections shared by the studies on text."""
+"""Measurements and page sections shared by the studies of Token-Selective Attention on text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from skipstone_studies.timing import forward_speeds
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with savings and losses of further ways to execute the model.
 
-    Savings are the shares of (token, block) pairs saved by the paper's metric (claimed) and by the pass that skips.
-    variants: losses of gates that are executed in other ways. exits: figures of early exit with other thresholds.
-    Losses by block of text and the course of the training are added too.
+    Keys besides those of `measure.standard` and `gates.savings`: `variants` and `exits`, the results of these functions
+    of `gates`; the losses by block of text (`text_blocks`); and the course of the losses during training
+    (`overfitting.measured`).
     """
     figures = measure.standard(folder)
     further = {
@@ -59,7 +59,10 @@ def details(figures: ByArm, published: Published, corpus: str) -> str:
 
 
 def _columns(figures: ByArm) -> tuple[PublishedColumn, ...]:
-    """Return the columns beside the paper's, with the paper's way to measure the loss if runs have it."""
+    """Return the columns of the table beside the paper's figures.
+
+    If the runs have the loss on random batches, which is how the paper measures it, that column comes first.
+    """
     if not any(values(figures, arm, overfitting.RANDOM_BATCHES) for arm in figures):
         return BESIDE
     loss = PublishedColumn(
