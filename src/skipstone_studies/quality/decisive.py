@@ -62,8 +62,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def narrow_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes of the arms of `arms` for narrow models, with fixed training FLOPs; `DECISIVE_NARROW` uses
-    them.
+    """Return the recipes of the arms of `arms` for narrow models, at the training FLOPs of this scale in `NARROW`.
 
     Both dense ones are arms of the study `depth` as well. scale: "laptop" or "quick". corpus: the text.
     """
