@@ -1,4 +1,7 @@
-"""Causal self-attention with grouped key/value heads; causality is by slot.
+"""Causal self-attention with grouped key/value heads.
+
+A query sees the keys in its own and earlier slots of its document. A slot is a token's index in its row, padding and
+skipped tokens counted.
 
 Shape letters: B rows, T tokens given, K query tokens, C keys, H heads, E head size, D width.
 """
@@ -127,7 +130,10 @@ class Attention(nn.Module):
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
 
     def _steps(self, x_BTD: Tensor, tokens: Tokens, kv: RaggedStore) -> bool:
-        """Return whether this call of one token can use the compiled operation for a decoding step."""
+        """Return whether the compiled operation for a decoding step can compute this call of one token.
+
+        kv: the layer's stored keys and values.
+        """
         plain = tokens.queries.is_all and tokens.rows is None and tokens.real_BT is None and tokens.document_BT is None
         if not plain or type(kv) is not RaggedStore or not 0 < kv.width < decode_step.MOST_KEYS:
             return False
@@ -140,7 +146,10 @@ class Attention(nn.Module):
         return decode_step.takes(x_BTD, kv.entries["key"]) and not kv.entries["key"].requires_grad
 
     def _newest(self, x_11D: Tensor, tokens: Tokens, kv: RaggedStore) -> Tensor:
-        """Store one token's key and value and return its attention output, [1, 1, H E]."""
+        """Store the key and value of the call's only token, and return the attention output for it, [1, 1, H E].
+
+        x_11D: its normalised residual stream. kv: the layer's stored keys and values.
+        """
         query, key, value = self.q_proj(x_11D), self.k_proj(x_11D), self.v_proj(x_11D)
         query = query if self.q_norm is None else self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(2)
         key = key if self.k_norm is None else self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(2)
@@ -150,7 +159,10 @@ class Attention(nn.Module):
         )
 
     def _keys_and_values(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, H, T, E] of all tokens; x may be unpadded."""
+        """Return the keys and the values of all tokens, [B, H, T, E] each, keys rotated.
+
+        x: normalised residual stream, [B, T, D], or [1, N, D] without padding if `tokens.unpadding` is set.
+        """
         key = self._heads(tokens.pad(self.k_proj(x)), self.k_norm, tokens.rotary)
         return key, self._heads(tokens.pad(self.v_proj(x)))
 
@@ -162,7 +174,10 @@ class Attention(nn.Module):
         return y_BHTE if rotary is None else ops.rotate(y_BHTE, *rotary)
 
     def _store(self, key: Tensor, value: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> bool:
-        """Append to the cache, if there is one; return whether no keys but this call's are stored."""
+        """Append keys and values, [B, H, T, E], to the cache, if there is one.
+
+        Return whether this call's keys are all that there are: without a cache, or if it was empty.
+        """
         if cache is None:
             return True
         was_empty, cache.window = cache.kv.width == 0, self.window
@@ -170,7 +185,11 @@ class Attention(nn.Module):
         return was_empty
 
     def _attend_own(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Tensor:
-        """Attend to this call's own keys, in bands where these have fewer scores."""
+        """Return the attention output [B, K, H, E] over this call's keys alone.
+
+        With a window, it is computed in chunks (`windows.in_bands`) if that needs fewer scores. query: [B, H, K, E].
+        key, value: [B, H, T, E]. queries: the K query tokens among `tokens`.
+        """
         B, T = query.shape[0], tokens.length
         in_bands = tokens.queries.is_all and closes(self.window, tokens) and pairs(T, self.window) < T * T
         if not in_bands:
@@ -180,7 +199,11 @@ class Attention(nn.Module):
         return windows.out_of_bands(self._attend(q, k, v, mask), B, T)
 
     def _own(self, key: Tensor, value: Tensor, tokens: Tokens, queries: Tokens) -> Seen:
-        """Return this call's own keys and values, without a mask where a sorted row attends to all of itself."""
+        """Return the keys and values of this call, and the attention mask, bool [B, 1, K, T], True where allowed.
+
+        The mask is None if plain causal attention (SDPA's `is_causal`) is right: rows begin with their first real
+        token, are one document each, and all of their tokens are queries; or each row has one token only.
+        """
         if isinstance(tokens.queries, WholeRows):  # one token a row, which sees itself
             return tokens.queries.gather(key), tokens.queries.gather(value), None
         sorted_rows = tokens.document_BT is None and (tokens.real_BT is None or tokens.aligned)
@@ -196,10 +219,11 @@ class Attention(nn.Module):
         return self.window if closes(self.window, tokens) else None
 
     def _attend_stored(self, query: Tensor, tokens: Tokens, queries: Tokens, kv: RaggedStore) -> Tensor:
-        """Attend to all stored keys, including this call's.
+        """Return the attention output [B, K, H, E] over all stored keys, this call's included.
 
-        If only some rows have queries, either their stored keys are copied, or all rows attend and the results of the
-        others are discarded, whichever touches less memory.
+        query: [B, H, K, E]. queries: the K query tokens. kv: the layer's stored keys and values. If only some rows have
+        queries, either their stored keys are copied, or all rows attend and the results of the others are discarded,
+        whichever touches less memory.
         """
         rows = queries.rows
         if rows is not None and not query.requires_grad and _all_rows_are_cheaper(queries, rows, kv):
@@ -208,9 +232,10 @@ class Attention(nn.Module):
         return self._attend(query, *self._stored(tokens, queries, kv, rows))
 
     def _stored(self, tokens: Tokens, queries: Tokens, kv: RaggedStore, rows: RowSubset | None) -> Seen:
-        """Return the stored keys and values of some rows, without a mask if the newest token attends to all of them.
+        """Return the stored keys and values of some rows, [B, H, C, E] each, and the attention mask, bool [B, 1, K, C].
 
-        rows: None means all.
+        The mask is None if the call has one token per row and it attends to every stored key. rows: None means all
+        rows.
         """
         window = self._closed(tokens)
         newest = None if window is None else window - 1 + tokens.length  # no more columns hold what a window reaches
@@ -235,7 +260,7 @@ class Attention(nn.Module):
 
 
 def _qk_norm(shape: AttentionShape, heads: int) -> nn.Module | None:
-    """Return the norm of queries or keys, which have this number of heads."""
+    """Return the norm of queries (or keys), None without QK-norm. heads: the number of query (or key) heads."""
     if shape.norm is None:
         return None
     if shape.norm_over == "each_head":
@@ -251,16 +276,20 @@ def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> 
 
 
 def _by_column(query_BHTE: Tensor) -> Tensor:
-    """Return the mask of SDPA's `is_causal`, bool [1, 1, T, T].
+    """Return the mask that SDPA's `is_causal` stands for, bool [1, 1, T, T]: column i may see columns up to i.
 
-    It is made by column, because padding after a gathered row has earlier slots.
+    It compares columns and not slots, because padding at the end of a gathered row has lower slots than the tokens
+    before.
     """
     at_T = torch.arange(query_BHTE.shape[2], device=query_BHTE.device)
     return (at_T <= at_T[:, None])[None, None]
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Turn a bool mask into one that is added to logits."""
+    """Return a mask to be added to scores: 0 where the bool `mask` is True, the lowest finite number elsewhere.
+
+    The result is None if `mask` is None. like: a tensor that gives dtype and device.
+    """
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)

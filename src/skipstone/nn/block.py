@@ -140,7 +140,11 @@ class Block(GradientCheckpointingLayer):
     def _inside(
         self, site: str, update: CachedUpdate, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """Run `update` inside the mechanisms of this site."""
+        """Return the result of `update` inside the mechanisms at one place of the block, and all records by name.
+
+        site: the place, one of `SITES`. update: computes the block's, the attention's or the MLP's update. x_BTD: the
+        stream before it. cache: the block's cache, or None.
+        """
         names = self.sites[site]
         if not names:
             return update(x_BTD, tokens, cache)
@@ -151,7 +155,11 @@ class Block(GradientCheckpointingLayer):
         return wrap(bound, [self.mechanisms[name] for name in names])(x_BTD, tokens)
 
     def _fused(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
-        """Return both updates together, gathering query tokens once; no mechanism is between them."""
+        """Return the sum of the attention's and the MLP's update, [B, T, D], and the records by name.
+
+        The update is 0 for tokens that are not queries. It is for blocks without a mechanism around attention or MLP
+        alone: query tokens are gathered once for both.
+        """
         if tokens.no_queries:
             return self._remembered(x_BTD, tokens, cache), {}
         queries = tokens.query_tokens()
@@ -190,17 +198,23 @@ class Block(GradientCheckpointingLayer):
         return tokens.scatter_queries(m), lift(records, tokens.queries, tokens.state)
 
     def _remembered(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """Return an update of zeros for a call without queries, storing keys and values all the same."""
+        """Store keys and values of a call in which no token is a query, and return an update of zeros, [B, T, D]."""
         self.self_attn(_through(self.input_layernorm, x_BTD), tokens, cache)
         return torch.zeros_like(x_BTD)
 
     def _attended(self, x_BTD: Tensor, tokens: Tokens, queries: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """Return the attention's update of the query tokens, unpadded."""
+        """Return the attention's update of the query tokens, [B, K, D], or [1, N, D] if they are concatenated.
+
+        queries: the query tokens of `tokens`.
+        """
         a = self.self_attn(_through(self.input_layernorm, x_BTD), tokens, cache, queries)
         return self._scaled(_through(self.attention_output_layernorm, a), queries)
 
     def _fed(self, x: Tensor, queries: Tokens, cache: SkipstoneCacheLayer | None) -> tuple[Tensor, Records]:
-        """Return the MLP's update of the query tokens, unpadded if x is."""
+        """Return the MLP's update of the query tokens, shaped as x, and its records.
+
+        x: the stream at the query tokens, [B, K, D], or [1, N, D] without padding. queries: these tokens.
+        """
         read = self.input_layernorm if self.shared_norm else self.post_attention_layernorm
         m, records = self.mlp(_through(read, x), queries, cache)
         return self._scaled(_through(self.mlp_output_layernorm, m), queries), records

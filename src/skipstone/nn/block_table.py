@@ -1,9 +1,10 @@
-"""Blocks as rows of the tables that a compiled step reads (`ops/decode_stack.py`), and which blocks can be rows.
+"""Blocks as rows of the tables that a compiled decoding step reads (`ops/decode_stack.py`).
 
-A block can if it has a gated MLP, also one that leaves out neurons by its own results, root-mean-square norms, weights
-in fp32 or int8, and if all that decides in it describes itself (`core/stream_gate.py`).
+A compiled step is one call of numba code that runs several blocks. It can run a block with a gated MLP (also one that
+chooses neurons by its own activations), RMS norms and weights in fp32 or int8, if every mechanism in it describes its
+decision as data (`core/stream_gate.py`).
 
-Shape letters: L blocks, C columns, G gates, N numbers.
+Shape letters: L blocks, C columns, G depth mechanisms (called gates here), N numbers.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ ALONE = -1.0  # the decay of a mixture that depends on the token alone
 
 
 def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
-    """Return the sizes that blocks have in common, or None if they differ or a compiled step cannot run one of them.
+    """Return the sizes that all blocks have, or None if they differ or a compiled decoding step cannot run one of them.
 
-    A block can be run if it has a gated MLP, root-mean-square norms and fp32 or int8 weights, and if all of its
-    mechanisms describe their decisions as data (`core/stream_gate.py`).
+    Such a step is one call of numba code for several blocks. It can run a block with a gated MLP, root-mean-square
+    norms and fp32 or int8 weights, if every mechanism in it describes its decision as data (`core/stream_gate.py`).
     """
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None
 
 
 def gates_of(blocks: Sequence[Block]) -> list[tuple[int, str, DepthModule]]:
-    """Return the depth mechanisms of neighbouring blocks in the order in which they decide.
+    """Return the depth mechanisms of consecutive blocks in the order in which they decide.
 
-    Each comes with the index of its block in `blocks` and its site ("segment", "block", "attention" or "mlp");
-    mechanisms around a segment are listed at its first block.
+    Each is given as (index, site, mechanism): the index of its block in `blocks`, and what it wraps, a "segment" of
+    several blocks, the "block", its "attention" or its "mlp". A mechanism around a segment is listed at the segment's
+    first block.
     """
     found = []
     for i, block in enumerate(blocks):
@@ -79,7 +81,7 @@ def _served(block: nn.Module) -> bool:
 
 
 def _chooses(mlp: Any) -> bool:
-    """Return whether an MLP leaves out neurons in a way that a compiled step can follow."""
+    """Return whether an MLP leaves out neurons by a rule that a compiled step can compute."""
     if type(mlp) is not MagnitudeMLP or not declares(mlp.router, "stream_choice"):
         return False
     return _readable(mlp.router.stream_choice()) and all(matrix.bias is None for matrix in mlp.matrices())
@@ -94,11 +96,11 @@ def choice_of(block: Block) -> NeuronChoice | None:
 
 
 def layouts_of(blocks: Sequence[Block]) -> dict[int, bool]:
-    """Return how the down projections of MLPs that choose neurons have to lie in memory for a compiled step.
+    """Return how weights of down projections have to lie in memory for compiled steps that leave out neurons.
 
-    The result maps the id of each weight and scale tensor to True if the tensor must lie neuron by neuron (each
-    neuron's weights next to each other), and to False if it must lie output by output, as usual. Tensors of other
-    layers are absent.
+    The result maps the `id` of each weight and scale tensor to True if the weights of one neuron must be contiguous
+    (the transpose of the usual layout), and to False for the usual layout. Tensors of other layers and of other MLPs
+    are absent.
     """
     found: dict[int, bool] = {}
     for block in blocks:
@@ -119,7 +121,7 @@ def _mix_is_served(activation: Any) -> bool:
 
 
 def _readable(described: StreamGate | StreamMix | NeuronChoice | None) -> bool:
-    """Return whether something describes itself, by fp32 tensors alone."""
+    """Return whether there is a description and all of its tensors are contiguous fp32 tensors on the CPU."""
     return described is not None and all(_plain(x) and x.is_contiguous() for x in described.tensors())
 
 
@@ -165,11 +167,11 @@ def _sizes(block: Block) -> decode_stack.Sizes | None:
 
 
 def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
-    """Return the tables by which a compiled step runs blocks, and tensors that must stay alive.
+    """Return the tables by which a compiled step runs blocks (a `decode_stack.Program`), and tensors to keep alive.
 
-    blocks: as in `sizes_of`, which returned `sizes`. spans: for each block, the number of blocks in the segment (group
-    that mechanisms skip as a whole) that begins there, or 0. The tables contain addresses of the weights, of
-    mechanisms' tensors and of the tensors returned.
+    The tables contain addresses of the weights, of the mechanisms' tensors and of the tensors returned. blocks: L
+    blocks that a compiled step can run. spans: for each block, the number of blocks in the segment (blocks that a
+    mechanism skips as a whole) that begins there, or 0. sizes: what `sizes_of` returned for the blocks.
     """
     gates = gates_of(blocks)
     described = [gate.stream_gate() for _, _, gate in gates]
@@ -200,7 +202,12 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
 
 def choice_row(block: Block) -> list[int]:
-    """Return the columns of the block's choice of neurons, as `ops/decode_neurons_native.py` lists them."""
+    """Return the numbers that tell a compiled step how the block's MLP leaves out neurons; zeros if it computes all.
+
+    In order: the index of the rule in `decode_stack.DECISIONS`, the number of neuron groups multiplied by the up
+    projection and by the down projection, the neurons per group, the address of the scale of each neuron, and whether
+    to skip at all.
+    """
     if (choice := choice_of(block)) is None:
         return [0] * decode_stack.CHOICE
     decision = decode_stack.DECISIONS.index(choice.decision)
@@ -209,10 +216,11 @@ def choice_row(block: Block) -> list[int]:
 
 
 def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]:
-    """Return depth mechanisms as two tables: addresses and counts, int64 [G, C], and numbers, fp32 [G, N].
+    """Return the decisions of depth mechanisms as two tables: integers, int64 [G, C], and numbers, fp32 [G, N].
 
-    described: how each of G mechanisms decides; None entries are left out. `ops/decode_gates_native.py` lists the C and
-    N columns.
+    described: the description of each of G mechanisms; None entries are left out. The C columns, most of them
+    addresses, are listed in `ops/decode_gates_native.py`. The N = 3 numbers are the sign of the score, the threshold,
+    and the coefficient of the auxiliary loss (0 if there is none).
     """
     states = states_of(described)
     rows = [_gate(gate, states) for gate in described if gate is not None]
@@ -221,15 +229,18 @@ def gate_tables(described: Sequence[StreamGate | None]) -> tuple[Tensor, Tensor]
 
 
 def states_of(described: Iterable[StreamGate | None]) -> list[str]:
-    """Return the names of the tensors that mechanisms carry from block to block, each once, in order of first use.
+    """Return the names of the tensors that depth mechanisms carry from block to block, in order of first use.
 
-    described: how each mechanism decides; entries may be None.
+    described: the description of each mechanism's decision; entries may be None.
     """
     return list(dict.fromkeys(gate.state for gate in described if gate is not None and gate.state is not None))
 
 
 def _gate(gate: StreamGate, states: list[str]) -> list[int]:
-    """Return the gate's row, as `ops/decode_gates_native.py` lists its columns."""
+    """Return one mechanism's row of addresses and integers for `gate_tables`.
+
+    states: the names of the carried tensors, in which the row gives the index of the mechanism's own.
+    """
     return [
         *_router(gate.scorer),
         *_router(gate.line.scorer or Scorer()),
@@ -258,7 +269,11 @@ def _address(x: Tensor | None) -> int:
 
 
 def _runs(mix: StreamMix | None, neurons: int) -> Tensor:
-    """Return the functions of an activation with the neuron at which each ends, int64 [N, 2]; none for a mixture."""
+    """Return the activation function of each range of adjacent neurons, int64 [N, 2] for N ranges.
+
+    A row is the index of the function in `decode_stack.FUNCTIONS` and the index after its last neuron. The result has
+    no rows if every neuron mixes several functions. neurons: the number of neurons of the MLP.
+    """
     if not isinstance(mix, Functions):
         return torch.empty(0, 2, dtype=torch.long)
     ends, end = [], 0
@@ -282,7 +297,11 @@ def _numbers(mix: StreamMix | None) -> tuple[float, float]:
 
 
 def _row(block: Block) -> list[int]:
-    """Return the block's row of the table, as `ops/decode_frame.py` lists its columns, up to the matrices."""
+    """Return the addresses of the block's norms and matrices, the first columns listed in `ops/decode_frame.py`.
+
+    For each matrix they are the weight, its scales (0 without), its bias (0 without), and the number of scales per
+    output.
+    """
     row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
     for matrix in _matrices(block):
         scale = matrix.weight_scale if isinstance(matrix, Int8Linear) else None

@@ -1,8 +1,7 @@
-"""The blocks of a decoder as compiled calls for a few tokens of one row (`ops/decode_stack.py`).
+"""The blocks of a decoder as calls of compiled (numba) code for a few tokens of one row (`ops/decode_stack.py`).
 
-`nn/block_table.py` says which blocks can be part of such a call, with the mechanisms that decide in them; neighbouring
-ones share a call, and the others run as usual. `CompiledBlocks` knows when anything has changed since it noted where
-weights lie.
+Consecutive blocks that the code can run (`nn/block_table.py`) share a call; the others run as usual. `CompiledBlocks`
+notes the addresses of weights, and finds out in each step whether anything has changed since.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -55,9 +54,9 @@ def runs_of(
 ) -> list[tuple[range, CompiledRun | None]]:
     """Return consecutive ranges of blocks, each with the compiled call that computes it, or None if it runs uncompiled.
 
-    blocks: the decoder's blocks. spans: ranges of blocks that must run together: a segment (blocks that mechanisms skip
-    as a whole) or one block. x_BTD: the stream before the first block; only one row of at most 8 tokens is compiled.
-    tokens: describes the tokens and how decisions are made. layers: the cache layer of each block.
+    blocks: the decoder's blocks. spans: ranges of blocks that must stay together: a segment (blocks that a mechanism
+    skips as a whole) or one block. x_BTD: the residual stream before the first block; only one row of at most 8 tokens
+    is compiled. tokens: the tokens of this call. layers: the cache layer of each block.
     """
     general: list[tuple[range, CompiledRun | None]] = [(range(len(blocks)), None)]
     if x_BTD.shape[0] != 1 or x_BTD.shape[1] > decode_stack.MOST_TOKENS or not decode_step.takes(x_BTD):
@@ -72,7 +71,10 @@ def runs_of(
 
 
 def _noted(blocks: Sequence[Block], spans: Sequence[range], store: RaggedStore) -> CompiledBlocks:
-    """Return what is known of these blocks, noted anew if anything has changed."""
+    """Return the `CompiledBlocks` of these blocks, built anew if modules, settings or addresses have changed.
+
+    spans is as in `runs_of`. store: the first block's stored keys and values.
+    """
     stacks, name = blocks[0].__dict__.setdefault(KNOWN, _Known()), tuple(map(id, blocks))
     stack: CompiledBlocks | None = stacks.get(name)
     if stack is not None and stack.holds(store):
@@ -87,7 +89,7 @@ def _noted(blocks: Sequence[Block], spans: Sequence[range], store: RaggedStore) 
 
 
 class _Registered:
-    """Counts what any module of the process has been given: parameters, buffers and modules, by torch's own calls."""
+    """A process-wide count of the parameters, buffers and modules that were registered on any torch module."""
 
     count = 0
     listening = False
@@ -106,12 +108,12 @@ class _Registered:
 
     @classmethod
     def now(cls) -> tuple[int, int]:
-        """Return a value that changes with every registration, also of a hook."""
+        """Return two numbers that change whenever a parameter, buffer, module or hook is registered on any module."""
         return cls.count, RemovableHandle.next_id
 
 
 class _Known(dict[tuple[int, ...], Any]):
-    """Stacks of blocks by the ids of the blocks, which are noted anew after a copy."""
+    """The `CompiledBlocks` of lists of blocks, by the ids of the blocks; a copy or pickle of it is empty."""
 
     def __deepcopy__(self, memo: object) -> _Known:
         return _Known()
@@ -161,9 +163,9 @@ class CompiledBlocks:
         self.memory = [x.data for x in self.tensors]  # stays where it is read, even if a weight gets another one
 
     def _settle(self, weights: Sequence[Tensor], layouts: Mapping[int, bool]) -> bool:
-        """Return whether every weight can be read, after moving int8 ones next to each other.
+        """Move int8 weights next to each other in memory; return whether compiled code can read every weight.
 
-        layouts: by id, the matrices that lie input by input (True), or may have done so (False).
+        weights: the parameters of the blocks. layouts: what `layouts_of` returned for the blocks.
         """
         if not all(decode_step.takes(x) or _is_int8(x) for x in weights):
             return False
@@ -181,11 +183,11 @@ class CompiledBlocks:
         return True
 
     def holds(self, store: RaggedStore) -> bool:
-        """Return whether modules, settings and weights' addresses are unchanged since this object was built.
+        """Return whether modules, settings and the addresses of weights are as they were when this object was built.
 
-        store: the first block's store of keys and values; a new one means that a new text begins. Classes and hooks are
-        compared when a text begins and after a parameter, module or hook was registered on any module of the process.
-        Everything else is compared in every step, which takes about 0.2 ms for 30 blocks.
+        store: the first block's store of keys and values; if it is not the one of the last call, a new text begins.
+        Classes and hooks are compared only when a text begins, and after a parameter, module or hook was registered on
+        any module of the process. Everything else is compared in every call, which takes about 0.2 ms for 30 blocks.
         """
         last, registered = self.last, _Registered.now()
         if last is None or last() is not store or registered != self.registered:
@@ -199,7 +201,10 @@ class CompiledBlocks:
 
 
 def _ranges(blocks: Sequence[Block], spans: Sequence[range]) -> Iterator[tuple[range, decode_stack.Sizes | None]]:
-    """Yield the longest ranges of blocks that are alike, each with its sizes; None for those of the general way."""
+    """Yield the longest ranges of consecutive spans whose blocks have the same sizes, each with these sizes.
+
+    Sizes are None for a range that compiled code cannot run. spans is as in `runs_of`.
+    """
     found = [(span, _sizes(blocks, span)) for span in spans]
     for sizes, group in groupby(found, key=lambda each: each[1]):
         parts = [span for span, _ in group]
@@ -214,9 +219,10 @@ def _sizes(blocks: Sequence[Block], span: range) -> decode_stack.Sizes | None:
 
 
 def _parts(modules: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
-    """Yield what must stay the same, as dict, key, value.
+    """Yield everything in these modules on which compiled code relies, as (dict, key, value).
 
-    Submodules, parameters, buffers and settings.
+    That is: submodules, parameters, buffers, and the attributes in `SETTINGS`; value is what the dict held under the
+    key.
     """
     for module in modules:
         for name, child in module._modules.items():

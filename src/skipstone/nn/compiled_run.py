@@ -1,6 +1,6 @@
-"""Neighbouring blocks whose step is one compiled call: what each call needs, and what its results mean.
+"""Consecutive blocks that run as one compiled call: the arguments of the call, and the records made of its results.
 
-Shape letters: B rows, T tokens, D width, G gates, A activations.
+Shape letters: B rows, T tokens, D width, G depth mechanisms (called gates here), A activations.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 
 
 class CompiledRun:
-    """Neighbouring blocks that one compiled call computes for a few tokens of one row.
+    """Consecutive blocks that one call of compiled (numba) code runs for a few tokens of one row, as in decoding.
 
-    blocks: the blocks. sizes: what they have in common, from `block_table.sizes_of`.
+    blocks: the blocks. sizes: the sizes that they share, as `block_table.sizes_of` returned them.
     """
 
     def __init__(self, blocks: Sequence[Block], sizes: decode_stack.Sizes) -> None:
@@ -68,10 +68,12 @@ class CompiledRun:
         turned_by: Sequence[str],
         recorded: bool,
     ) -> Outcome | None:
-        """Return the stream after the blocks, their records, and what crosses to later blocks.
+        """Run the blocks: return the stream after them, the records of each, and the tensors carried to later blocks.
 
-        None if this call needs the general way. layers: the cache of each block. turned_by: for each block, the name of
-        its rotary angles. recorded: whether records are wanted; else they are empty.
+        Return None, with nothing changed, if compiled code cannot run this call. x_BTD: the stream before the blocks,
+        one row. layers: the cache layer of each block. turn: returns the cos and sin of the rotary angles of a given
+        name for given tokens. turned_by: for each block, the name of its rotary angles. recorded: whether records are
+        wanted; if not, they are empty dicts. Carried tensors are a dict by name.
         """
         T, s = tokens.length, self.program.sizes
         if not self._reaches(tokens) or not self._knows_gates():
@@ -94,15 +96,16 @@ class CompiledRun:
         return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
     def _reaches(self, tokens: Tokens) -> bool:
-        """Return whether every query sees all that is stored, by the settings of this call."""
+        """Return whether plain causal attention over all stored keys is right: SDPA, and no window that hides a key."""
         if self.config._attn_implementation != "sdpa" or tokens.reach is None or tokens.reach == tokens.length:
             return False
         return all(tokens.reach <= window for window in self.windows)
 
     def _places(self, layers: Sequence[SkipstoneCacheLayer], count: int) -> Places | None:
-        """Return where the cache's entries lie, with room for so many tokens; None for stores of another kind.
+        """Return the addresses of the cache's entries after reserving room for `count` more tokens.
 
-        They are noted in the cache and hold for as long as nothing else changes it.
+        They are kept in the cache and reused while nothing else changes it. Return None if compiled code cannot extend
+        the cache. layers: the cache layer of each block.
         """
         known = layers[0].scratch.get(PLACES)
         if isinstance(known, Places) and known.of is self and known.holds(count):
@@ -126,9 +129,10 @@ class CompiledRun:
         return found
 
     def _knows_gates(self) -> bool:
-        """Return whether all gates and choices still describe themselves, after noting what they say now.
+        """Update the tables of decisions from the modules that decide; return whether all still describe themselves.
 
-        They are asked only if a value has changed that a module of theirs holds, which is seen in a tenth of the time.
+        They are asked again only if a value held by one of their modules has been replaced, which is ten times as fast
+        to check.
         """
         if not self.deciders or self.watched.unchanged():
             return True
@@ -152,7 +156,7 @@ class CompiledRun:
         return True
 
     def _records(self, ran: decode_stack.Ran) -> list[Records]:
-        """Return the records of each block by name."""
+        """Return the records of each block by name, made from the results of a call."""
         assert ran.said_FG1T is not None
         assert ran.flag_2G1T is not None
         score, weight, loss, state = (x_G1T.unbind(0) for x_G1T in ran.said_FG1T.unbind(0))
@@ -175,7 +179,10 @@ class CompiledRun:
         return found
 
     def _chosen(self, ran: decode_stack.Ran, i: int, size: int) -> NeuronGroupsRecord:
-        """Return the record of the neurons that the MLP of a block has left on."""
+        """Return the record of which neuron groups the MLP of block `i` kept, from the results of a call.
+
+        size: the number of neurons per group.
+        """
         assert ran.score_LN is not None
         assert ran.mark_2LN is not None
         assert ran.fed_L1T is not None
@@ -220,9 +227,9 @@ class Watched:
 
 
 def _names(blocks: Sequence[Block]) -> list[dict[str, tuple[int, bool]]]:
-    """Return for each block the names of its records with the numbers of the gates that make them.
+    """Return for each block {record name: (g, own)}: the mechanism that makes the record, by its index in `gates_of`.
 
-    Also whether the mechanism is the block's own, and not that of the segment around it.
+    own: True for a mechanism of the block itself, False for one around the segment to which the block belongs.
     """
     gates = list(enumerate(gates_of(blocks)))
     found: list[dict[str, tuple[int, bool]]] = []
@@ -236,7 +243,7 @@ def _names(blocks: Sequence[Block]) -> list[dict[str, tuple[int, bool]]]:
 
 
 def _same(one: StreamGate | Scorer | Any, other: StreamGate | Scorer | Any) -> bool:
-    """Return whether two descriptions say the same of the same tensors."""
+    """Return whether two descriptions have equal values and the very same tensors."""
     for a, b in zip(one, other, strict=True):
         if a is b:
             continue

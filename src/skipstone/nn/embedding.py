@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 
 class ScaledEmbedding(nn.Embedding):
-    """A token embedding whose result is multiplied by a constant, as in Gemma.
+    """A token embedding whose output is multiplied by a constant, as in Gemma.
 
     tokens: vocabulary size. width: features per token. padding_idx: id of the padding token, whose row gets no
-    gradient; None means no such row. scale: the constant, which is rounded to the dtype of the weights before it is
-    applied.
+    gradient; None means no such row. scale: the constant, rounded to the dtype of the weights before it is applied.
     """
 
     def __init__(self, tokens: int, width: int, padding_idx: int | None, scale: float) -> None:

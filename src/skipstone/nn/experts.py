@@ -100,11 +100,11 @@ class ExpertsConfig:
 
 
 class ExpertRouter(nn.Module):
-    """The router of a mixture of experts: logits W x in fp32.
+    """The router of a mixture of experts: logits W x in fp32, one for each expert and each no-op (which does nothing).
 
     width: number of features of x. total: number of experts and no-ops. balanced: whether there is a balancing bias, a
-    buffer that is added to the probabilities for choosing only. W is a bare parameter, so that adapters and quantisers
-    that replace every Linear leave it alone.
+    buffer that is added to the softmax probabilities only to choose experts. W is a bare parameter, so that adapters
+    and quantisers that replace every Linear leave it alone.
     """
 
     def __init__(self, width: int, total: int, balanced: bool) -> None:
@@ -211,7 +211,10 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return expert_BTC, weight_BTC
 
     def _idle(self, expert_BTC: Tensor, real_BT: Tensor | None) -> Tensor | None:
-        """Return a mask of choices that are not computed; None if there are none."""
+        """Return which choices need no computation, those of no-ops and of padding, bool [B, T, C]; None if none do.
+
+        expert_BTC: the chosen experts of each token. real_BT: bool, False for padding; None means no padding.
+        """
         no_op_BTC = expert_BTC >= self.config.count if self.config.no_op else None
         if real_BT is None:
             return no_op_BTC
@@ -219,7 +222,11 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return padding_BTC if no_op_BTC is None else no_op_BTC | padding_BTC
 
     def _loss(self, logits_BTX: Tensor, share_BTX: Tensor, chosen_BTX: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return the auxiliary loss of each token, fp32 [B, T]; None without one."""
+        """Return each token's balancing loss plus router z-loss, with coefficients, fp32 [B, T]; None if both are off.
+
+        logits_BTX, share_BTX: the router's logits and their softmax. chosen_BTX: bool, the experts chosen. reached_BT:
+        bool, False for padding, whose loss is 0.
+        """
         balance, z = self.config.balance_weight, self.config.z_weight
         terms = []
         if balance:
@@ -233,25 +240,27 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
-        """Return each expert's share of a forward pass's choices, fp32 [X], no-ops last; NaN if no token was reached.
+        """Return the share of a pass's choices that falls on each expert, fp32 [X]; NaN if no token was reached.
 
-        record: the choices of the pass, over all rows of the batch.
+        The X entries are the experts, followed by the no-ops. record: the choices of the pass; all rows of the batch
+        count.
         """
         return self._usage(record.chosen_BTX, record.reached_BT)
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return each expert's share of all choices of a forward pass, fp32 [X]; None without a balancing bias.
+        """Return the share of a pass's choices that falls on each expert, fp32 [X]; None without a balancing bias.
 
-        record: the choices of the pass. `advance` uses the result to move the bias.
+        The X entries are the experts, followed by the no-ops. record: the choices of the pass. Callers average the
+        result over micro-batches and processes, and `advance` uses it to move the bias.
         """
         record = expect(record, ExpertsRecord)
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Move the balancing bias by `balance_rate` towards equal use of all experts.
+        """Raise the balancing bias of experts that are chosen too rarely by `balance_rate`, and lower that of others.
 
-        progress: not used. statistics: each expert's share of the last optimizer step's choices, fp32 [X], as
-        `self.statistics` returns it for a pass.
+        progress: not used. statistics: each expert's share of the choices of the last optimizer step, fp32 [X] for X
+        experts and no-ops, as `self.statistics` returns it for a pass; None changes nothing.
         """
         if self.router.balance_bias is not None and statistics is not None:
             self.router.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
@@ -271,9 +280,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
         """Do nothing, because the MLP is part of the decoder, not a mechanism around it."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return the FLOPs of the router for `tokens` tokens of a row; the experts' products count as the block's MLP.
+        """Return the FLOPs of the router's matrix product for `tokens` tokens of a row.
 
-        routing: not used.
+        The products of the experts are not included; the cost model counts them as the MLP's. routing: not used.
         """
         return 2 * tokens * self.router.weight.numel()
 
@@ -289,23 +298,23 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return sum(weight.numel() for weight in (self.gate_proj, self.up_proj, self.down_proj)) // self.config.count
 
     def dense_passes(self, tokens: float) -> float:
-        """Return the number of choices that `tokens` tokens make, `top_k` each; each costs one expert's pass."""
+        """Return how many evaluations of an expert `tokens` tokens need if no choice is a no-op: `top_k` per token."""
         return tokens * self.config.top_k
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
-        """Return how many expert evaluations `tokens` tokens cause; a token that chooses k experts causes up to k.
+        """Return how many evaluations of an expert `tokens` tokens of a row need; choices of no-ops need none.
 
-        Choices of no-op experts cost nothing and are not counted. kept: the dict that `measured` returned for a forward
-        pass; if it has no entry for this MLP, the result assumes that all experts, no-ops included, are chosen equally
-        often. single_token: ignored here.
+        kept: the dict that `measured` returned for a forward pass, whose number for this MLP is then returned; if it
+        has none, all experts and no-ops are assumed to be chosen equally often. single_token: not used.
         """
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return {name of the record: mean number of choices per row that experts, not no-ops, computed in a pass}.
+        """Return {name of the MLP's record: number of evaluations of an expert in a pass, as a mean over its rows}.
 
-        records: the records of the pass. Padding is not counted. The dict is empty if there is no record.
+        Choices of no-ops and of padding are not counted. records: the records of the pass. The dict is empty if they
+        contain none of this MLP.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -326,8 +335,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self.weights_per_pass() * max(self.config.count - self.config.top_k, 0)
 
     def entropy(self, record: ExpertsRecord) -> Tensor:
-        """Return the entropy of each token's router probabilities as a share of its maximum, fp32 [B, T].
+        """Return the entropy of each token's router probabilities divided by the largest possible, ln X, fp32 [B, T].
 
-        record: the record of a pass. The entropy is NaN for tokens that did not reach the MLP.
+        X: the number of experts and no-ops. record: the record of a pass. The entropy is NaN for tokens that did not
+        reach the MLP.
         """
         return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

@@ -1,8 +1,8 @@
 """A gated MLP that multiplies only the groups of neurons that are on.
 
-Two executors give the same result: the masked one multiplies all neurons and sets those that are off to 0, the gathered
-one computes runs of tokens with equal groups with their part of the weights. Decoding steps keep that part in the
-cache.
+Two executors give the same result. The masked one multiplies all neurons and sets those that are off to 0. The gathered
+one takes each run of consecutive tokens with equal groups and multiplies it by the weights of these groups only.
+Decoding steps keep a copy of these weights in the cache.
 
 Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, J neurons that are on, K
 groups that are on, S neurons of a group.
@@ -39,7 +39,7 @@ class Held:
     """Copied weights that decoding steps reuse while each row's neuron groups stay the same.
 
     group_BK: int64, the K groups that are on in each of B rows. parts: for each row, the gate, up and down weights of
-    these groups. marks: `weight_marks` of the layers when they were copied.
+    these groups. marks: counters (`weight_marks`) by which a later change of the MLP's weights is noticed.
     """
 
     group_BK: Tensor
@@ -90,20 +90,21 @@ class DivisibleMLP(FeedForward):
         return sum(map(weights_multiplied, self.matrices()))
 
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
-        """Return the work of `tokens` tokens in this MLP, in units of one token's pass through the whole MLP.
+        """Return the work of `tokens` tokens in this MLP, in multiples of one token's work in the whole MLP.
 
-        kept: the measured share of groups that are on, from `measured`; if empty, the configured share is used.
-        single_token: whether it is a call of one token without gradients, which may multiply fewer weights.
+        kept: the dict that `measured` returned for a forward pass; without an entry of this MLP, the configured share
+        of groups that are on is used. single_token: whether it is a call of one token without gradients, in which some
+        MLPs can multiply fewer weights.
         """
         share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return {name of the record: share of neuron groups that were on in a pass}, as `FeedForward.measured` does.
+        """Return {name of the MLP's record: share of neuron groups that were on in a pass}, for `passes`.
 
-        The share is a mean over the tokens that reached the MLP; the dict is empty if none did. records: the records of
-        the pass. If more groups are tried (up projection computed) than kept (down projection computed), it is the mean
-        of both shares.
+        The share is a mean over the tokens that reached the MLP; the dict is empty if none did. Where more groups are
+        tried (multiplied by the up projection) than kept (by the down projection), it is the mean of both shares.
+        records: the records of the pass, by name.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)
@@ -120,7 +121,10 @@ class DivisibleMLP(FeedForward):
         return self._matrix_share((tried_BT + kept_BT) / 2, kept_BT.shape == (1, 1)).float()
 
     def _matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the share of the MLP's matrices that is multiplied."""
+        """Return the share of the three matrices' weights that is multiplied if the share `share` of groups is on.
+
+        single_token is as in `passes`.
+        """
         return self.router.matrix_share(share, single_token) if self.divisible else 1 + 0 * share
 
 
@@ -154,7 +158,10 @@ class GroupedMLP(DivisibleMLP):
     def _masked(
         self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """Multiply all neurons and set those that are off to 0."""
+        """Return the output, shaped as x_BTD, and the activation's records, by setting neurons that are off to 0.
+
+        choice: the groups that are on for each token.
+        """
         gate_BTF = self.gate_proj(x_BTD)
         y_BTF, records = activated(self.activation, gate_BTF, x_BTD, tokens, cache)
         y_BTF = y_BTF * self.up_proj(x_BTD)
@@ -164,7 +171,10 @@ class GroupedMLP(DivisibleMLP):
     def _gathered(
         self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """Multiply runs of tokens with equal groups by these groups only."""
+        """Return the output, shaped as x_BTD, and the activation's records; only groups that are on are multiplied.
+
+        Consecutive tokens with equal groups share a product. choice: the groups that are on for each token.
+        """
         group_BTK = choice.group_BTK
         begins_BT = torch.ones(group_BTK.shape[:2], dtype=torch.bool, device=group_BTK.device)
         begins_BT[:, 1:] = (group_BTK[:, 1:] != group_BTK[:, :-1]).any(-1)
@@ -180,7 +190,11 @@ class GroupedMLP(DivisibleMLP):
     def _decoded(
         self, x_B1D: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer
     ) -> tuple[Tensor, Records]:
-        """Compute a decoding step with weights kept from the step before, as far as groups are the same."""
+        """Return the output of a decoding step, [B, 1, D], and the activation's records.
+
+        The weights of a row's groups were copied in an earlier step if the groups are the same. choice: the groups that
+        are on.
+        """
         held = self._held(choice.group_BTK[:, 0], cache)
         runs = Runs(group_MK=held.group_BK, bounds=list(range(len(x_B1D) + 1)), blocks=[], total=self.total)
         gate_B1J, up_B1J = _by_row(x_B1D, held, 0), _by_row(x_B1D, held, 1)
@@ -188,7 +202,10 @@ class GroupedMLP(DivisibleMLP):
         return _by_row(_by_group(y_B1J * up_B1J, choice.gain_BTK), held, 2), records
 
     def _held(self, group_BK: Tensor, cache: SkipstoneCacheLayer) -> Held:
-        """Return the weights of each row's groups, copied only for rows whose groups changed. The host waits."""
+        """Return the weights of each row's groups, copied from the matrices only for rows whose groups have changed.
+
+        group_BK: int64, the groups of each row. cache: where copies are kept. The CPU waits for the device.
+        """
         name, before = self.router.placement.name, cache.scratch.get(self.router.placement.name)
         parts: dict[int, Part] = {}
         marks = weight_marks(*self.matrices())
@@ -202,23 +219,26 @@ class GroupedMLP(DivisibleMLP):
         return held
 
     def _part(self, group_K: Tensor) -> Part:
-        """Return a copy of the weights of these groups."""
+        """Return copies of the gate, up and down weights of the groups `group_K`."""
         linears = ((self.gate_proj, 0), (self.up_proj, 0), (self.down_proj, 1))
         return tuple(kept_part(whole_weight(linear), group_K, self.total, axis) for linear, axis in linears)
 
 
 def whole_weight(linear: nn.Linear) -> Tensor:
-    """Return the weight matrix of a linear layer, dequantised if it is one of torchao's, which cannot be sliced."""
+    """Return the weight of a linear layer, dequantised if torchao has quantised it, because it cannot be sliced."""
     return linear.weight.dequantize() if is_quantised(linear) else linear.weight
 
 
 def _by_group(y: Tensor, gain: Tensor) -> Tensor:
-    """Multiply y [.., K S] by gain [.., K], each entry for S neurons."""
+    """Return y [..., K S] times gain [..., K], of which each entry scales the S neurons of one group."""
     return (y.unflatten(-1, (gain.shape[-1], -1)) * gain[..., None].to(y.dtype)).flatten(-2)
 
 
 def _by_row(x_B1I: Tensor, held: Held, which: int) -> Tensor:
-    """Multiply each row by its own weights; returns [B, 1, O]."""
+    """Return the product of each row with its own weights, [B, 1, O].
+
+    x_B1I: the inputs. held: the weights of each row. which: 0 for gate, 1 for up, 2 for down.
+    """
     if len(x_B1I) == 1:
         return F.linear(x_B1I, held.parts[0][which])
     return torch.stack([F.linear(x, parts[which]) for x, parts in zip(x_B1I, held.parts, strict=True)])

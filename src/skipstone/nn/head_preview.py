@@ -1,4 +1,4 @@
-"""A preview of an output head, with which a step computes the whole rows of the best candidates alone."""
+"""An approximate output head (a preview) that selects the tokens whose exact logits are worth computing in a step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ UNREAD = "head_candidates is not used with this head, device or dtype: the whole
 
 
 class HeadPreview(nn.Module):
-    """A low-rank four-bit copy of the output head, by which a step picks the candidates for the next token.
+    """A low-rank four-bit copy of the output head, which chooses the candidates for the next token in a decoding step.
 
-    The step then reads only these candidates' rows of the head itself; all other tokens get the copy's approximate
-    logits, the preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary: number of tokens.
-    directions: rank of the copy, a multiple of 64. candidates: number of rows that a step reads whole; the attribute
-    may be changed. turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but `packed` stay
-    fp32 when the model's dtype changes.
+    Exact logits are computed for the candidates alone, from their rows of the head itself. All other tokens get the
+    copy's approximate logits, the preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary:
+    number of tokens. directions: rank of the copy, a multiple of 64. candidates: number of candidates per step; the
+    attribute may be changed. turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but
+    `packed` stay fp32 when the model's dtype changes.
     """
 
     turn: Tensor
@@ -102,7 +102,7 @@ class HeadPreview(nn.Module):
         return head_preview.flops(self.turn.shape[1], len(self.scale), self.directions, self.candidates)
 
     def bytes_read(self, head: nn.Module) -> int:
-        """Return the bytes that the logits of one token read: the preview and the rows of the candidates in `head`."""
+        """Return how many bytes of memory one token's logits read: the preview, and the candidates' rows of `head`."""
         weight, scale = _weight(head)
         row = weight[:1].numel() * weight.element_size() + (0 if scale is None else 4 * scale[:1].numel())
         own = sum(x.numel() * x.element_size() for x in self.buffers())

@@ -16,8 +16,9 @@ from skipstone.ops import int8
 class _Int8(nn.Module):
     """An int8 weight [O, I] with an fp32 scale for each row, or for each group of inputs in it.
 
-    Scales stay fp32 when the model's dtype changes. The weight is not trainable. group: inputs that share a scale; None
-    means all, as where `group` does not divide I. compute_dtype: the dtype of the model around it.
+    The weight is not trainable, and scales stay fp32 when the model's dtype changes. rows, columns: O and I. group:
+    number of inputs that share a scale; None, or a number that does not divide I, means one scale per row. like: an
+    empty buffer that has the dtype of the model around it (`compute_dtype`).
     """
 
     like: Tensor
@@ -100,10 +101,10 @@ class Int8Embedding(_Int8):
 
 
 def int8_layers(module: nn.Module, group: int | None) -> None:
-    """Replace all linear layers and the token embedding below `module` by int8 layers, in place.
+    """Replace all linear layers and the token embedding inside `module` by int8 layers, in place.
 
-    Layers of mechanisms are left alone. The new layers have no meaningful weights until some are loaded. group: number
-    of inputs that share a scale; None means one scale per output.
+    Layers of mechanisms are left alone. The new layers have placeholder weights, to be filled in by loading a state
+    dict. group: number of inputs that share a scale; None means one scale per output.
     """
     for name, child in module.named_children():
         if isinstance(child, RoutingModule):

@@ -60,9 +60,10 @@ class MagnitudeMLP(DivisibleMLP):
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def train(self, mode: bool = True) -> MagnitudeMLP:
-        """Set training or evaluation mode, as in torch; training mode also makes the MLP choose neurons again.
+        """Set training or evaluation mode, as in torch.
 
-        Choosing is switched off where it does not pay (`NeuronShares`), which may change by training.
+        Training mode also lets decoding steps leave out neurons again, after `NeuronShares` has found that it does not
+        pay: training may change that.
         """
         if mode:
             self.skips = True
@@ -70,7 +71,10 @@ class MagnitudeMLP(DivisibleMLP):
         return self
 
     def _in_full(self, x_BTD: Tensor, a_BTF: Tensor, tokens: Tokens) -> MagnitudeOutput:
-        """Multiply all neurons and set those that are off to 0."""
+        """Return the output and which groups were on; all neurons are multiplied, and those that are off set to 0.
+
+        x_BTD: the MLP's input. a_BTF: activations of all neurons.
+        """
         score_BTG, tried_BTG = self.router.worth_trying(tokens.pad(a_BTF))
         h_BTF, kept_BTG = a_BTF * self.up_proj(x_BTD), tried_BTG
         if self.router.tried < self.total:
@@ -82,16 +86,16 @@ class MagnitudeMLP(DivisibleMLP):
 
     @property
     def divisible(self) -> bool:
-        """Whether parts of the MLP's matrices can be multiplied alone.
+        """Whether slices of the weight matrices can be multiplied directly, without calling the linear layers.
 
-        Quantised matrices are excluded, because they would be dequantised for every token.
+        Matrices that torchao has quantised cannot: they would be dequantised for every token.
         """
         return super().divisible and not any(map(is_quantised, self.matrices()))
 
     def _parts(self, cache: SkipstoneCacheLayer | None) -> MagnitudeWeights | None:
-        """Return the weights for `one_token`, or None if everything has to be multiplied.
+        """Return the up and down weights as `one_token` reads them, or None if all neurons have to be multiplied.
 
-        If rows are read in place, the cache keeps these weights, with a transposed copy of the last matrix.
+        If weights are read in place, they are kept in `cache`, with a transposed copy of the down projection.
         """
         if torch.compiler.is_compiling():
             return None
@@ -116,5 +120,5 @@ class MagnitudeMLP(DivisibleMLP):
 
 
 def _without(h: Tensor, on: Tensor) -> Tensor:
-    """Set h to 0 where a group is off."""
+    """Return h [..., F] with the neurons of groups that are off set to 0. on: bool [..., G]."""
     return h.unflatten(-1, (on.shape[-1], -1)).mul(on[..., None]).flatten(-2)

@@ -1,8 +1,8 @@
-"""How many neurons are on in the compiled steps of some blocks, and where reading some of the weights does not pay.
+"""A count of the neurons that compiled decoding steps need, and the decision whether leaving out the others saves time.
 
-Rows of weights that belong to neurons are read one by one, and the last matrix lies neuron by neuron for it, which
-costs more than reading a whole matrix as it usually lies. `PAYS` is the share of neurons on up to which that is less
-work: measured with the shape of SmolLM2-135M, one thread, on a processor with AVX2.
+To leave out neurons, a step reads weights neuron by neuron, and needs the down projection in a transposed layout. Both
+are slower than reading whole matrices. `PAYS` is the largest share of neurons on for which it still saves time,
+measured with the shapes of SmolLM2-135M on one thread of a processor with AVX2.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ STEPS = 64  # of one token, after which shares are looked at
 
 
 class NeuronShares:
-    """Counts the neurons that single tokens need in each MLP, and switches choosing off where it does not pay.
+    """A count of the neurons that decoding steps need in each MLP, which decides whether the others are left out.
 
-    Choosing neurons does not pay if too many are needed, because reading them one by one is slower than reading a whole
-    matrix. An MLP that is switched off (`MagnitudeMLP.skips`) computes all neurons until it is trained or built again.
-    blocks: the blocks whose MLPs are watched.
+    Leaving them out is slower if most are needed, because single neurons are read more slowly than a whole matrix. It
+    is then switched off: `MagnitudeMLP.skips` is False, and the MLP computes all neurons until it is trained or built
+    again. blocks: the blocks whose MLPs are watched.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:

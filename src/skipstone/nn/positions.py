@@ -57,7 +57,7 @@ class Rotary(nn.Module):
         return ROPE_INIT_FUNCTIONS[self.kind](self.config, seq_len=length)
 
     def reset_parameters(self) -> None:
-        """Compute the frequencies anew from the configuration."""
+        """Compute the rotary frequencies anew from the configuration."""
         init.copy_(self.inverse_E2, self._frequencies()[0])
         if self.border is not None:
             init.copy_(self.long_E2, self._frequencies(self.border + 1)[0])

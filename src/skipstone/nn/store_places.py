@@ -1,4 +1,4 @@
-"""Where the entries of a cache lie in memory, for compiled steps that write into them (`nn/compiled_run.py`).
+"""The addresses of a cache's entries, for compiled decoding steps that write into them (`nn/compiled_run.py`).
 
 Shape letters: L blocks, M columns of the table of addresses.
 """
@@ -20,11 +20,11 @@ COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_frame.py`
 
 
 class Places:
-    """The memory addresses of the cache entries of several blocks, for a compiled decoding step that writes into them.
+    """The memory addresses of the cache entries of several blocks, for compiled code that appends to them.
 
-    of: the compiled run that made this object and alone may use it. kv: for each block, the store of keys, values and
-    slots (positions in the row). sums: for each block, the store of an activation mechanism's running sums, or None. A
-    deep copy or pickle of it is None, because a copied cache has its entries elsewhere.
+    of: the `CompiledRun` that made this object; no other may use it. kv: for each block, the store of keys, values and
+    slots (indices in the row). sums: for each block, the store of the running sums of its activation mechanism, or
+    None. A deep copy or pickle of it is None, because the entries of a copied cache lie elsewhere.
     """
 
     def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:
@@ -71,10 +71,10 @@ class Places:
         return self.table_LM
 
     def grow(self, stored: Sequence[Sequence[int]]) -> None:
-        """Update the lengths of the stores after a step.
+        """Add the tokens of a step to the lengths of the stores.
 
-        stored: for each block, the number of tokens stored as keys and values, and the number that its running sums
-        have seen; more may follow.
+        stored: for each block, the number of tokens that compiled code appended as keys and values, and the number that
+        it appended to the running sums; further numbers are ignored.
         """
         for store, more, (given, seen, *_) in zip(self.kv, self.sums, stored, strict=True):
             store.width += given

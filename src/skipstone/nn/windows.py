@@ -102,6 +102,9 @@ def _banded(x_BHTE: Tensor, chunks: int, window: int, short: int) -> Tensor:
 
 
 def _beside(x_BT: Tensor, chunks: int, window: int) -> Tensor:
-    """Return each chunk after its predecessor: [B, N, 2 W] from [B, (N + 1) W]."""
+    """Return [B, N, 2 W], each of N chunks preceded by the chunk before it, from x_BT [B, (N + 1) W].
+
+    chunks: N. window: W. The first chunk of x_BT has no predecessor and yields no chunk of its own.
+    """
     halves = x_BT.unflatten(1, (chunks + 1, window))
     return torch.cat((halves[:, :-1], halves[:, 1:]), dim=2)
