@@ -1,6 +1,6 @@
 """Floor 2: the mechanisms, one file each; they do not depend on blocks.
 
-A new one is a file and a line in a table below.
+To add one, write a file and add a line to one of the tables below.
 """
 
 from __future__ import annotations

@@ -64,12 +64,12 @@ class DepthMechanism(DepthModule):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the wrapped block works on, given the tokens that reach the mechanism.
+        """Return how many tokens of a row the wrapped block works on, given how many reach the mechanism.
 
-        counts: the tokens that reach the mechanism. kept: the measured counts of the tokens that the mechanism keeps;
-        None means that they were not measured and follow from the configuration. oracle: whether the pass is a training
-        pass, whose decisions may look at the whole row. By default, skipped tokens still provide keys and values, and
-        nothing is skipped in a training pass or if `kept` is None.
+        counts: the mean numbers per row that reach the mechanism. kept: the measured numbers that it keeps; None means
+        that they were not measured and follow from the configuration. oracle: whether the pass is a training pass,
+        whose decisions may look at the whole row. By default, skipped tokens still provide keys and values, and nothing
+        is skipped in a training pass or if `kept` is None.
         """
         if oracle or kept is None:
             return counts
@@ -78,10 +78,11 @@ class DepthMechanism(DepthModule):
         )
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return the tokens that a decision looking at the whole row would keep by the record's scores, bool [B, T].
+        """Return which tokens the top-k decision of training would have kept in this pass, bool [B, T].
 
-        Used to measure the precision and recall of decisions that were made without later tokens. None (the default) if
-        the mechanism does not rank tokens.
+        It ranks the scores in `record`, the mechanism's record of the pass, over the whole row. Used to measure the
+        precision and recall of decisions that were made without later tokens. None (the default) if the mechanism does
+        not rank tokens.
         """
         return None
 

@@ -1,11 +1,12 @@
-"""Contexts of the gates of PolyGLU and neuron groups: means of projected tokens, over the whole row or the past.
+"""Contexts that the gates of PolyGLU and of neuron groups read: means of projected tokens over the row or the past.
 
-The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting; the cache then
-keeps 32 sums per token instead of the whole width, and crop and reorder stay exact. Only tokens that reach the gate are
-counted: means leave out padding and tokens that an outer mechanism skips.
+The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting. The cache then
+keeps 32 sums per token instead of the whole width, and cropping and reordering it stay exact. Only tokens that reach
+the gate are counted: means leave out padding and tokens that an outer mechanism skips.
 
 All means are fp32 [B, T, R]; `sequence_mean` is [B, 1, R] if each row is one document. The last entry of a sum is its
-number of tokens.
+number of tokens (with decay, their sum of weights).
+
 Shape letters: B rows, T tokens, R projected width, S = R + 1 entries of a sum.
 """
 
@@ -152,7 +153,11 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
 def _next(
     z_B1R: Tensor, tokens: Tokens, last: tuple[Any, ...], size: int, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum, count and chunk start for one token per row without documents; a fast path for decoding."""
+    """Return what `chunk_start` computes, for one token per row without documents; a fast path for decoding.
+
+    That is: the decayed sum [B, 1, S], the number of tokens so far [B, 1, 1], and the context of the chunk [B, 1, R].
+    last: the same three of the previous token. size and decay are as in `chunk_start`.
+    """
     last_B1S, last_B11, last_B1R = last
     x_B1S = _counted(z_B1R, tokens)
     weight = decay if tokens.real_BT is None else torch.where(tokens.real_BT[..., None], decay, 1.0)
@@ -162,7 +167,10 @@ def _next(
 
 
 def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor | None) -> Tensor:
-    """Return sums over the tokens of the same document up to each token, [B, T, S]."""
+    """Return the sum of z (and, last, the count) over each token's document up to the token itself, [B, T, S].
+
+    last_B1S: the sum at the newest cached token, with which the call goes on; None if nothing is cached.
+    """
     total_BTS = _counted(z_BTR, tokens).cumsum(1)
     if tokens.document_BT is not None:
         begins_BT = _begins(tokens.document_BT, total_BTS)
@@ -171,7 +179,7 @@ def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor
 
 
 def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, last_B1S: Tensor | None) -> Tensor:
-    """Return sums in which a token n tokens back has weight decay^n, [B, T, S]."""
+    """Return `_running_sum` with weights: a token n tokens back has the weight decay^n, padding not counted."""
     x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
     total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
     if last_B1S is not None:
@@ -180,7 +188,7 @@ def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, la
 
 
 def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
-    """Compute total_t = keep_t * total_(t-1) + x_t by doubling: log2 T steps, without divisions."""
+    """Return total_t = keep_t * total_(t-1) + x_t for every t, [B, T, S], in log2 T steps and without divisions."""
     step = 1
     while step < x_BTS.shape[1]:
         x_BTS = torch.cat((x_BTS[:, :step], x_BTS[:, step:] + keep_BT1[:, step:] * x_BTS[:, :-step]), dim=1)
@@ -190,24 +198,30 @@ def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
 
 
 def _mean(total_BTS: Tensor) -> Tensor:
-    """Divide a sum by its count, which is 0 or at least 1, also with decay."""
+    """Return the mean [..., R] of a sum [..., S] whose last entry is its count or sum of weights; 0 if that is 0.
+
+    The last entry is never between 0 and 1, because the newest token has weight 1.
+    """
     return total_BTS[..., :-1] / total_BTS[..., -1:].clamp(min=1)
 
 
 def _first(here: Tensor | float) -> Tensor | bool:
-    """Return whether the first token continues the row's cached document, [B, 1, 1]."""
+    """Return whether the call's first token continues the document of its row's newest cached token, bool [B, 1, 1].
+
+    here: what `Memory.here` returned; the number 1.0 gives True.
+    """
     return True if isinstance(here, float) else here[:, :1] > 0
 
 
 def _real(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """Return 1 for real tokens and 0 for padding, [B or 1, T, 1]."""
+    """Return 1 for real tokens and 0 for padding, in the dtype of z, [B or 1, T, 1]."""
     if tokens.real_BT is None:
         return z_BTR.new_ones(1, z_BTR.shape[1], 1)
     return tokens.real_BT[..., None].to(z_BTR.dtype)
 
 
 def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
-    """Return each token with a 1 appended, zeros for padding, [B, T, S]."""
+    """Return z with a last feature of 1 appended, by which tokens are counted, and 0 for padding, [B, T, S]."""
     if tokens.real_BT is None:
         return F.pad(z_BTR, (0, 1), value=1.0)
     real_BT1 = _real(z_BTR, tokens)
@@ -215,7 +229,10 @@ def _counted(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _chunk(total_BTS: Tensor, size: int) -> Tensor:
-    """Return the index of each token's chunk in its document, [B, T]."""
+    """Return the index of each token's chunk in its document, a whole number as fp32 [B, T].
+
+    total_BTS: sums whose last entry is the number of the document's tokens so far. size: tokens per chunk.
+    """
     return ((total_BTS[..., -1] - 1) / size).floor().clamp(min=0)
 
 
@@ -228,12 +245,18 @@ def _begins(key_BT: Tensor | None, like_BTS: Tensor) -> Tensor:
 
 
 def _before(total_BTS: Tensor, begins_BT: Tensor, first_B1S: Tensor) -> Tensor:
-    """Return the total just before each token's group began; `first_B1S` for the group that the call starts in."""
+    """Return for each token the total just before its group (chunk or document) began, [B, T, S].
+
+    begins_BT: bool, the first tokens of groups. first_B1S: the result for tokens whose group began before this call.
+    """
     shifted_BTS = torch.cat((first_B1S, total_BTS[:, :-1]), dim=1)
     return shifted_BTS.gather(1, _start(begins_BT)[..., None].expand_as(total_BTS))
 
 
 def _start(begins_BT: Tensor) -> Tensor:
-    """Return the index of the first token of each token's group, int64 [B, T]."""
+    """Return the index in the call of the first token of each token's group (chunk or document), int64 [B, T].
+
+    begins_BT: bool, the first tokens of groups.
+    """
     at_T = torch.arange(begins_BT.shape[1], device=begins_BT.device)
     return torch.where(begins_BT, at_T, 0).cummax(1).values

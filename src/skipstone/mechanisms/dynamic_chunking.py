@@ -107,11 +107,11 @@ class DynamicChunking(DepthMechanism):
         return ChunkThreshold(self) if self.skips else None
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return for every token the smoothed update of its document's last kept token, [B, T, D], and the records.
+        """Return for each token the smoothed update of its document's last kept token, [B, T, D], and the records.
 
         update: computes the wrapped blocks' update, as update(x, tokens) -> (update, records), for the kept tokens
-        alone. x_BTD: the hidden states that enter the blocks. tokens: the tokens of this call. Recorded scores are 2 p
-        - 1, where p is the probability that a chunk begins.
+        alone. x_BTD: the hidden states that enter the blocks. tokens: the tokens of this call. The records hold the
+        decisions by mechanism name; a recorded score is 2 p - 1, where p is the probability that a chunk begins.
         """
         memory = Memory(tokens, tokens.memory, self.placement.name or type(self).__name__)
         key_BTD = score_linear(x_BTD, self.key_weight)
@@ -149,7 +149,11 @@ class DynamicChunking(DepthMechanism):
         return torch.ones_like(score_BT, dtype=torch.bool) if self.keeps_all else score_BT > self.threshold
 
     def _held(self, z_BTD: Tensor, p_BT: Tensor, kept_BT: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
-        """Return for each token the smoothed update of the last kept token of its document, 0 where there is none."""
+        """Return for each token the smoothed update of the last kept token of its document, [B, T, D]; 0 without one.
+
+        z_BTD: updates of the kept tokens. p_BT: probability that a chunk begins. kept_BT: bool. memory: gives the state
+        of earlier calls.
+        """
         earlier_B1D, here = memory.last("held"), memory.here()
         start_BTD = torch.zeros_like(z_BTD[:, :1]) if earlier_B1D is None else earlier_B1D * here
         if z_BTD.shape[1] == 1:
@@ -176,7 +180,11 @@ class DynamicChunking(DepthMechanism):
         return torch.where(before_BT[..., None], start_BTD, torch.where(holds_BT[..., None], smoothed_BTD, 0.0))
 
     def _ratio_loss(self, p_BT: Tensor, kept_BT: Tensor, reached_BT: Tensor, tokens: Tokens) -> Tensor | None:
-        """Return the ratio loss of each row, the same for its tokens; None where decisions are no targets."""
+        """Return the ratio loss of each token's row, fp32 [B, T], 0 for tokens that did not reach the mechanism.
+
+        It includes its coefficient. None in passes that do not train the router: causal ones, and those whose decisions
+        the caller imposes.
+        """
         if tokens.mode.routing != "oracle" or tokens.forced_BT is not None:
             return None
         count_B1, length = reached_BT.sum(1, keepdim=True).clamp(min=1), 1 / self.config.share
@@ -197,10 +205,10 @@ class DynamicChunking(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the wrapped blocks work on: `kept`; if None, the configured share.
+        """Return how many tokens of a row the wrapped blocks work on: `kept`; if None, the configured share.
 
-        counts: the tokens that reach the mechanism. kept: the measured counts of kept tokens. `oracle` changes nothing,
-        because training skips the same tokens as generation.
+        counts: the mean numbers per row that reach the mechanism. kept: the measured numbers of kept tokens. `oracle`
+        changes nothing, because training skips tokens by the same rule as generation.
         """
         return counts.restricted_to(self.capacity * counts.kv_tokens if kept is None else kept)
 
@@ -212,7 +220,10 @@ class DynamicChunking(DepthMechanism):
 
 
 def _before(key_BTD: Tensor, tokens: Tokens, memory: Memory) -> tuple[Tensor, Tensor]:
-    """Return the key of the real token before each one, and whether there is one in its document, bool [B, T]."""
+    """Return the key of the real token before each one, [B, T, D], and whether its document has one, bool [B, T].
+
+    memory: gives the key of the newest token of earlier calls.
+    """
     B, T = key_BTD.shape[:2]
     if tokens.real_BT is None:
         at_BT = torch.arange(-1, T - 1, device=key_BTD.device).expand(B, T)
@@ -244,7 +255,10 @@ def _scan(decay_BK: Tensor, u_BKD: Tensor) -> Tensor:
 
 
 class ChunkThreshold(ScoreThreshold):
-    """Access to dynamic chunking's threshold on scores 2 p - 1, a saved buffer of the model, initially 0."""
+    """Reads and sets the threshold of dynamic chunking on scores 2 p - 1, above which a token begins a chunk.
+
+    It is a buffer that is saved with the model, initially 0. p: the probability that a chunk begins.
+    """
 
     def __init__(self, mechanism: DynamicChunking) -> None:
         self._mechanism = mechanism

@@ -55,9 +55,10 @@ class EarlyExitConfig:
 
 
 class SurvivalThreshold(OptionThreshold):
-    """The threshold of early exit on the logit of survival: a token exits if its survival is at or below it.
+    """Reads and sets the threshold of early exit, as a logit of survival: a token exits at or below it.
 
-    mechanism: the `EarlyExit` whose option `threshold` is read and set.
+    mechanism: an `EarlyExit`. Its option `threshold`, a survival in (0, 1), is the threshold of all blocks of its entry
+    in `mechanisms`.
     """
 
     def __init__(self, mechanism: EarlyExit) -> None:
@@ -65,9 +66,10 @@ class SurvivalThreshold(OptionThreshold):
         self._state = mechanism.state_name
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the logit of each token's survival, fp64 [B, T], from a record of `EarlyExit`.
+        """Return the logit of each token's survival, fp64 [B, T], which is compared with the threshold.
 
-        A record of a call that no token reached holds no survival; its router scores are used instead.
+        record: a record of `EarlyExit`. A record of a call that no token reached has no survival; its NaN scores are
+        returned.
         """
         return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
 
@@ -105,11 +107,12 @@ class EarlyExit(DepthMechanism):
         return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the block's update with each token's survival as gain, [B, T, D], and the records.
+        """Return the block's update scaled by each token's survival, [B, T, D], and the records by mechanism name.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
-        that enter the block. tokens: the tokens of this call. With `execution: hard`, tokens whose survival is at or
-        below the threshold get no update in generation and evaluation.
+        that enter the block. tokens: the tokens of this call. Survival scales the updates of attention and MLP
+        separately. With `execution: hard`, tokens whose survival is at or below the threshold get no update in
+        generation and evaluation.
         """
         score_BT, before_BT = self.router(x_BTD), tokens.state.get(self.state_name)
         survival_BT = score_BT.sigmoid() if before_BT is None else score_BT.sigmoid() * before_BT

@@ -26,12 +26,12 @@ class Exploration(nn.Module):
         self.progress = Progress(until)
 
     def forward(self, score_BT: Tensor, noise_BT: Tensor, reached_BT: Tensor, capacity: float | None = None) -> Tensor:
-        """Return scores with noise, fp32 [B, T], without a gradient.
+        """Return scores with noise, fp32 [B, T], without a gradient; they are only used to choose tokens.
 
-        score_BT: router scores. noise_BT: uniform random numbers in (0, 1). reached_BT: bool, the tokens over which
-        quantiles are taken. capacity: the share of tokens to keep, given if a threshold decides; all scores are then
-        shifted so that their (1 - capacity) quantile over the call is that of the scores without noise, which the
-        threshold fits. None means no shift, for top-k.
+        score_BT: router scores. noise_BT: uniform random numbers in (0, 1). reached_BT: bool, tokens that are neither
+        padding nor skipped by an outer mechanism; quantiles are taken over these. capacity: the share of tokens to
+        keep, if a threshold decides: all scores are then shifted so that their (1 - capacity) quantile over the call
+        stays that of the scores without noise, to which the threshold was fitted. None means no shift, for top-k.
         """
         score_BT = score_BT.detach()
         # read from the buffer; a Python number would make torch.compile build a new graph in every step

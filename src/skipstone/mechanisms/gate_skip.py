@@ -96,11 +96,11 @@ class GateSkip(DepthMechanism):
         return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update times the gate, [B, T, D], and the records; a score is the logit of a token's mean gate.
+        """Return the sub-layer's update times the gate, [B, T, D], and the records by mechanism name.
 
         update: computes the wrapped sub-layer's update, as update(x, tokens) -> (update, records). x_BTD: the hidden
-        states that enter it. tokens: the tokens of this call. With `execution: hard`, tokens with low gates get no
-        update in generation and evaluation.
+        states that enter it. tokens: the tokens of this call. A recorded score is the logit of the mean of a token's
+        gates. With `execution: hard`, tokens with low scores get no update in generation and evaluation.
         """
         open_BTG = self.router.all(x_BTD).sigmoid()
         mean_BT = open_BTG.mean(-1)

@@ -30,13 +30,13 @@ def gate(
     kept_BT: Tensor | None,
     share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """Return a gated block's update, [B, T, D], and the records made inside the block.
+    """Return a gated block's update, [B, T, D], and the records made inside the block, by name.
 
     update: computes what the wrapped block adds to its input; called once as update(x_BTD, tokens) with the gates set
-    in `tokens`. x_BTD: the hidden states that enter the block; they are not part of the result. tokens: the tokens of
-    this call. open_BT: factor on the updates of attention and MLP; None means 1. kept_BT: bool, the tokens whose update
-    is computed; the others have update 0 and still provide keys and values. None means all tokens. share: the long-run
-    share of kept tokens, if known; batched decoding uses it to decide whether leaving out rows saves time.
+    in `tokens`. x_BTD: the hidden states that enter the block. tokens: the tokens of this call. open_BT: factor on the
+    updates of attention and MLP; None means 1. kept_BT: bool, the tokens whose update is computed; the others have
+    update 0 and still provide keys and values. None means all tokens. share: the long-run share of kept tokens, if
+    known; batched decoding uses it to decide whether leaving out rows saves time.
     """
     if open_BT is not None:
         tokens = tokens.scaled(open_BT)
@@ -44,11 +44,11 @@ def gate(
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
-    """Return gains with the values of a pass that skips tokens and the gradient of the soft gates, fp32 [B, T].
+    """Return factors on updates: forward those of a pass that skips tokens, backward the gradient of the soft gates.
 
-    open_BT: soft gates, which receive the gradient. gain_BT: gain of a kept token; None means 1. kept_BT: bool; the
-    gain of other tokens is 0. Because the gates of skipped tokens get a gradient too, the updates of these tokens have
-    to be computed.
+    The result is fp32 [B, T]. open_BT: soft gates in (0, 1), which receive the gradient. gain_BT: the factor for a kept
+    token; None means 1. kept_BT: bool; the factor for other tokens is 0. Their gates get a gradient too, so their
+    updates have to be computed as well.
     """
     value_BT = torch.where(kept_BT, 1.0 if gain_BT is None else gain_BT, 0.0).detach()
     return value_BT + (open_BT - open_BT.detach())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class _Guided(torch.autograd.Function):
-    """Return the update unchanged, and a zero-valued loss whose gradient is that of the cross-entropy.
+    """The update unchanged, and a loss of 0 whose gradient is that of binary cross-entropy against gradient norms.
 
     The target is only known in the backward pass. Because the loss is an output, its gradient arrives with all factors
     that the caller applies: its coefficient, gradient accumulation, a gradient scaler.

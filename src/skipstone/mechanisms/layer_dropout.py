@@ -78,11 +78,11 @@ class LayerDropout(DepthMechanism):
         return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update [B, T, D], 0 for rows that are left out, and the records, whose scores are all 0.
+        """Return the update [B, T, D], 0 for rows that are left out, and the records by mechanism name.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
         that enter the block. tokens: the tokens of this call. Rows are left out only in training passes with noise, or
-        where the caller imposes it (`tokens.forced_BT`).
+        where the caller imposes it (`tokens.forced_BT`). Recorded scores are 0, as there is no router.
         """
         score_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
         kept_BT = reached_BT = real_mask(tokens, score_BT)
@@ -119,9 +119,9 @@ class LayerDropout(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
+        """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        kept: the measured counts of kept tokens, used if given. oracle: whether this is a training pass; if so, and
+        kept: the measured numbers of kept tokens, used if given. oracle: whether this is a training pass. If it is, and
         nothing was measured, the share of rows is reduced by the mean dropout rate over the training. Other passes keep
         all.
         """

@@ -68,10 +68,9 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     In a gated MLP with a = act(W_gate x), it first chooses the groups with the largest mean |a| * typical_F, for which
     W_up x is multiplied ("tried"), then, among these, the groups with the largest mean |a * W_up x|, for which W_down
-    is multiplied ("kept"). typical_F: the root mean square of each neuron of W_up x over the text that `skipstone
-    adapt` reads for it; 1 before that.
-    hidden_size is not used; neurons: MLP neurons before pruning; options: `MagnitudeGroupsConfig`. Time is saved in
-    calls of one token. Related: CATS (arXiv 2404.08763).
+    is multiplied ("kept"). Time is saved in calls of one token. typical_F: the root mean square of each neuron of W_up
+    x over the text that `skipstone adapt` reads for it; 1 before that. hidden_size: not used. neurons: MLP neurons
+    before pruning. config: the options, or pass its fields as keyword arguments. Related: CATS (arXiv 2404.08763).
     """
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
@@ -116,7 +115,11 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def share_on(self) -> Fraction:
-        """The mean of the shares of groups tried (up projection) and kept (down projection), after any warm-up."""
+        """The share of neuron groups that is on once any warm-up is over, of those left after pruning.
+
+        It is the mean of the shares of groups tried (multiplied by the up projection) and kept (by the down
+        projection).
+        """
         tried, kept = (self.config.kept(self.neurons, s.final) for s in (self.schedule, self.down_schedule))
         return Fraction(tried + kept, 2 * self.total)
 

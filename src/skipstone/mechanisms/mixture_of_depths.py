@@ -145,10 +145,11 @@ class MixtureOfDepths(DepthMechanism):
             init.zeros_(self.tanh_scale)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the weighted update of kept tokens, [B, T, D], and the records; others get 0 or a low-rank update.
+        """Return the weighted update of kept tokens, 0 or a low-rank update for others, [B, T, D], and the records.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
-        that enter the block. tokens: the tokens of this call.
+        that enter the block. tokens: the tokens of this call. The records hold this decision and those made inside, by
+        mechanism name.
         """
         seen_BTD = x_BTD.detach() if self.config.guidance or self.config.benefit else x_BTD
         score_BT = self.router(seen_BTD)
@@ -211,7 +212,10 @@ class MixtureOfDepths(DepthMechanism):
     def _alone(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """Run the block on the kept tokens only; skipped tokens give no keys and values."""
+        """Return the weighted update, [B, T, D], and the inner records, of a block that sees kept tokens alone.
+
+        Skipped tokens give no keys and values. update is as in `forward`. weight_BT: the factor on the update.
+        """
         part = tokens.select_kept(kept_BT, *self._width(tokens))
         if part.is_empty and not torch.is_grad_enabled():
             return torch.zeros_like(x_BTD), {}
@@ -224,12 +228,18 @@ class MixtureOfDepths(DepthMechanism):
     def _with_all_keys(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, kept_BT: Tensor, weight_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """Run the block with keys and values of all tokens, but updates of the kept ones only."""
+        """Return the weighted update, [B, T, D], and the inner records, of a block that sees all tokens as keys.
+
+        The update is 0 for tokens that are not kept. update is as in `forward`. weight_BT: the factor on the update.
+        """
         delta_BTD, inner = update(x_BTD, tokens.restrict_queries(kept_BT, *self._width(tokens), share=self.capacity))
         return delta_BTD * weight_BT[..., None].to(delta_BTD.dtype), inner
 
     def _width(self, tokens: Tokens) -> tuple[int | None, bool]:
-        """Return the number of columns to gather, if known in advance, and whether every row fills them."""
+        """Return the number of tokens to gather per row, and whether every row keeps exactly that many.
+
+        The number is None if it is not known before the decision.
+        """
         capacity = self.decision.capacity.now
         static = capacity >= 1 or (tokens.mode.routing == "oracle" and self.decision.static)
         if tokens.forced_BT is not None or not static or self.decision.imposed:
@@ -237,7 +247,11 @@ class MixtureOfDepths(DepthMechanism):
         return ops.quota(capacity, tokens.length), tokens.group_BT is None
 
     def _learns(self, tokens: Tokens) -> bool:
-        """Return whether decisions are training targets: only an oracle's are, a causal one would teach itself."""
+        """Return whether the pass trains the router on its own decisions: only if they look at the whole row.
+
+        Without sight of later tokens, the decision follows from the scores, and the router would learn to repeat
+        itself.
+        """
         return tokens.mode.routing == "oracle" and tokens.forced_BT is None
 
     def _loss(
@@ -262,9 +276,9 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return each row's top `capacity` share by the recorded scores, bool [B, T]; None if decisions read no scores.
+        """Return each document's top `capacity` share of tokens by recorded score, bool [B, T].
 
-        record: the record of the pass.
+        It is None if decisions do not depend on scores. record: the mechanism's record of a pass.
         """
         if not self.decision.reads_scores:
             return None
@@ -293,7 +307,10 @@ class MixtureOfDepths(DepthMechanism):
         """Do nothing: the capacity's warm-up, on by default when adapting, starts with all tokens kept."""
 
     def set_identity(self) -> None:
-        """Keep every token with weight 1: set the capacity to 1, and the weight function or its scale accordingly."""
+        """Keep every token with weight 1 from now on, so that the model computes what it would without the mechanism.
+
+        The capacity becomes 1. The weight becomes "none", or with "tanh" its scale becomes 0.
+        """
         self.decision.capacity.pin(1.0)
         if self.tanh_scale is None:
             self.weighting = "none"
@@ -304,10 +321,10 @@ class MixtureOfDepths(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
+        """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        Skipped tokens are not counted; with `kv: full` they count as keys and values. kept: the measured counts of kept
-        tokens; None means that the configured capacity is assumed. oracle: whether this is a training pass; with a
+        Skipped tokens are not counted; with `kv: full` they count as keys and values. kept: the measured numbers of
+        kept tokens; None means that the configured capacity is assumed. oracle: whether this is a training pass; with a
         decision such as top-k, it then computes floor(capacity * tokens) tokens whatever was measured.
         """
         static = oracle and self.decision.static

@@ -32,24 +32,25 @@ class MixtureOfDepthsConfig:
     """The options of Mixture-of-Depths, where a block computes only a share of the tokens.
 
     Which tokens: capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for
-    each routed block, or a `Ramp` {start, end, shape} over depth. None means .125, or .2 with decision "boundary",
-    where the text decides and cost estimates alone use the capacity. decision: the rule that keeps tokens:
-    "ema_threshold" (scores above a running quantile), "topk", "threshold", "predictor", "threshold_p", "boundary",
-    "forced", "random" or "positional" (their classes are in `DECISIONS`). threshold: probability in (0, 1) above which
-    decision "threshold_p" keeps a token. boundary: options of decision "boundary". capacity_warmup: fraction of the
-    training over which the capacity falls from 1; warmup_shape: "linear" or "cosine".
+    each routed block, or a `Ramp` {start, end, shape} over depth. None means .125, or .2 with decision "boundary"; that
+    one keeps as many tokens as the text has boundaries, and only cost estimates use its capacity. decision: the rule
+    that keeps tokens: "ema_threshold" (scores above a running quantile), "topk", "threshold", "predictor",
+    "threshold_p", "boundary", "forced", "random" or "positional" (their classes are in `DECISIONS`). threshold:
+    probability in (0, 1) above which decision "threshold_p" keeps a token. boundary: options of decision "boundary".
+    capacity_warmup: fraction of the training over which the capacity falls from 1; warmup_shape: shape of the fall,
+    "linear" or "cosine".
 
     The update: weight: factor on a kept token's update: "none" (1), "raw" (the score, as in the paper), "sigmoid" (of
     the score), or "tanh" (1 + a tanh(score), a learned from 0). kv: whether skipped tokens provide keys and values,
     "full" (yes) or "kept" (no). skip: update of a skipped token, "identity" (none) or "low_rank" (a learned linear map
     of rank skip_rank).
 
-    The router: router: "linear" or "mlp". router_norm: whether its input is divided by its root mean square. guidance:
-    whether it learns from the gradient norms at the block's output (`guided`); benefit: whether it learns from the
-    measured benefit of the block (`benefit_loss`); neither sends its gradient into the model. None means on for
-    router_norm and guidance if the weight is "none" and the decision reads scores (guidance: and benefit is off).
-    exploration: scale of the Gumbel noise on scores in training, falling to 0 at the share exploration_until of the
-    training. auxiliary_weight: coefficient of the decision's auxiliary loss, of guidance and of benefit. z_loss:
+    The router: router: "linear" or "mlp". router_norm: whether its input is divided by its root mean square; None means
+    yes if the weight is "none" and the decision reads scores. guidance: whether it learns from the gradient norms at
+    the block's output (`guided`); None means as for router_norm, but not together with benefit. benefit: whether it
+    learns from the measured benefit of the block (`benefit_loss`). Neither sends its gradient into the model.
+    exploration: scale of the Gumbel noise on scores in training, which falls to 0 over the fraction exploration_until
+    of the training. auxiliary_weight: coefficient of the decision's auxiliary loss, of guidance and of benefit. z_loss:
     coefficient of score^2.
     """
 

@@ -170,7 +170,10 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return (turned_BTG - turned_BTG.floor()).to(ops.wide_dtype(x_BTD)).expand(*x_BTD.shape[:2], -1)
 
     def share(self, record: NeuronGroupsRecord) -> Tensor:
-        """Return the share of recorded tokens for which each of G groups is on, fp32 [G]; NaN if there are none."""
+        """Return the share of the tokens in `record` for which each of G groups is on, fp32 [G]; NaN without tokens.
+
+        record: the router's record of a forward pass; tokens that did not reach the MLP do not count.
+        """
         return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
     def statistics(self, record: Record) -> Tensor | None:

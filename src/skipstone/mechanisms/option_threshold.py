@@ -1,7 +1,7 @@
-"""A threshold on gains that is an option, shared by all blocks of an entry of `mechanisms`.
+"""The threshold of a gate whose value is a configuration option, shared by all blocks of an entry of `mechanisms`.
 
-With early exit, a token that exited could otherwise come back; and gains are comparable between blocks as they are,
-because each is the factor on an update.
+It is shared because gains, unlike scores, can be compared between blocks: each is the factor on an update. And with a
+threshold of its own in each block, a token that has exited early could come back in a later one.
 
 Shape letters: B rows, T tokens.
 """
@@ -18,10 +18,11 @@ LARGEST_LOGIT = 30.0  # a gain of 1 - 1e-13: closer to 1 than any fp32 number be
 
 
 class OptionThreshold(ScoreThreshold):
-    """The option `threshold` of a gate as a threshold on its logit, shared by all blocks of a `mechanisms` entry.
+    """Reads and sets the option `threshold` of a gate, converted to the score (a logit) above which a token is kept.
 
-    mechanism: the gate whose `config.threshold`, in (0, 1), is read and set. keeps_above: True if a token is kept where
-    its gain (the factor on its update) exceeds the option; False if it is kept where p = 1 - gain is below the option.
+    All blocks of an entry of `mechanisms` share the option. mechanism: the gate; its `config.threshold` is a
+    probability in (0, 1). keeps_above: True if a token is kept where its gain (the factor on its update,
+    sigmoid(score)) exceeds the option; False if it is kept where its skip probability, 1 - gain, is below the option.
     """
 
     option = "threshold"

@@ -134,7 +134,7 @@ class PolyGLU(MixFigures, Activation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small router weights; set preferences and biases to 0, the logits' scale to 1 and tau to `tau_start`."""
+        """Draw small weights for the gate; set preferences and biases to 0, the scale to 1 and tau to `tau_start`."""
         for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
             init.zeros_(parameter)
         init.ones_(self.scale)
@@ -153,9 +153,9 @@ class PolyGLU(MixFigures, Activation):
         """Return the mixed activations, shaped as `gate_BTF`, and an `ActivationRecord` under the mechanism's name.
 
         gate_BTF: pre-activations W_gate x of F neurons. x_BTD: the MLP's input, from which the context is computed.
-        tokens: documents, padding and random seed. cache: the layer's KV cache, which also stores the context's sums;
-        None means no earlier tokens. runs: the neuron groups that are on, if not all; `gate_BTF` then holds only their
-        neurons.
+        tokens: the tokens of this call (documents, padding, random seed). cache: the layer's cache, which also stores
+        sums over earlier tokens; None means no earlier tokens. runs: the neuron groups that are on, if not all;
+        `gate_BTF` then holds only their neurons.
         """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
@@ -172,7 +172,11 @@ class PolyGLU(MixFigures, Activation):
         return self.config.price > 0
 
     def _loss(self, gate_BTF: Tensor, dynamic_BTA: Tensor, reached_BT: Tensor) -> Tensor:
-        """Return the price of the neurons that are expected to be on, the same for all tokens, fp32 [B, T]."""
+        """Return the auxiliary loss: `price` times the expected share of neurons that are not 0, fp32 [B, T].
+
+        It is the same for all tokens of the call, and 0 for those that did not reach the MLP. dynamic_BTA: the logits
+        that depend on the input.
+        """
         count = reached_BT.sum().clamp(min=1)
         off_BTF = (gate_BTF.detach() <= 0) & reached_BT[..., None]
         mean_A = torch.where(reached_BT[..., None], dynamic_BTA, 0.0).sum((0, 1)) / count
@@ -183,7 +187,11 @@ class PolyGLU(MixFigures, Activation):
     def _mixed(
         self, gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, tokens: Tokens, runs: Runs | None
     ) -> Tensor:
-        """Mix the activations of all neurons, or of those that are on."""
+        """Return the mixed activations, shaped as gate_BTF.
+
+        static_BFA: each neuron's own logits, with any noise, [B or 1, F, A]. dynamic_BTA: the logits that depend on the
+        input. runs: the neuron groups that are on, if not all are.
+        """
         if runs is None:
             return mix_activations(gate_BTF, static_BFA, dynamic_BTA, self.tau)
         B, T = len(dynamic_BTA), tokens.length
@@ -197,7 +205,7 @@ class PolyGLU(MixFigures, Activation):
         return ops.wide(self.preference_bias) * self.config.preference_scale
 
     def _dynamic(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None) -> Tensor:
-        """Return beta * gate_net(context), fp32 [B, T or 1, A]."""
+        """Return the logits that depend on the input, scale * gate_net(context), fp32 [B, T or 1, A]."""
         mean_BTR = self._context(score_linear(x_BTD, self.context_weight), tokens, cache)
         hidden_BTR = (mean_BTR + ops.wide(self.context_bias)).relu()
         return ops.wide(self.scale) * score_linear(hidden_BTR, self.mix_weight, self.mix_bias)
@@ -238,7 +246,7 @@ class PolyGLU(MixFigures, Activation):
         )
 
     def _gumbel(self, rows: int, tokens: Tokens) -> Tensor:
-        """Return Gumbel noise of each row, neuron and activation, the same for all tokens of a row."""
+        """Return Gumbel noise, fp32 [B, F, A], so that all tokens of a row share a neuron's noise. rows: B."""
         return -(-row_noise(tokens, self.placement.noise_key, rows, *self.preference_bias.shape).log()).log()
 
     def routing_modules(self) -> dict[str, RoutingModule]:

@@ -200,11 +200,13 @@ class TokenSelective(DepthMechanism):
         return {self.log_name(kind): value for kind, value in found.items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the block's update with gain 1 - p, p being a token's skip probability, [B, T, D], and the records.
+        """Return the block's update scaled by 1 - p, p being a token's skip probability, [B, T, D], and the records.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
-        that enter the block. tokens: the tokens of this call. A pass that computes every token records all tokens as
-        kept; tokens that straight-through training treats as skipped are recorded with weight 0.
+        that enter the block. tokens: the tokens of this call. The factor is on the updates of attention and MLP
+        separately; with `hard_gain: one` it is 1 in passes that skip tokens. The records hold the decisions by
+        mechanism name. A pass that computes every token records all tokens as kept; those that straight-through
+        training treats as skipped have weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)
@@ -241,7 +243,10 @@ class TokenSelective(DepthMechanism):
     def _decide(
         self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gains (None means 1) and the computed tokens (None means all), which may include padding."""
+        """Return the factor on each token's update (None means 1), and which tokens are computed (None means all).
+
+        score_BT: the logits of open_BT = 1 - p. Padding may be among the tokens computed.
+        """
         kept_BT = self._keeps(score_BT, open_BT, x_BTD, tokens)
         if kept_BT is None:
             return open_BT, None
@@ -251,7 +256,10 @@ class TokenSelective(DepthMechanism):
         return gain_BT, kept_BT
 
     def _keeps(self, score_BT: Tensor, open_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor | None:
-        """Return the tokens that the hard pass keeps, bool [B, T]; None in a soft pass."""
+        """Return the tokens to keep, bool [B, T]; None in a pass that skips none.
+
+        score_BT: the logits of open_BT = 1 - p.
+        """
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(open_BT)
         hard = self.config.training != "soft" if self._trains(tokens) else is_hard(self.config.execution, tokens)
@@ -288,7 +296,10 @@ class TokenSelective(DepthMechanism):
     def _alone(
         self, update: Update, x_BTD: Tensor, tokens: Tokens, gain_BT: Tensor | None, kept_BT: Tensor
     ) -> tuple[Tensor, Records]:
-        """Compute the update like `gate`, but without keys and values of skipped tokens."""
+        """Return the update, [B, T, D], and the inner records, of a block that sees kept tokens alone.
+
+        Skipped tokens give no keys and values. update is as in `forward`. gain_BT: the factor on updates; None means 1.
+        """
         part = tokens.select_kept(kept_BT)
         if part.is_empty:
             return x_BTD * 0, {}
@@ -319,11 +330,12 @@ class TokenSelective(DepthMechanism):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return the numbers of tokens that the block works on, given those that reach the mechanism (`counts`).
+        """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        kept: the measured counts of kept tokens; None means that they were not measured; the configured capacity is
-        then used, or 1 without one. oracle: whether this is a training pass, which skips tokens only with the option
-        `training: hard`. Skipped tokens count as keys and values unless the option `kv` is "kept".
+        kept: the measured numbers of kept tokens; None means that they were not measured: the configured capacity is
+        then assumed, or all tokens if there is none or `execution` is "soft". oracle: whether this is a training pass,
+        which skips tokens only with the option `training: hard`. Skipped tokens count as keys and values unless the
+        option `kv` is "kept".
         """
         if oracle and self.config.training != "hard":
             return counts

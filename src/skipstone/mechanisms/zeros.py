@@ -1,13 +1,12 @@
-"""Neurons at zero: a neuron whose activation is exactly 0 is not multiplied any further. Nothing is lost or learned.
+"""Neurons at zero: a neuron whose activation is exactly 0 is not multiplied any further, which changes no output.
 
     a      = act(W_gate x)                    with ReLU, about half of them are 0 at the start of a training
     on     = the neurons with a != 0
     y      = W_down[on] ( a[on] * W_up[on] x )
 
-The output is that of the MLP without this part, because what is left out would be multiplied by 0. It saves FLOPs and
-bytes in calls of one token, where rows of W_up and columns of W_down belong to neurons; the gate matrix is multiplied
-in full. How many neurons are on follows from the text, so the cost model knows the share only from a measurement and
-takes 1 without one.
+It saves FLOPs and bytes in calls of one token, where only the rows of W_up and the columns of W_down that belong to
+these neurons are read; the gate matrix is multiplied in full. Nothing is learned. How many neurons are on follows from
+the text, so the cost model assumes all of them until a pass has been measured.
 
 A price on |a| in training (`price`) makes zeros more frequent.
 
@@ -55,7 +54,7 @@ class ZeroNeurons(ActivationGroupRouter):
     """A router that keeps, for each token, the MLP neurons whose activation is not exactly 0; outputs do not change.
 
     In calls of one token, rows of the up projection and columns of the down projection of other neurons are not
-    multiplied. hidden_size is not used; neurons: number of MLP neurons. config: the options, or pass its fields as
+    multiplied. hidden_size: not used. neurons: number of MLP neurons. config: the options, or pass its fields as
     keyword arguments.
     """
 

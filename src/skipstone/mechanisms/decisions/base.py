@@ -19,11 +19,11 @@ from skipstone.ops import reference as ops
 class Decision(nn.Module):
     """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
-    is_causal: whether it can be made without later tokens, as generation requires. static: whether training knows the
-    number of kept tokens before the scores, so that gathering needs no host sync. has_loss: whether it adds an
-    auxiliary loss. trains_router: whether this loss sends gradients into the router. reads_scores: whether kept tokens
-    depend on the scores. reads_ids: whether they depend on token ids, found in `Tokens.state`. imposed: whether the
-    caller decides. causal_names: names of all decisions with is_causal.
+    is_causal: whether it can be made without later tokens, as generation requires. static: whether the number of kept
+    tokens is known in training before the scores are, so that the CPU need not wait for the GPU to gather them.
+    has_loss: whether it adds an auxiliary loss. trains_router: whether this loss sends gradients into the router.
+    reads_scores: whether kept tokens depend on the scores. reads_ids: whether they depend on token ids, found in
+    `Tokens.state`. imposed: whether the caller decides. causal_names: names of all decisions with is_causal.
     """
 
     is_causal = False
@@ -83,7 +83,7 @@ class Decision(nn.Module):
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return the statistics of a micro-batch's scores that `advance` needs, an fp32 vector; None if it needs none.
+        """Return what `advance` has to know of a micro-batch's scores, an fp32 vector; None if nothing.
 
         score_BT: router scores. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism.
         """
@@ -101,18 +101,19 @@ class Decision(nn.Module):
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the threshold with which scores are compared when later tokens are not seen; None if there is none."""
+        """Return access to the score above which a token is kept in generation; None if there is no such score."""
         return None
 
     def stream_line(self) -> Line | None:
-        """Return the comparison of scores by which generation keeps tokens, for compiled decoding steps.
+        """Return the score that a token must exceed to be kept in generation, as data for compiled decoding steps.
 
-        None for decisions that are made in another way; these steps then call the mechanism as usual.
+        The `Line` also names the router of the score, if it is not the mechanism's. None for decisions that are made in
+        another way; compiled steps then call the mechanism as usual.
         """
         return None
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the scalars that `advance` changes, by name, such as {"threshold": fp32 []}."""
+        """Return the scalar tensors that `advance` changes, by name, such as {"threshold": fp32 []}, for logs."""
         return {}
 
     def flops(self, tokens: float, routing: str) -> float:

@@ -166,7 +166,7 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the buffer that tells which token ids are boundaries; checkpoints lack it, so loading calls this."""
+        """Fill the buffer `table_V`; transformers calls this after loading a checkpoint, which does not contain it."""
         self.table_V.zero_()
         self.table_V[self._ids] = True
 

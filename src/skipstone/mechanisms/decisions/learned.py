@@ -34,9 +34,10 @@ class TopK(Decision):
 
 
 class FixedThreshold(ScoreThreshold):
-    """Access to the score threshold of a decision "threshold" or "threshold_p", initially set by its options.
+    """Reads and sets the score above which decision "threshold" or "threshold_p" keeps a token.
 
-    decision: the decision whose threshold this is. A changed threshold is not saved with the model.
+    It starts at 0 for "threshold", and at the logit of the option `threshold` for "threshold_p". decision: the decision
+    whose threshold this is. A changed threshold is not saved with the model.
     """
 
     saved = False
@@ -52,11 +53,11 @@ class FixedThreshold(ScoreThreshold):
 
 
 class Threshold(Decision):
-    """A decision that keeps, in generation, tokens with score > 0 and, in training, a share of each document's tokens.
+    """A decision that keeps each document's top `capacity` share in training, and tokens with score > 0 in generation.
 
-    The share is `capacity`, of the tokens with the highest scores. A loss aligns the two: a binary cross-entropy of the
-    scores against the training decision (Mixture-of-Depths, arXiv 2404.02258, section 3.5, first method). Its gradient
-    reaches the router and, unless the router's input is detached, the model.
+    A loss makes both agree: the binary cross-entropy of the scores, as logits, against the training decision
+    (Mixture-of-Depths, arXiv 2404.02258, section 3.5, first method). Its gradient reaches the router and, unless the
+    router's input is detached, the model.
     """
 
     is_causal = True
@@ -78,12 +79,12 @@ class Threshold(Decision):
 
 
 class Predictor(Decision):
-    """A decision that keeps the best `capacity` of tokens in training, which a small MLP predicts for generation.
+    """A decision that keeps each document's top `capacity` share in training, and in generation what an MLP predicts.
 
-    In generation, a token is kept if the MLP predicts that training would keep it. The MLP reads the router's input,
-    detached, and learns from the training decision by binary cross-entropy; the model gets no gradient from it
-    (Mixture-of-Depths, arXiv 2404.02258, section 3.5, second method). width: size of the input. norm: whether it is
-    divided by its root mean square.
+    The MLP predicts from the router's input whether training would keep the token. It learns from the training decision
+    by binary cross-entropy; its input is detached, so that the model gets no gradient from it (Mixture-of-Depths, arXiv
+    2404.02258, section 3.5, second method). width: size of the input. norm: whether it is divided by its root mean
+    square.
     """
 
     is_causal = True
@@ -115,9 +116,9 @@ class ThresholdP(Decision):
     """A decision that keeps tokens with sigmoid(score) > p, in training and generation alike.
 
     threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a threshold. How many tokens
-    are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls it to the capacity. load: the share of a
-    row's tokens that is kept, with the gradient of the mean of sigmoid(score). Its coefficient, `auxiliary_weight`,
-    must be large enough to outweigh the language-model loss.
+    are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls the load, the share of a row's tokens
+    that is kept, to the capacity. The load has the gradient of the row's mean of sigmoid(score). The coefficient of the
+    loss, the mechanism's `auxiliary_weight`, must be large enough to outweigh the language-model loss.
     """
 
     is_causal = True

@@ -22,9 +22,10 @@ class EmaThreshold(Decision):
     """A decision that keeps tokens whose score exceeds a running average of the (1 - capacity) quantile of scores.
 
     Training and generation decide alike. After Expert Threshold routing (arXiv 2603.11535), proposed there for experts.
-    threshold: the running average, fp32 []. steps: int64 [], the number of steps that it averages. It changes only in
-    `advance`, which a trainer calls after each optimizer step. During a warm-up of the capacity the average restarts at
-    each step, because quantiles at other capacities are far from the threshold needed.
+    threshold: the running average, fp32 []: a plain mean over the first 10 steps, then an exponential one with momentum
+    .9. steps: int64 [], how many optimizer steps have entered it. Both change only in `advance`, which a trainer calls
+    after each optimizer step. During a warm-up of the capacity the average restarts at each step, because quantiles at
+    other capacities are far from the threshold needed.
     """
 
     is_causal = True
@@ -84,10 +85,10 @@ class EmaThreshold(Decision):
 
 
 class RunningThreshold(ScoreThreshold):
-    """Access to the score threshold of a decision "ema_threshold", a buffer that is saved with the model.
+    """Reads and sets the threshold of an `EmaThreshold` decision, the score above which a token is kept.
 
-    decision: the `EmaThreshold` whose threshold this is. After a threshold is set, the decision counts as trained
-    (`Decision.not_ready_reason`).
+    decision: the decision. Its threshold is a buffer that is saved with the model. Once set, it counts as trained, so
+    that generation no longer warns (`Decision.not_ready_reason`).
     """
 
     def __init__(self, decision: EmaThreshold) -> None:
