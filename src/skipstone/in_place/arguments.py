@@ -1,4 +1,4 @@
-"""The arguments that a decoder block is called with, by name, and their restriction to some of its tokens.
+"""The arguments that a decoder block is called with, by name, and the same arguments for some of its tokens.
 
 Shape letters: B rows, T tokens of the call, S tokens of keys, K tokens of a selection, R rows of a selection.
 """
@@ -22,14 +22,15 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class Signature:
-    """The signature of a foreign decoder block's forward: hidden states first, and a cache under a known name.
+    """The signature of `forward` of another library's decoder block, by which its arguments are told by name.
 
-    block: the block to inspect. cache_name: the name of the argument for the key-value cache, such as
-    "past_key_values". Raises ValueError for a block that has no such argument or accepts *args.
+    The hidden states must come first. block: the block to inspect. cache_name: the name of the argument for the
+    key-value cache; "past_key_values" for a block that takes it among its **kwargs. Raises ValueError for a block that
+    takes no cache or accepts *args.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        """Inspect the block. Raises ValueError for a block that takes no cache."""
+        """Inspect the block. Raises ValueError for a block that takes no cache or accepts *args."""
         self._signature = inspect.signature(type(block).forward)
         names = list(self._signature.parameters)
         kinds = {p.kind for p in self._signature.parameters.values()}
@@ -94,10 +95,10 @@ class Subset:
 
 
 def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> PlainDict:
-    """Return the arguments of a block's call for some of its tokens: masks, positions and other tensors are gathered.
+    """Return the arguments of a block's call for some of its tokens, with masks, positions and other tensors gathered.
 
-    arguments: the block's arguments by name. subset: the tokens, which become the queries. keys_too: whether the other
-    tokens are left out as keys, too; if False, attention still sees them.
+    arguments: the block's arguments by name. subset: the tokens that the block is called with, which become the
+    queries. keys_too: whether the masks also lose the columns of the other tokens, which then cannot be keys.
     """
     return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
 
@@ -119,9 +120,9 @@ def _picked(name: str, value: Any, subset: Subset, keys_too: bool) -> Any:
 
 
 def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
-    """Return the rows of these queries of a mask [B or 1, H or 1, T, S].
+    """Return the rows of a mask [B or 1, H or 1, T, S] that belong to the tokens of `subset` as queries.
 
-    keys_too: whether only the columns of these tokens as keys are kept, too.
+    keys_too: whether only the columns of these tokens are kept as well. A mask of another shape is returned unchanged.
     """
     B, T = subset.shape
     if mask.dim() != 4 or mask.shape[2] != T:

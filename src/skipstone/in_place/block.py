@@ -1,8 +1,8 @@
-"""A block of a foreign decoder wrapped in depth mechanisms.
+"""A decoder block of another library wrapped in depth mechanisms.
 
-The block itself is called with the kept tokens only: keys and values of skipped tokens are captured (see `keys`), so
-that the model's own cache and masks can be used. Gates scale the whole update of a block, because its sub-layers are
-not known.
+The block itself is called with the kept tokens only. Keys and values of skipped tokens are computed by a run that ends
+in the block's attention (see `keys`), so that the model's own cache and masks can be used. Gates scale the whole update
+of a block, because its sub-layers are not known.
 
 Shape letters: B rows, T tokens of the call, L tokens that reach the block, K tokens of a selection, D width.
 """
@@ -33,10 +33,10 @@ TOLERANCE, LOW_TOLERANCE = 1e-4, 0.05  # errors relative to the largest update
 
 
 class Owner(Protocol):
-    """What a `RoutedBlock` needs of the object that holds all routed blocks (`RoutedDecoder`).
+    """The interface of the object that holds all routed blocks (`RoutedDecoder`), as a `RoutedBlock` uses it.
 
     verifying: whether each block compares its result with the result of computing all tokens. tokens_at: returns the
-    tokens of a block's call. note: receives the records of a block.
+    tokens of a block's call. note: stores the records of a block.
     """
 
     @property
@@ -46,11 +46,11 @@ class Owner(Protocol):
 
 
 class RoutedBlock:
-    """A replacement for the `forward` of a foreign decoder's block that runs the block inside its depth mechanisms.
+    """A replacement for the `forward` of another library's decoder block that runs the block inside depth mechanisms.
 
-    decoder: the owner of all routed blocks. layer: the block's index. block: the module, whose `forward` is replaced.
-    signature: the signature of its original forward. mechanisms: the depth mechanisms, the first outermost, which
-    become the block's child module "mechanisms".
+    decoder: the object that holds all routed blocks. layer: the block's index. block: the module, whose `forward` is
+    replaced. signature: the signature of its original forward. mechanisms: the depth mechanisms, the first outermost,
+    which become the block's child module "mechanisms".
     """
 
     def __init__(
@@ -106,7 +106,11 @@ class RoutedBlock:
         return stream if rest is None else (stream, *rest)
 
     def _recomputed(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor) -> Any:
-        """Run inside activation checkpointing; the block's own would not include the captured keys and values."""
+        """Run the block inside its mechanisms as one activation checkpoint, with the block's own checkpointing off.
+
+        The block's own would leave out the run that computes keys and values of skipped tokens. Returns what `_run`
+        returns.
+        """
         self.block.gradient_checkpointing = False  # type: ignore[assignment]
         try:
             return self._run(tokens, arguments, x_BTD, None)
@@ -124,7 +128,11 @@ class RoutedBlock:
         return (x_BTD + delta_BTD).to(x_BTD.dtype), self.rest, records
 
     def _inside(self, tokens: Tokens, arguments: PlainDict, x_BTD: Tensor, cache: Any) -> tuple[Tensor, Records]:
-        """Return the block's update inside its mechanisms, and their records."""
+        """Return the block's update inside its mechanisms, [B, T, D], and the records by name.
+
+        arguments: the block's arguments by name, without hidden states and cache. Raises ValueError if the cache did
+        not get the keys of all tokens.
+        """
         call = BlockCall(self, tokens, arguments, cache, x_BTD.shape[:2])
         result = wrap(call.update, self.mechanisms.values())(x_BTD, tokens)
         if cache is not None and not call.stored:
@@ -135,7 +143,10 @@ class RoutedBlock:
         return result
 
     def _compare(self, delta_BTD: Tensor, expected_BTD: Tensor) -> None:
-        """Raise ValueError if skipping results in another update than computing everything."""
+        """Raise ValueError if an update computed with skipping differs from `expected_BTD`, computed for all tokens.
+
+        The largest error may be 1e-4 of the largest update, or .05 of it for blocks in less than 32 bits.
+        """
         low = torch.finfo(self._dtype).bits < 32
         error, size = (delta_BTD - expected_BTD).abs().max(), expected_BTD.abs().max()
         if not error <= (LOW_TOLERANCE if low else TOLERANCE) * size:
@@ -167,11 +178,11 @@ class RoutedBlock:
 
 
 class BlockCall:
-    """One call of a routed block; its `update` is what the mechanisms wrap.
+    """One call of a routed block; its method `update` is what the mechanisms wrap.
 
-    routed: the block. tokens: all tokens of the call. arguments: the block's arguments by name, without hidden states
-    and cache. cache: the model's key-value cache, or None. shape: (B, T). stored: whether keys and values of all tokens
-    have been put into the cache.
+    routed: the block. tokens: all tokens of the call, kept as `whole`. arguments: the block's arguments by name,
+    without hidden states and cache. cache: the model's key-value cache, or None. shape: (B, T). stored: whether keys
+    and values of all tokens have been put into the cache.
     """
 
     def __init__(
@@ -212,7 +223,7 @@ class BlockCall:
         return delta, {}
 
     def _reaching(self, tokens: Tokens) -> PlainDict:
-        """Return the arguments for the tokens that an outer mechanism kept."""
+        """Return the block's arguments for `tokens`, those that an outer mechanism kept; others are not keys either."""
         index_BK = (tokens.slot_BT - self.whole.slot_BT[:, :1]).expand(self.shape[0], -1)
         return for_tokens(self.arguments, Subset(self.shape, index_BK=index_BK), keys_too=True)
 
@@ -222,7 +233,10 @@ class BlockCall:
         return without_keys(causal_mask(mask, x_BLD.shape[1], x_BLD.device), real_BL.expand(x_BLD.shape[:2]))
 
     def _keys(self, x: Tensor, arguments: PlainDict) -> Catching:
-        """Return keys and values of these tokens as the attention passes them to a cache."""
+        """Return a `Catching` cache with the keys and values of these tokens.
+
+        x: their hidden states. arguments: the block's arguments by name, for these tokens.
+        """
         given = {**arguments, "attention_mask": None}
         return keys_of(self.routed.block, f"block {self.routed.layer}", partial(self._hand_over, x, given), self.cache)
 
@@ -230,7 +244,10 @@ class BlockCall:
         self.routed.call(x, arguments, catching)
 
     def _gathered(self, x_BLD: Tensor, tokens: Tokens, arguments: PlainDict, part: Selection) -> Tensor:
-        """Return the update of the tokens of `part` alone, given keys and values of the others: [B, K, D] or rows."""
+        """Return the update of the tokens of `part`, [B, K, D], or for whole rows [R, L, D]; others are keys only.
+
+        arguments: the block's arguments by name, for the L tokens of x_BLD.
+        """
         shape = x_BLD.shape[:2]
         others = _rest_of(part, tokens)
         subset = partial(Subset.of, shape=shape, device=x_BLD.device)
@@ -256,22 +273,26 @@ class BlockCall:
         return delta
 
     def _square(self, length: int, device: torch.device) -> Callable[[Tensor | None], Tensor | None]:
-        """Return a function that makes causality explicit.
+        """Return a function that replaces a missing attention mask (None) by a causal one of `length` tokens.
 
-        Implicit causal masks assume that queries and keys are the same tokens.
+        The block would otherwise assume that queries and keys are the same tokens, which is wrong if some are keys
+        only.
         """
         return lambda mask: causal_mask(mask, length, device)
 
 
 def _rest_of(part: Selection, tokens: Tokens) -> Selection:
-    """Return the tokens that `part` leaves out."""
+    """Return the selection of the tokens that `part` leaves out."""
     left_BL = ~part.mask()
     exact = part.valid_BK is None and not isinstance(part, WholeRows)
     return tokens.select_kept(left_BL, tokens.length - part.width if exact else None, exact)
 
 
 def _joined(part: Selection, mine: Tensor, others: Selection, theirs: Tensor) -> Tensor:
-    """Return keys or values [B, H, L, E] of all tokens from those of `part` and of the others."""
+    """Return the keys (or values) of all tokens, [B, H, L, E], in the tokens' order.
+
+    mine: keys of the tokens that `part` selects. theirs: keys of those that `others` selects.
+    """
     return (part.scatter(mine.transpose(1, 2)) + others.scatter(theirs.transpose(1, 2))).transpose(1, 2)
 
 
@@ -280,5 +301,5 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _first(x: Tensor, length: int) -> Tensor:
-    """Return keys or values without the columns of a cache of fixed size that are still empty."""
+    """Return the first `length` keys (or values) of x [B, H, S, E]; a cache of fixed size returns empty columns too."""
     return x[:, :, :length]

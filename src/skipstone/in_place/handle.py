@@ -33,11 +33,15 @@ IGNORED = -100
 class RoutedDecoder:
     """The mechanisms that `route` has put into a model, with their settings, records and weights.
 
-    records: decisions of the last forward pass, a dict by mechanism name for each block. executor: "gathered" computes
+    model: the model. decoder: the decoder inside it. blocks: the decoder's blocks. entries: the parsed options of the
+    mechanisms.
+
+    records: decisions of the last forward pass, for each block a dict by mechanism name. executor: "gathered" computes
     kept tokens only; "masked" computes all tokens and discards the others' updates, with equal results.
-    training_routing: how passes in training mode with gradients decide: "oracle" may look at the whole row, "causal" at
-    earlier tokens only; all other passes are causal. routing: "oracle" or "causal" for every pass; None means the rule
-    just described. forced: decisions to impose, bool masks [B, T] of kept tokens by block index.
+    training_routing: how passes in training mode with gradients and without cached tokens decide: "oracle" may look at
+    the whole row, "causal" at earlier tokens only; all other passes are causal. routing: "oracle" or "causal" for every
+    pass; None means the rule just described. forced: decisions to impose, bool masks [B, T] of kept tokens by block
+    index.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class RoutedDecoder:
         """Return the sum of the mechanisms' auxiliary losses in the last pass, a scalar with gradient; 0 without any.
 
         Each loss is a mean over the tokens that reached its mechanism. In training mode, a model that is called with
-        labels has added the sum to its loss already.
+        labels adds the sum to its loss by itself, times labels / `num_items_in_batch` if that argument is given.
         """
         found = auxiliary_loss(self.records, None)
         return torch.zeros((), device=next(self.decoder.parameters()).device) if found is None else found
@@ -110,9 +114,9 @@ class RoutedDecoder:
             mechanism.advance(progress, None if record is None else mechanism.statistics(record))
 
     def kept_share(self) -> float:
-        """Return the mean share of tokens that the blocks computed in the last pass, from 0 to 1.
+        """Return which share of the tokens of the last pass a block computed, from 0 to 1, as a mean over blocks.
 
-        All blocks count, those without mechanisms as 1.
+        All blocks of the decoder count, those without mechanisms as 1.
         """
         shares = [1.0] * self.count
         for i, records in enumerate(self.records):
@@ -140,7 +144,7 @@ class RoutedDecoder:
     # --- a pass
 
     def _begin(self, decoder: nn.Module, args: tuple[object, ...], kwargs: PlainDict) -> None:
-        """Take the decoder's arguments about tokens before it runs."""
+        """Take padding mask and positions from the decoder's arguments and forget the records, before each pass."""
         require_kernel(decoder)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         config = text_config(decoder)
@@ -152,10 +156,10 @@ class RoutedDecoder:
         self._tokens, self.records = None, tuple({} for _ in range(self.count))
 
     def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
-        """Return the tokens of a block's call, with the state that earlier blocks of this pass have left.
+        """Return the `Tokens` of a block's call: positions, padding, imposed decisions, and carried state.
 
-        routed: the block. x_BTD: its hidden states. cache: the model's key-value cache, or None. Raises ValueError for
-        hidden states that are not [B, T, D].
+        The state is what mechanisms of earlier blocks of this pass have passed on. routed: the block. x_BTD: its hidden
+        states. cache: the model's key-value cache, or None. Raises ValueError for hidden states that are not [B, T, D].
         """
         if x_BTD.dim() != 3:
             raise ValueError(f"block {routed.layer} must be given hidden states [B, T, D], got {list(x_BTD.shape)}")
@@ -195,7 +199,11 @@ class RoutedDecoder:
 def _mechanisms(
     entries: Sequence[MechanismEntry], layer: int, count: int, width: int, block: nn.Module
 ) -> DepthModules:
-    """Build the mechanisms of one block on its device, in fp32 except for what takes the model's dtype."""
+    """Build the mechanisms of one block in fp32 on the block's device.
+
+    Parts that a mechanism declares in `cast_with_model` get the block's dtype. entries: the parsed options of all
+    mechanisms. layer: index of the block. count: number of blocks. width: size of a hidden state.
+    """
     built: dict[str, DepthModule] = {}
     like = next((p for p in block.parameters() if p.is_floating_point() and p.device.type != "meta"), None)
     for entry in entries:
@@ -212,7 +220,7 @@ def _mechanisms(
 
 
 def _cast(mechanism: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Cast one parameter or child module to a dtype."""
+    """Cast the parameter or child module `name` of a mechanism to a dtype."""
     part = getattr(mechanism, name, None)
     if isinstance(part, nn.Module):
         part.to(dtype)
@@ -221,7 +229,10 @@ def _cast(mechanism: nn.Module, name: str, dtype: torch.dtype) -> None:
 
 
 class _WithLosses:
-    """A replacement for the model's `forward` that adds auxiliary losses to the loss in training mode."""
+    """A replacement for the model's `forward` that adds auxiliary losses to the loss in training mode.
+
+    handle: the routed decoder, which knows the losses. model: the model whose `forward` is replaced.
+    """
 
     def __init__(self, handle: RoutedDecoder, model: nn.Module) -> None:
         self._handle, self._model = handle, model

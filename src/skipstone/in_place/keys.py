@@ -1,9 +1,9 @@
-"""Caches between a block's attention and the model's own, so that some tokens can attend to the keys of all.
+"""Caches between a block's attention and the model's own cache, so that some tokens can attend to the keys of all.
 
-An attention of transformers passes keys and values of its tokens to the cache and attends to what the cache returns. So
-a block can run for some tokens and attend to all: a first run for the other tokens is ended where it passes keys and
-values to a cache that captures them; the second run's cache merges them with its own before the model's cache gets
-them.
+The attention of a transformers block passes its tokens' keys and values to the cache, and attends to what the cache
+returns. A block can therefore be run for some tokens and attend to all. First it is called with the other tokens; this
+run ends when their keys and values reach a `Catching` cache. Then it is called with the tokens themselves and a
+`Joining` cache, which merges both, stores the result in the model's cache, and returns it to the attention.
 
 Shape letters: B rows, H heads of keys, T tokens of the call, S tokens of keys, E head size.
 """
@@ -22,11 +22,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 class _Caught(BaseException):
-    """Ends a block once its keys and values are known. A BaseException, so that no `except Exception` stops it."""
+    """Raised to end a run of a block once its keys and values are known.
+
+    It is a BaseException, so that no `except Exception` in the block stops it.
+    """
 
 
 class _Between(Cache):
-    """A cache that delegates everything except `update` to the model's cache, or to an empty one."""
+    """A cache that passes every call except `update` on to the model's cache; to an empty one if that is None."""
 
     def __init__(self, cache: Any) -> None:
         self.behind = DynamicCache() if cache is None else cache
@@ -45,7 +48,7 @@ class _Between(Cache):
 class Catching(_Between):
     """A cache that captures the keys and values that an attention passes to it, and then ends the block's run.
 
-    caught: (keys, values), each [B, H, T, E]. handed: the other arguments of the call.
+    caught: (keys, values), each [B, H, T, E]. handed: the other arguments of the call of `update`, as (args, kwargs).
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
@@ -56,11 +59,11 @@ class Catching(_Between):
 
 
 class Joining(_Between):
-    """A cache that merges keys and values of some tokens with the others', so that attention sees all.
+    """A cache that merges the keys and values of the tokens that a block runs for with those of all others.
 
     cache: the model's cache, which stores the merged ones; None means that nothing is stored. join: merges a pair
-    (keys, values) of the running tokens with the others'. rows: selects the batch rows that run. calls: how often
-    `update` was called.
+    (keys, values) of the running tokens with the others', in the order of tokens. rows: selects the batch rows that
+    run. calls: how often `update` was called.
     """
 
     def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
@@ -68,7 +71,7 @@ class Joining(_Between):
         self._stores, self._join, self._rows = cache is not None, join, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Merge keys and values with the other tokens', store them, and return those of the rows that run."""
+        """Merge keys and values with those of the other tokens, store them, and return all for the rows that run."""
         self.calls += 1
         pair = self._join((key_states, value_states))
         if self._stores:
@@ -79,8 +82,8 @@ class Joining(_Between):
 def keys_of(block: nn.Module, where: str, run: Callable[[Catching], object], cache: Any) -> Catching:
     """Run a block only as far as its attention's keys and values, and return the cache that captured them.
 
-    block: the module. where: its name in errors. run: calls the block with the cache that it is given. cache: the
-    model's cache, or None. Raises ValueError for a block that passes no keys and values to a cache.
+    block: the module. where: the block's name in error messages. run: calls the block with the cache that it is given.
+    cache: the model's cache, or None. Raises ValueError for a block that passes no keys and values to a cache.
     """
     catching = Catching(cache)
     try:
@@ -95,7 +98,10 @@ def keys_of(block: nn.Module, where: str, run: Callable[[Catching], object], cac
 
 @contextmanager
 def _without_queries(block: nn.Module) -> Iterator[None]:
-    """Make the projection of queries return zeros, which are not used before the run ends."""
+    """Let the query projections of a block return zeros inside a `with` block, to save time.
+
+    Queries are not needed in a run that ends once keys and values are known.
+    """
     found = [m for name, m in block.named_modules() if name.rpartition(".")[2] == "q_proj" and _width(m) is not None]
     before = [module.__dict__.get("forward") for module in found]
     for module in found:

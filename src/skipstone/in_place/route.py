@@ -62,7 +62,10 @@ def route(
 
 
 def _completed(written: Written, dense_start: bool) -> dict[str, object]:
-    """Return an entry with the options that `route` sets by default."""
+    """Return one entry of `mechanisms` with the defaults of `route` where it does not set an option.
+
+    They are `kv: full` and, with `dense_start`, the mechanism's defaults in `skipstone adapt`.
+    """
     entry = dict(written)
     mechanism = DEPTH.get(str(entry.get("name")))
     if mechanism is None:  # reported by the parser

@@ -82,5 +82,5 @@ def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _named(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return parameters and saved buffers by name."""
+    """Return the parameters and saved buffers of these modules, by name with the module's key as prefix."""
     return {f"{prefix}.{name}": value for prefix, m in modules.items() for name, value in m.state_dict().items()}
