@@ -1,4 +1,4 @@
-"""Adapters that PEFT has saved: which base they belong to, and the model that both make together."""
+"""PEFT adapters saved in a folder: finding the base model that one belongs to, and merging it into that model."""
 
 from __future__ import annotations
 
@@ -84,14 +84,20 @@ def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _not_shared(missing: list[str], adapted: nn.Module) -> list[str]:
-    """Return the missing names without those of tensors that were found under another name (VB-LoRA's bank)."""
+    """Return the names in `missing` but those of tensors that share memory with a tensor that was loaded.
+
+    PEFT reports such tensors as missing (VB-LoRA's vector bank). adapted: the base with the loaded adapter.
+    """
     tensors = adapted.state_dict()
     loaded = {tensor.data_ptr() for name, tensor in tensors.items() if name not in missing}
     return [name for name in missing if name not in tensors or tensors[name].data_ptr() not in loaded]
 
 
 def _without_adapter(adapted: PeftModel) -> PreTrainedModel:
-    """Return the base with the adapter merged. Raises ValueError for a kind that PEFT cannot merge."""
+    """Return the base model with the adapter merged into its weights.
+
+    adapted: the base with the loaded adapter. Raises ValueError for a kind of adapter that PEFT cannot merge.
+    """
     try:
         whole: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError):
@@ -101,7 +107,10 @@ def _without_adapter(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _trained_without_buffers(part: object) -> bool:
-    """Return whether a mechanism has parameters of the adapter's own and buffers that only a whole model saves."""
+    """Return whether a module is a mechanism whose parameters the adapter replaces, but not its buffers.
+
+    Adapters only contain parameters, so saved buffers, such as thresholds, stay those of the base.
+    """
     if not isinstance(part, RoutingModule):
         return False
     own = any("modules_to_save" in name for name, _ in part.named_parameters())

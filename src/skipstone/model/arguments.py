@@ -1,4 +1,4 @@
-"""Checks of what a decoder call is given, and what the kind of cache means for the pass."""
+"""Checks of the arguments of a decoder call, and how a call executes with a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _kind(x: Tensor) -> str:
 def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int]) -> None:
     """Raise ValueError unless a cache was made for this model and this batch.
 
-    cache: the argument `past_key_values`. blocks: allowed numbers of layers. rows: the batch size, which a cache with
-    content must have. heads: number of key/value heads and their size, which cached keys must have. Offloaded caches
-    are refused.
+    cache: the argument `past_key_values`. blocks: the numbers of layers that the cache may have. rows: the batch size,
+    which a cache with content must have. heads: number of key/value heads and their size, which cached keys must have.
+    Offloaded caches are refused.
     """
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
@@ -120,7 +120,7 @@ def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int])
 
 
 def _described(cache: object) -> str:
-    """Return the type of a cache and of its first layer."""
+    """Return the class name of a cache and of its first layer, for an error message."""
     layers = getattr(cache, "layers", None)
     return type(cache).__name__ + (f" of {type(layers[0]).__name__}" if layers else "")
 
@@ -130,7 +130,7 @@ def of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
 
     mode: how the pass would execute without a cache. cache: the cache, or None; unless it is a `StaticCache`, `mode` is
     returned unchanged. length: tokens per row of this call. With a static cache, steps (length 1) and compiled calls
-    compute all tokens and discard the updates of skipped ones, and every block gets at least one token of a prompt, so
+    compute all tokens and discard the updates of skipped ones. In a prompt, every block is given at least one token, so
     that its cache allocates memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):

@@ -66,13 +66,13 @@ def _activation(config: SkipstoneConfig, layer: int) -> Activation:
 
 
 def _neurons(config: SkipstoneConfig, layer: int) -> int:
-    """Return the neurons of the layer's MLP: all, unless some were pruned."""
+    """Return the number of neurons of block `layer`'s MLP: the configured number, or fewer if some were pruned."""
     groups = config.groups_entry
     return config.neurons if groups is None else groups.options.neurons(layer, config.neurons)
 
 
 def _everywhere(config: SkipstoneConfig, layer: int, name: str) -> Placement:
-    """Return the placement of a part that every block has."""
+    """Return the placement, in block `layer`, of a part called `name` that every block of the model has."""
     layers = config.num_hidden_layers
     return Placement(layer=layer, num_layers=layers, index=layer, count=layers, name=name)
 
@@ -124,7 +124,11 @@ def build_blocks(config: SkipstoneConfig) -> Blocks:
 
 
 def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry], earlier: list[Block]) -> Block:
-    """Build a block with its mechanisms; `earlier` are the blocks before it."""
+    """Build block `layer` with its mechanisms.
+
+    entries: the parsed options of the mechanisms that apply to it. earlier: the blocks before it, of which it needs the
+    first of its segment.
+    """
     mechanisms: dict[str, DepthMechanism] = {}
     sites = {site: [e.key for e in entries if e.site == site] for site in SITES}
     segment = next((e.layers for e in entries if e.site == SEGMENT), (layer,))
@@ -154,7 +158,10 @@ def _block(config: SkipstoneConfig, layer: int, entries: list[MechanismEntry], e
 
 
 def _turned_by(config: SkipstoneConfig, layer: int) -> str:
-    """Return the name of the rotary angles of a block's queries and keys: row, window or none."""
+    """Return which rotary angles a block uses: "row", "window" (those of blocks with a window), or "none".
+
+    layer: index of the block.
+    """
     if config.positions != "rope" or layer not in config.rotary_layers():
         return "none"
     return "window" if config.window_rope_parameters is not None and layer in config.windowed_layers() else "row"
@@ -183,7 +190,10 @@ def _mlp(config: SkipstoneConfig, layer: int) -> FeedForward:
 def _grouped_mlp(
     config: SkipstoneConfig, groups: GroupsEntry, layer: int, activation: Activation, dropout: float
 ) -> FeedForward:
-    """Build an MLP of neuron groups with its router."""
+    """Build the MLP of block `layer` if groups of its neurons can be left out, with the router that chooses them.
+
+    groups: the options of the router. activation, dropout: as in the MLP's constructor.
+    """
     placement = _everywhere(config, layer, NEURON_GROUPS)
     router: Callable[..., NeuronGroups | MagnitudeGroups | ZeroNeurons] = GROUPS[groups.kind]
     chooses = router(config.hidden_size, config.neurons, placement, groups.options)
@@ -218,10 +228,10 @@ def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Initialise one module of a model, after transformers' default initialisation and only where ours differs from it.
+    """Initialise one module of a model, after transformers' own initialisation, where ours differs from it.
 
-    Linear layers follow `config.linear_init`, projections into the residual stream `config.scaled_output_init`; routing
-    modules and other modules of ours reset themselves.
+    Linear layers follow `config.linear_init`, projections into the residual stream `config.scaled_output_init`. Routing
+    modules and all other modules of ours initialise themselves by `reset_parameters`.
     """
     if isinstance(module, nn.Linear) and config.linear_init == "torch":
         _start_as_torch(module)
@@ -249,7 +259,7 @@ def _start_as_torch(module: nn.Linear) -> None:
 
 
 def _start_experts(module: ExpertsMLP, config: SkipstoneConfig) -> None:
-    """Initialise experts like the linear layers of a dense MLP."""
+    """Initialise all experts of an MLP like the linear layers of a dense one, as the configuration says."""
     for weight in (module.gate_proj, module.up_proj, module.down_proj):
         if weight is module.down_proj and config.scaled_output_init:
             init.normal_(weight, 0.0, config.initializer_range / (2 * config.num_hidden_layers) ** 0.5)

@@ -47,14 +47,14 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
-    past_key_values: the KV cache. hidden_states: if requested, num_hidden_layers + 1 tensors as in transformers. loss:
-    the training loss, []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss and
-    distillation loss takes the place of the token loss. token_loss: cross-entropy per label, in nats. auxiliary_loss:
-    the sum of the routers' own losses, coefficients included. distillation_loss: KL(teacher || student) per label, in
-    nats, times the squared temperature, without its coefficient. logits: [B, T, V] for V vocabulary entries, or None.
-    records: if requested, one dict per block with its mechanisms' decisions by name. attentions: always None.
-    last_hidden_state: the decoder's normalised hidden states, [B, T, D], if `output_last_hidden_state` is True, else
-    None.
+    loss: the training loss, []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss and
+    distillation loss takes the place of the token loss. token_loss: cross-entropy in nats, a mean over labels (or the
+    sum divided by `num_items_in_batch`). auxiliary_loss: the sum of the mechanisms' own losses, coefficients included.
+    distillation_loss: KL(teacher || student) in nats times the squared temperature, averaged like token_loss, without
+    its coefficient. logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the KV cache. hidden_states:
+    if requested, num_hidden_layers + 1 tensors as in transformers. records: if requested, one dict per block with its
+    mechanisms' decisions by name. attentions: always None. last_hidden_state: the decoder's normalised hidden states,
+    [B, T, D], if `output_last_hidden_state` is True, else None.
     """
 
     loss: Tensor | None = None
@@ -119,12 +119,12 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """Return logits [B, T, V] and, with labels, the loss; other arguments are as in `SkipstoneModel.forward`.
 
-        labels: int64 [B, T], the input ids (shifted here), -100 for no target; or already shifted, as `shift_labels`.
-        logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: if
-        labels are given, compute this many tokens' logits at a time and return none; 0 means all at once. distillation:
-        a teacher's outputs, which need loss_chunk; `loss` then adds the divergence, and `token_loss` carries no
+        labels: int64 [B, T], the input ids (shifted here), -100 for no target; or, already shifted, `shift_labels`.
+        logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: with
+        labels, compute this many tokens' logits at a time and return none; 0 means all at once. distillation: a
+        teacher's outputs, which need loss_chunk; `loss` then adds the divergence from them, and `token_loss` carries no
         gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
-        `config.auxiliary_loss_over` "all", routers' losses are means over all tokens but padding.
+        `config.auxiliary_loss_over` "all", mechanisms' losses are means over all tokens but padding.
         """
         target_BT = _targets(labels, kwargs)
         out: DecoderOutput = self.model(
@@ -159,11 +159,15 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         )
 
     def to_head(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the output head's input, [B, T, D]: hidden_BTD, which is normalised, times `config.logit_scale`."""
+        """Return hidden_BTD, the normalised hidden states, times `config.logit_scale`: the output head's input."""
         return hidden_BTD if self.config.logit_scale == 1 else hidden_BTD * self.config.logit_scale
 
     def _logits(self, hidden_BTD: Tensor, out: DecoderOutput) -> Tensor:
-        """Return the logits; by candidates, if the model has a preview of its head and the call is of one token."""
+        """Return the logits, [B, T, V], after any soft cap.
+
+        With a preview of the head, a call of one token computes exact logits for the best candidates alone. out: the
+        decoder's output, which tells the number of tokens. Raises ValueError if a model with a preview is trained.
+        """
         preview = self.head_preview
         alone = out.last_hidden_state is not None and out.last_hidden_state.shape[:2].numel() == 1
         if preview is not None and self.training and torch.is_grad_enabled():
@@ -187,7 +191,12 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         chunk: int,
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
-        """Return the loss and its parts."""
+        """Return the losses that `CausalLMOutput` has, by field name.
+
+        target_BT: labels, shifted. records: the decisions of the pass. items: what sums are divided by; None means the
+        number of labels. chunk, distillation: as `loss_chunk` and `distillation` in `forward`; logits_BTV is None with
+        a chunk.
+        """
         if logits_BTV is not None and distillation is not None:
             raise ValueError("distillation needs a loss_chunk of 1 or more, got 0")
         target_BT = checked_targets(target_BT, hidden_BTD.shape[:2])
@@ -204,7 +213,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"loss": minimised + added, "auxiliary_loss": added, **parts}
 
     def _token_loss(self, logits_BTV: Tensor, target_BT: Tensor, items: Tensor | int | None) -> Tensor:
-        """Return the cross-entropy summed over labelled tokens, divided by the number of labels or by `items`."""
+        """Return the sum of cross-entropies in nats over labels, divided by `items`, or by their number if None."""
         if logits_BTV.dtype == torch.float64:  # transformers' function computes in fp32
             count = (target_BT != IGNORED).sum() if items is None else items
             flat_NV, flat_N = logits_BTV.flatten(0, 1), target_BT.flatten().to(logits_BTV.device)
@@ -225,7 +234,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         chunk: int,
         distillation: Distillation | None,
     ) -> dict[str, Tensor]:
-        """Return the token loss, and with a teacher its divergence and the total, without holding all logits."""
+        """Return the losses on tokens by name, computed for `chunk` tokens at a time without holding all logits.
+
+        They are "token_loss" and, with a teacher, "distillation_loss" and "minimised", their weighted sum. items is as
+        in `_losses`. Raises ValueError if the head's weight cannot be read directly.
+        """
         if not weight_is_readable(self.lm_head) or is_quantised(self.lm_head):
             raise ValueError(
                 "loss_chunk needs direct access to the head's weight, without bias, adapter, hooks, offloading, "
@@ -246,7 +259,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def _auxiliary_loss(
         self, target_BT: Tensor, records: tuple[Records, ...], items: Tensor | int | None, like: Tensor
     ) -> Tensor:
-        """Return the mechanisms' auxiliary losses, divided like the token loss."""
+        """Return the sum of the mechanisms' auxiliary losses, averaged as `config.auxiliary_loss_over` says.
+
+        Without any it is a zero with dtype and device of `like`. items is as in `_losses`.
+        """
         found = auxiliary_loss(records, target_BT != IGNORED, items, self.config.auxiliary_loss_over)
         return like.new_zeros(()) if found is None else found
 
@@ -300,9 +316,9 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return {"routing": "causal", "noise": False, **inputs}
 
     def _outgrown(self, input_ids: Any, cache: Cache | None) -> bool:
-        """Return whether the cached keys were rotated by longrope's frequencies for short rows, and now the long apply.
+        """Return whether the row has just grown beyond the length at which longrope changes its frequencies.
 
-        The row is then computed anew, once, as transformers does.
+        Cached keys were then rotated by other frequencies, so the row is computed anew, once, as transformers does.
         """
         positions = self.model.positions
         border = positions.border if isinstance(positions, Rotary) else None
@@ -338,7 +354,11 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
 
 
 def _documents(inputs: PlainDict) -> Tensor:
-    """Return the documents of this call's tokens: new tokens continue the last document of the prompt."""
+    """Return the document ids of this call's tokens, [B, T], in generation from a packed prompt.
+
+    New tokens continue the last document of their row. inputs: the arguments of the call, with the prompt's
+    `document_ids`.
+    """
     document_BT, cache = inputs["document_ids"], inputs.get("past_key_values")
     given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     start = 0 if cache is None else int(cache.get_seq_length())
@@ -348,9 +368,10 @@ def _documents(inputs: PlainDict) -> Tensor:
 
 
 def _targets(labels: Tensor | None, others: PlainDict) -> Tensor | None:
-    """Return the target of each token, which is None without labels.
+    """Return the labels shifted to the tokens that predict them, [B, T]; None without labels.
 
-    Raises ValueError for labels that are not a tensor, and for other arguments that would be ignored silently.
+    others: further arguments of the call, of which `shift_labels` takes precedence. Raises ValueError for labels that
+    are not a tensor, and for arguments that would be ignored silently.
     """
     refuse_mistyped(others)
     refuse_ignored(labels, others)

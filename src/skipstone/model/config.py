@@ -87,7 +87,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             )
 
     def _check_head(self) -> None:
-        """Raise ValueError unless the preview of the head is one that the compiled kernel reads."""
+        """Raise ValueError unless head_candidates and head_directions are both None or both in the supported range."""
         candidates, directions = self.head_candidates, self.head_directions
         if candidates is None and directions is None:
             return
@@ -98,7 +98,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             raise ValueError(f"head_directions must be a multiple of {GROUP} from {GROUP} to {most}, got {directions}")
 
     def _check_rope_numbers(self) -> None:
-        """Raise ValueError for a stretched RoPE without its factor, before transformers looks for it."""
+        """Raise ValueError for RoPE parameters that are no numbers, or whose scaling needs a factor that is missing."""
         for field in ("rope_parameters", "window_rope_parameters"):
             rope = getattr(self, field)
             if not isinstance(rope, dict):
@@ -288,7 +288,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` with entries of parts as dicts."""
+    """Return `value` with the parsed options in it converted back to plain dicts."""
     if isinstance(value, Entry):
         return value.plain()
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,8 @@
 """The cost of a model in FLOPs and bytes, computed from the shapes of its modules; a model on the meta device suffices.
 
 A multiply-accumulate counts 2 FLOPs. Matrix products, attention, routers and head are counted; everything else is 0 by
-convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py and S stored keys, one block takes
+convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py, H heads of size E and S stored keys,
+one block takes
 
     2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
     4 H E query_tokens (S + kv_tokens)             attention, scores and weighted values; not halved for causality
@@ -129,10 +130,10 @@ def cost(
     """Return the FLOPs, parameters and cache bytes of one call of a model with `batch` rows of `tokens` tokens.
 
     past: cached tokens per row before the call. kept: how many tokens of a row each mechanism keeps, as {layer: {name:
-    count}}, measured (`kept_from_records`) or assumed; None means the configured capacity, floor(capacity * tokens) for
-    Mixture-of-Depths in training and capacity * tokens on average in generation, and all tokens for gates without a
+    count}}, measured (`kept_from_records`) or assumed. None means the configured capacity: for Mixture-of-Depths
+    floor(capacity * tokens) in training and capacity * tokens on average in generation; all tokens for gates without a
     capacity. stored: keys cached in each layer before the call (`cache.layers[i].kv.width`; if rows differ, the longest
-    row that has a query); None means what `past` tokens leave there by the same assumption as for `kept`. routing:
+    row that has a query); None means what `past` tokens leave there under the assumption just described. routing:
     "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced" (causal, but
     imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits are computed;
     0 means all tokens. Raises ValueError for invalid sizes.
@@ -173,9 +174,11 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Work:
-    """The work of one block for a row: token counts of its sub-layers, and of its routing modules.
+    """The work of one block for one row.
 
-    passes: through the MLP with all neurons on, or through any one expert.
+    attention, mlp: mean numbers of tokens that these sub-layers work on. mechanisms: each routing module with the mean
+    number of tokens that reach it. passes: how many tokens' products with the whole MLP, or with one of its experts,
+    are computed; a fraction if neurons are left out.
     """
 
     attention: TokenCounts
@@ -214,7 +217,10 @@ def _cost(model: ModelLike, call: _Call) -> Cost:
 
 
 def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, float, Flops]:
-    """Return a block's work for earlier and present tokens, the number of stored keys, and its forward FLOPs."""
+    """Return a block's work for the cached tokens and for those of the call, the number of cached keys, and FLOPs.
+
+    The FLOPs are those of the call's forward pass, for one row. layer: the index of the block.
+    """
     oracle, kept = call.routing == "oracle", call.kept.get(layer, {})
     single_token = call.tokens == call.batch == 1 and not oracle
     before = _work(block, call.past, {}, False, call.mechanisms)
@@ -226,14 +232,17 @@ def _executed(block: Block, call: _Call, layer: int) -> tuple[_Work, _Work, floa
 
 
 def _unpadded(kept: Mapping[str, Amount]) -> dict[str, Amount]:
-    """Return the counts of layers that leave out padding."""
+    """Return the counts for projections and MLP, which may leave out padding, by mechanism.
+
+    kept: the counts for attention, each with the others in its field `unpadded` if they differ.
+    """
     return {
         name: counts.unpadded or counts if isinstance(counts, TokenCounts) else counts for name, counts in kept.items()
     }
 
 
 def _whole(flops: Flops) -> Flops:
-    """Convert exact fractions to floats."""
+    """Return the FLOPs with exact fractions converted to floats."""
     return replace(flops, **{field.name: float(getattr(flops, field.name)) for field in fields(flops)})
 
 
@@ -242,7 +251,9 @@ def _work(
 ) -> _Work:
     """Return the work of a block for a row of `tokens` tokens.
 
-    single_token: in a call of one token without gradients.
+    kept: the tokens that each mechanism keeps, by name; the configuration decides for others. oracle: whether decisions
+    are those of training. mechanisms: False for the dense model. single_token: whether it is a call of one token
+    without gradients.
     """
     ran: list[tuple[RoutingModule, float]] = []
 
@@ -267,7 +278,11 @@ def _restriction(kept: Amount | None) -> TokenCounts | float | None:
 
 
 def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: str) -> Flops:
-    """Return the forward FLOPs of a block. unpadded: the work of layers that leave out padding."""
+    """Return the forward FLOPs of a block for a row.
+
+    work: the numbers of tokens for attention scores. unpadded: those for projections and MLP, which may leave out
+    padding. stored: cached keys. routing is as in `cost`.
+    """
     attention, counts, each = block.self_attn, work.attention, unpadded.attention
     given = weights_multiplied(attention.k_proj) + weights_multiplied(attention.v_proj)
     asked = weights_multiplied(attention.q_proj) + weights_multiplied(attention.o_proj)
@@ -283,8 +298,8 @@ def _flops(block: Block, work: _Work, unpadded: _Work, stored: float, routing: s
 def _score_pairs(counts: TokenCounts, stored: float, window: int | None) -> float:
     """Return the number of pairs of query and key in a row whose scores are computed.
 
-    With a window W, these are the pairs in bands of W queries and 2 W keys where they are fewer, and of cached keys at
-    most the newest W - 1.
+    stored: the number of cached keys. With a window of W slots, of the cached keys at most the newest W - 1 count, and
+    of this call's own pairs only those in bands of W queries and 2 W keys if that is fewer.
     """
     own = max(counts.kv_tokens, 1)  # a mean below one token, as in decoding: a query sees itself in full
     if stored or counts.query_tokens != own:
@@ -294,7 +309,11 @@ def _score_pairs(counts: TokenCounts, stored: float, window: int | None) -> floa
 
 
 def _training(block: Block, work: _Work, unpadded: _Work) -> Flops:
-    """Return the FLOPs of forward and backward pass: a product has two gradients of its own size."""
+    """Return the FLOPs of a forward and backward pass of a block for a row, three times the forward ones.
+
+    Each product has two gradients that cost as much as itself; mechanisms state their own. work and unpadded are as in
+    `_flops`.
+    """
     forward = _flops(block, work, unpadded, 0, "oracle")
     backward = sum(mechanism.backward_flops(tokens) for mechanism, tokens in work.mechanisms)
     return replace(forward * 3, router=forward.router + backward)
@@ -306,13 +325,16 @@ def _head(model: ModelLike, tokens: int) -> Flops:
 
 
 def _step_head(model: ModelLike) -> Flops | None:
-    """Return the FLOPs of a head that a step reads by candidates; None if it reads all of it."""
+    """Return the FLOPs of the output head in a step of one token if it has a preview, else None.
+
+    Such a step computes the preview for all tokens and exact logits for some candidates alone.
+    """
     preview = getattr(model, "head_preview", None)
     return Flops(head=preview.flops()) if preview is not None and preview.fits(model.get_output_embeddings()) else None
 
 
 def _entry_bytes(attention: Attention) -> int:
-    """Return the bytes of one token's key, value and slot, in the dtype of the model."""
+    """Return how many bytes of cache one token takes in a block: key and value in the model's dtype, and its slot."""
     return 2 * attention.k_proj.weight.shape[0] * compute_dtype(attention.k_proj).itemsize + SLOT_BYTES
 
 

@@ -80,7 +80,7 @@ OWN_ARGUMENTS = (
 
 
 def refuse_mistyped(arguments: PlainMapping) -> None:
-    """Raise ValueError for a keyword argument that is unknown to us but close to one of ours, and so probably mistyped.
+    """Raise ValueError for a keyword argument that is not one of ours but close to one, and so probably mistyped.
 
     arguments: keyword arguments by name. Transformers ignores unknown ones.
     """
@@ -277,7 +277,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _mode(
         self, routing: Routing | None, noise: bool | None, executor: Executor, x_BTD: Tensor
     ) -> tuple[PassMode, Mapping[int, Tensor]]:
-        """Return how the pass decides and executes, and the masks that the caller imposes, by block."""
+        """Return how the pass decides and executes, and the masks of kept tokens that the caller imposes, by block."""
         forced = routing if isinstance(routing, Mapping) else {}
         default: str = self.config.training_routing if self.training else "causal"
         decided = "causal" if isinstance(routing, Mapping) else routing or default
@@ -338,7 +338,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
     ) -> Tokens:
-        """Return the tokens of this call, with initial mechanism state."""
+        """Return the `Tokens` of this call, with the state that mechanisms carry between blocks as before block 0."""
         call = Call(
             shape=x_BTD.shape[:2],
             device=x_BTD.device,
@@ -358,7 +358,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         return tokens.replace(state=state, noise_seed=seed, first_row=first)
 
     def _positioned(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, dict[str, Rotation | None]]:
-        """Add learned positions and embedding dropout to the stream; return it with the rotary angles by name."""
+        """Return the stream with learned positions and dropout added, and cos and sin of rotary angles by name."""
         angles: dict[str, Rotation | None] = {"none": None}
         if self.config.positions != "rope":
             x_BTD = x_BTD + self.positions(self._checked(tokens.position_BT))
@@ -371,7 +371,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
     def _turned(
         self, whole: Tokens, angles: Mapping[str, Rotation | None], name: str, tokens: Tokens
     ) -> Rotation | None:
-        """Return the angles of this name for tokens of a block: `whole`, or some that a segment has selected."""
+        """Return the angles of this name for a block's tokens: `whole`, all of the call, or a segment's selection."""
         if tokens.slot_BT is whole.slot_BT:
             return angles[name]
         positions = self.window_positions if name == "window" else self.positions
@@ -379,7 +379,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         return None if name == "none" else positions(tokens.position_BT, angles[name][0].dtype)  # type: ignore[index]
 
     def _checked(self, position_BT: Tensor) -> Tensor:
-        """Return the positions after checking them against the context length."""
+        """Return the positions unchanged. Raises ValueError if one is negative or beyond the context, on a CPU only."""
         limit = self.config.max_position_embeddings
         if not torch.compiler.is_compiling() and position_BT.device.type == "cpu":
             low, high = (int(x) for x in position_BT.aminmax())

@@ -32,9 +32,10 @@ ALIKE = 0.99  # cosine of them: copies of a model in bf16 and int8 are above it,
 class DraftHead(nn.Module):
     """A draft head: a small network that guesses a model's hidden state one token ahead (EAGLE, arXiv 2401.15077).
 
-    It is a projection of two inputs, a hidden state and the embedding of the token after it, followed by one Llama
-    block of the model's width. shortlist_R: int64, the R tokens that can be guessed, ascending. told: fp32 [K, D], a
-    few embeddings and the final norm's weight of the model, by which a head of another model is recognised.
+    It projects two inputs, a hidden state and the embedding of the token after it, to the model's width, and runs one
+    Llama block on the result. config: the model's configuration. shortlist: R, the number of tokens that can be
+    guessed. shortlist_R: int64, their ids, ascending. told: fp32 [K, D], a few embeddings and the final norm's weight
+    of the model, by which a head of another model is recognised.
     """
 
     shortlist_R: Tensor
@@ -55,9 +56,9 @@ class DraftHead(nn.Module):
     ) -> Tensor:
         """Return guesses of the model's hidden states one token later, normalised, [B, T, D].
 
-        hidden_BTD: normalised hidden states of T tokens, or earlier guesses of them. embedding_BTD: embeddings of the
-        tokens that follow these. cache: the head's own cache, or None. mask_BT: 0 for padding, as in the model's
-        attention_mask; None means no padding.
+        hidden_BTD: the model's hidden states at T tokens after its final norm, or earlier guesses of them.
+        embedding_BTD: the model's embeddings of the tokens that follow these. cache: the head's own cache, or None.
+        mask_BT: 0 for padding, as in the model's attention_mask; None means no padding.
         """
         out = self.stack(
             inputs_embeds=self.join(torch.cat((self.hidden_norm(hidden_BTD), self.embedding_norm(embedding_BTD)), -1)),
@@ -115,10 +116,11 @@ def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
 
 
 class ReadyHead:
-    """A draft head prepared for guessing fast on a model's device, with the rows of the model's head that it needs.
+    """A copy of a draft head prepared for fast guessing on a model's device, with part of the model's output head.
 
-    On a CPU with numba all of its matrices are rounded to int8, even if the model's are not, because a guess need not
-    be exact. size: its number of weights. seconds: how long one guess took.
+    The part is the rows of the tokens that can be guessed. On a CPU with numba all matrices of the copy are rounded to
+    int8, even if the model's are not, because a guess need not be exact. head: the draft head. model: its model. size:
+    number of weights of the copy. seconds: how long one guess took on construction.
     """
 
     def __init__(self, head: DraftHead, model: SkipstoneForCausalLM) -> None:
@@ -140,7 +142,7 @@ class ReadyHead:
 
     @torch.no_grad()
     def _warm(self, model: SkipstoneForCausalLM) -> None:
-        """Guess a few times, so that what has to be compiled is not taken for the time of a guess."""
+        """Make three guesses, so that compilation is over, and store how long the last one took."""
         cache, token_11 = self.head.new_cache(), self.head.shortlist_R[:1, None]
         hidden_11D = model.decoder.embed_tokens(token_11)
         for _ in range(3):
@@ -169,7 +171,7 @@ def _round(parts: nn.Module) -> None:
 
 
 def _config(config: SkipstoneConfig) -> SkipstoneConfig:
-    """Return the configuration of a decoder of one block with a model's width and heads."""
+    """Return the configuration of a one-block Llama decoder with the width, heads and context length of `config`."""
     return SkipstoneConfig(
         vocab_size=1,
         hidden_size=config.hidden_size,

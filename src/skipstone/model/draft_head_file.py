@@ -97,9 +97,10 @@ def load_draft_head(model: SkipstoneForCausalLM, folder: str | Path | None = Non
 
 
 def stamp(folder: str | Path) -> tuple[str, float, float]:
-    """Return values that change when the draft head in a folder is replaced: the path and the files' times of change.
+    """Return values that change when the draft head in a folder is replaced.
 
-    Raises FileNotFoundError if there is no head.
+    They are the path of its weights, and the times in seconds at which its two files were last modified. Raises
+    FileNotFoundError if there is no head.
     """
     path = require_draft_head(folder)
     return str(path.resolve()), path.stat().st_mtime, path.with_name(ABOUT).stat().st_mtime

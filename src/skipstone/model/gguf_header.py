@@ -1,7 +1,7 @@
-"""The header of a GGUF file, held against the configuration that transformers' reader makes of it.
+"""The header of a GGUF file, compared with the configuration that transformers' GGUF reader makes of it.
 
 The reader ignores keys and tensors that it does not know, and the model then computes something else without a word:
-RoPE scaling, the factors of Llama 3's RoPE, head sizes, windows, soft caps. What our decoder has is added to the
+RoPE scaling, the factors of Llama 3's RoPE, head sizes, windows, soft caps. What our decoder supports is added to the
 configuration here, with llama.cpp's meaning; the rest is refused by name.
 """
 
@@ -32,9 +32,10 @@ Handler: TypeAlias = Callable[[PreTrainedConfig, "Header", Any], bool]  # return
 class Header:
     """The keys of a GGUF file and the names of its tensors.
 
-    architecture: such as "llama". values: the values of the architecture's keys, by the key without the architecture.
-    others: the values of all other keys but the tokenizer's. tensors: the names of the file's tensors. factors: the
-    values of its tensors of RoPE factors, by name. has_tokenizer: whether the file contains a tokenizer.
+    architecture: such as "llama". values: the values of the architecture's keys, without the prefix, such as
+    "embedding_length". others: the values of all other keys but the tokenizer's. tensors: the names of the file's
+    tensors. factors: by name, the values of the tensors that divide RoPE's frequencies. has_tokenizer: whether the file
+    contains a tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +60,10 @@ class Header:
 
 @lru_cache(maxsize=1)
 def _header(path: Path, changed: int) -> Header:
-    """Return the header of a file that was changed at this time, in ns: a large vocabulary takes seconds to read."""
+    """Return the header of a file, cached because a large vocabulary takes seconds to read.
+
+    changed: the time of the file's last change in ns, so that a changed file is read again.
+    """
     return Header(path)
 
 
@@ -69,7 +73,7 @@ def read_header(path: Path) -> Header:
 
 
 def complete_config(config: PreTrainedConfig, header: Header) -> None:
-    """Add to `config`, as transformers' reader has made it, what the header says and the reader ignores.
+    """Add to `config` what the header says and transformers' GGUF reader, which made `config`, has ignored.
 
     Raises ValueError that names the first key that cannot be added, and for a file that is one part of several.
     """
@@ -109,7 +113,7 @@ def check_tensors(names: list[str], layers: int, header: Header) -> None:
 
 
 def _ropes(config: PreTrainedConfig) -> tuple[PlainDict, PlainDict | None]:
-    """Return the RoPE parameters of full attention, and those of the blocks with a window if they have their own."""
+    """Return the RoPE parameters of blocks with full attention, and of those with a window if they have their own."""
     rope: PlainDict = getattr(config, "rope_parameters", None) or {}
     return (rope[FULL], rope.get(SLIDING)) if FULL in rope else (rope, None)
 
@@ -152,7 +156,10 @@ def _window(config: PreTrainedConfig, header: Header, value: Any) -> bool:
 
 
 def _pattern(config: PreTrainedConfig, header: Header, value: Any) -> bool:
-    """Blocks with a window: a list of booleans, or N, for which every Nth block has none."""
+    """Set which blocks have a window in `config.layer_types`; return whether the configuration can express it.
+
+    value: a list of booleans, one for each block, or N, which means that every Nth block has no window.
+    """
     count = int(config.num_hidden_layers)
     windowed = value if isinstance(value, list) else [(i + 1) % int(value) != 0 for i in range(count)]
     if not hasattr(config, "layer_types"):
@@ -202,7 +209,10 @@ HANDLERS: dict[str, Handler] = {
 
 
 def _scale_rope(config: PreTrainedConfig, header: Header) -> None:
-    """Set how RoPE is scaled: by the header's keys, or by tensors of factors, which divide the frequencies."""
+    """Set RoPE scaling in `config`, from the header's keys or from tensors of factors, which divide the frequencies.
+
+    Raises ValueError for tensors of another size than the frequencies, and for longrope without such tensors.
+    """
     said, rope = header.values, _ropes(config)[0]
     kind = said.get("rope.scaling.type", "linear" if "rope.scale_linear" in said else "none")
     factor: Any = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1.0))

@@ -1,4 +1,4 @@
-"""Making the preview of a model's head (`ops/head_preview.py`) from hidden states.
+"""Computation of the preview of a model's head (`ops/head_preview.py`) from hidden states.
 
 After SVD-softmax (Shim et al., NeurIPS 2017), which previews the head in its leading singular directions. Here the
 directions are those in which the logits vary most, for hidden states h with mean m and covariance C:
@@ -7,8 +7,9 @@ directions are those in which the logits vary most, for hidden states h with mea
     logit = w' m + w' (h - m) + constant           the first is one number for each token of the vocabulary
     C = S S^T,  S^T W'^T W' S = U L U^T            the columns of S U, ordered by L, are the directions
 
-Numbers in these directions have four bits and one scale a row. What the preview leaves out has a variance, by which
-exp(logit) is larger in the mean than exp(preview); half of it is added to the preview.
+Coordinates of the head's rows in these directions have four bits and one scale a row. The part of a logit that the
+preview leaves out has a variance v. If it is normal, the mean of exp(logit) is exp(preview + v / 2), so v / 2 is added
+to the preview, and half the variance that rounding adds is subtracted.
 
 Shape letters: N tokens, D width, V vocabulary, K directions.
 """
@@ -83,10 +84,12 @@ def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_pr
 
 
 def _directions(parts: list[Tensor], centred_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return matrices that turn the head's rows and the hidden states, and the mean squares of the turned states.
+    """Return two matrices that change the basis of the head's rows and of the hidden states, and mean squares.
 
-    The matrices, [D, D], leave the products of rows and states as they are. In each direction the turned rows have a
-    mean square of 1. The mean squares are [D].
+    With A and B the matrices [D, D], row @ A and B @ state have the same product as row and state. In the new basis,
+    directions are ordered by how much the logits vary along them, and the rows' mean square is 1 in each. The mean
+    squares [D] are those of the states in the new basis. parts: the rows of the head, minus their mean, in several
+    tensors. centred_ND: the states minus their mean.
     """
     D = centred_ND.shape[1]
     covariance = (centred_ND.t() @ centred_ND).double() / len(centred_ND)

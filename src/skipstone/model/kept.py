@@ -1,4 +1,4 @@
-"""What the mechanisms of a model kept in a pass, as counts for the cost model.
+"""How many tokens each mechanism of a model kept in a pass, for the cost model.
 
 Shape letters: B rows, T tokens.
 """
@@ -65,9 +65,10 @@ def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Litera
 
 
 def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> Iterator[tuple[str, TokenCounts]]:
-    """Yield the tokens that each mechanism keeps, from the outermost in.
+    """Yield each mechanism on a path with the tokens that it keeps, for those that some token reached.
 
-    Query tokens are those that all outer ones keep too.
+    path: names of mechanisms around the same sub-layer, outermost first. decided: the block's records by name. Query
+    tokens are those that all mechanisms so far keep. rows is as in `kept_from_records`.
     """
 
     reached_BT = rows_B = None
@@ -84,9 +85,10 @@ def _along(block: Block, path: Sequence[str], decided: Records, rows: str) -> It
 def _counts(
     given_BT: torch.Tensor, reached_BT: torch.Tensor, rows: str, rows_B: torch.Tensor | None = None
 ) -> TokenCounts:
-    """Count the kept tokens and the query tokens of a row.
+    """Return the numbers of kept tokens and of query tokens per row.
 
-    rows_B: the rows that are computed at all; None means all.
+    given_BT: bool, the tokens that the mechanism keeps. reached_BT: bool, the query tokens, which all outer mechanisms
+    keep too. rows is as in `kept_from_records`. rows_B: bool, the rows that are computed at all; None means all.
     """
     if rows_B is not None and not rows_B.all():
         share = Fraction(int(rows_B.sum()), len(rows_B))

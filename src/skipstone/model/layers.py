@@ -25,7 +25,7 @@ def parse_layers(pattern: object, num_layers: int, where: str = "layers") -> lis
 
 
 def _slice(pattern: str, where: str) -> slice:
-    """Parse a slice string."""
+    """Return the slice that a string such as "1::2" describes. Raises ValueError, which names `where`, for others."""
     parts = pattern.split(":")
     try:
         if not 2 <= len(parts) <= 3:

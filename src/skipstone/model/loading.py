@@ -72,7 +72,7 @@ def named_dtype(dtype: Dtype, default: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """Return the informative line of an error's message, with the error's type if the line says little without it."""
+    """Return the line of an error's message that tells most, after the error's type if the line tells too little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
     if line.endswith(":") and line is lines[0]:  # a heading, as of torch's load_state_dict

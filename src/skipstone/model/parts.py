@@ -1,4 +1,4 @@
-"""Entries: the options of a model's parts, parsed once, as frozen objects that know the position of each part.
+"""Parsed entries: the options of a model's parts (mechanisms, activation, neuron groups, experts) as immutable objects.
 
 An entry is also the mapping that the user wrote, which config.json keeps; `options` has the same values with all
 defaults, and is passed to constructors as it is.
@@ -186,7 +186,7 @@ def _span(entry: MechanismEntry) -> str:
 
 
 def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]:
-    """Restore the key `on`, which YAML reads as true."""
+    """Return an entry with the key `on`, which YAML reads as the boolean true."""
     return {"on" if key is True else str(key): value for key, value in written.items()}
 
 

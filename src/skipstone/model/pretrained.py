@@ -83,7 +83,8 @@ def load_pretrained(source: str | Path, dtype: Dtype = None, *, gguf_file: str |
 def _check_source(folder: Path, gguf_file: str | None) -> None:
     """Raise ValueError if a source is damaged or would be read wrongly.
 
-    Of the folder of a GGUF file, only that file counts, and an adapter, which transformers would apply.
+    gguf_file: None if the source is the folder. If it is a GGUF file in the folder, only that file is checked, and that
+    there is no adapter beside it, which transformers would apply to it.
     """
     if gguf_file is None:
         check_folder(folder)
@@ -102,7 +103,11 @@ def _as_it_is(model: PreTrainedModel) -> PreTrainedModel:
 def _load(
     name: str, gguf_file: str | None, dtype: Dtype, changed: Callable[[PreTrainedModel], PreTrainedModel]
 ) -> SkipstoneForCausalLM:
-    """Load a model of ours or of a family. changed: applied to it before its tensors are translated."""
+    """Load a model of ours or of a supported architecture, as one of our models.
+
+    name: a folder or hub name. changed: a function that is applied to the loaded model before its tensors are
+    translated, such as one that merges an adapter. Raises what `load_pretrained` raises.
+    """
     values = _config_values(name, gguf_file)
     if values.get("model_type") == SkipstoneConfig.model_type:
         ours = changed(_load_ours(name, dtype))
@@ -218,7 +223,7 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
 
 
 def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneForCausalLM:
-    """Return the same model in our classes.
+    """Return a model of transformers as one of our models of configuration `config`.
 
     Whether the head is tied is read from the weights, because configurations are known to be wrong about it.
     """

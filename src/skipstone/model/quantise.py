@@ -56,7 +56,7 @@ def _with_format(model: SkipstoneForCausalLM, weight_format: str, group: int | N
 
 
 def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
-    """Return the layers with int8 weights by name, with the number of inputs that share a scale.
+    """Return {name of a layer with int8 weights: number of inputs that share a scale}; None means all of a row.
 
     Layers that share the weight of another one are included.
     """

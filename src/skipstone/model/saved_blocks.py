@@ -1,4 +1,4 @@
-"""What the configuration says of each block, held against the blocks before a model is saved.
+"""A check, before a model is saved, that its configuration describes its blocks as they are.
 
 Tools that remove, copy or exchange blocks of a built model leave the configuration as it was. The blocks keep their own
 angles and windows, but the saved model would be built from the configuration, and compute something else.
@@ -34,11 +34,11 @@ class SavesItsBlocks(PreTrainedModel):
 
 
 def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
-    """Set `rope_layers` and the fields of windows in `config` to what the blocks of a model are.
+    """Set the fields of `config` for RoPE and windows by block to what the model's blocks are, before it is saved.
 
-    Blocks that were removed, copied or exchanged after the model was built have other numbers than the configuration
-    says. Raises ValueError if there are more or fewer blocks than `num_hidden_layers`, or if they have mechanisms where
-    the configuration has none or the reverse. Nothing is done for blocks of other classes.
+    They differ if blocks were removed, copied or exchanged after the model was built. Raises ValueError if there are
+    more or fewer blocks than `num_hidden_layers`, or if a block has other mechanisms than the configuration says.
+    Nothing is done for blocks of other classes.
     """
     if not all(hasattr(block, "turned_by") and hasattr(block, "sites") for block in blocks):
         return
@@ -69,7 +69,7 @@ def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
 
 
 def _names(read: Callable[[], list[int]]) -> list[int] | None:
-    """Return the blocks that a field of the configuration names; None if they are not in the model."""
+    """Return the block indices that `read` reads from a configuration; None if they are not in the model."""
     try:
         return read()
     except ValueError:

@@ -41,9 +41,9 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_generation(path: Path) -> None:
-    """Raise ValueError if generation_config.json cannot be read or names ends that are not ids.
+    """Raise ValueError if generation_config.json cannot be read or its end tokens are not ids.
 
-    transformers would silently go on without it, and texts would not end.
+    transformers would ignore it without a word, and generated texts would not end.
     """
     if not is_present(path):
         return
@@ -56,7 +56,7 @@ def _check_generation(path: Path) -> None:
 
 
 def _check_blob(path: Path) -> None:
-    """Raise `Damaged` for a file of the hub's cache, which is named by its SHA-256 there, that has another one."""
+    """Raise `Damaged` for a file of the hub's cache whose SHA-256 is not the one that is its name there."""
     blob = path.resolve()
     named = path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob.name) is not None
     if named and blob.stat().st_size <= HASHED and checksums.file_sha256(blob) != blob.name:

@@ -1,12 +1,12 @@
-"""Run a decoder's blocks in order, with the segments among them: several blocks inside one mechanism.
+"""Run a decoder's blocks in order, including segments: several blocks inside one mechanism.
 
 A segment's mechanism wraps the update of a stack of blocks, as others wrap the update of one block:
 
     update(x, tokens) = block_j(... block_i(x, tokens) ...) - x
 
-It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks know it by reference. Its
-record stands among the records of every block of the segment, so that what a block computed can be read from its own
-records; the auxiliary loss and the carried state stand in the first alone.
+It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks refer to that block. Its record
+is given with those of every block of the segment, so that what a block computed can be read from its own records; the
+auxiliary loss and the carried state are in the record of the first block alone.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -34,10 +34,10 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 class Stack:
     """The blocks of one forward pass, and what they need besides the tokens.
 
-    blocks: the blocks, in their order. turn: a function that returns cos and sin for a name of angles ("row", "window"
-    or "none") and for tokens, which may be a selection of the call's. forced: bool masks [B, T] of the tokens that
-    blocks have to keep, by block index. cache: the KV cache, or None. recorded: whether records of decisions are
-    wanted.
+    blocks: the blocks, in their order. turn: a function of a name of rotary angles ("row", "window" or "none") and of
+    tokens (those of the call, or a selection of them) that returns their cos and sin. forced: bool masks [B, T] of the
+    tokens that blocks have to keep, by block index. cache: the KV cache, or None. recorded: whether records of
+    decisions are wanted.
     """
 
     blocks: Sequence[Block]
@@ -63,7 +63,7 @@ class Stack:
         return x_BTD, records
 
     def _runs(self, x_BTD: Tensor, tokens: Tokens) -> list[tuple[range, CompiledRun | None]]:
-        """Return ranges of blocks, each with what computes it in one compiled call, or None."""
+        """Return consecutive ranges of blocks, each with the compiled call that computes it, or None without one."""
         if self.cache is None or self.forced or not self.blocks:
             return [(range(len(self.blocks)), None)]
         return runs_of(self.blocks, list(self._parts()), x_BTD, tokens, self._layers(range(len(self.blocks))))
@@ -79,7 +79,7 @@ class Stack:
         return compiled(x_BTD, tokens, self._layers(blocks), self.turn, names, self.recorded)
 
     def _general(self, blocks: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records], dict[str, Tensor]]:
-        """Run blocks one by one; return the stream, their records, and what crosses to later blocks."""
+        """Run blocks one by one; return the stream, their records, and the tensors carried to later blocks, by name."""
         records: list[Records] = []
         crossing: dict[str, Tensor] = {}
         for part in self._parts():
@@ -96,7 +96,7 @@ class Stack:
         return x_BTD, records, crossing
 
     def _parts(self) -> Iterator[range]:
-        """Yield ranges of blocks: those of a segment together, all others alone."""
+        """Yield ranges of blocks that must run together: those of a segment, or one block."""
         at = 0
         while at < len(self.blocks):
             span = min(self.blocks[at].span, len(self.blocks) - at)  # a draft may end inside a segment
@@ -106,7 +106,10 @@ class Stack:
     def _one(
         self, i: int, x_BTD: Tensor, tokens: Tokens, forced_BT: Tensor | None, turned_by: str
     ) -> tuple[Tensor, list[Records]]:
-        """Run a block alone. turned_by: the name of the angles in `tokens`."""
+        """Run block `i` alone; return the stream after it and a list of its records.
+
+        forced_BT: bool, the tokens that it has to keep, or None. turned_by: the name of the angles that `tokens` has.
+        """
         rotary = tokens.rotary if self.blocks[i].turned_by == turned_by else self.turn(self.blocks[i].turned_by, tokens)
         if rotary is not tokens.rotary or forced_BT is not tokens.forced_BT:
             tokens = tokens.replace(rotary=rotary, forced_BT=forced_BT)
@@ -114,7 +117,7 @@ class Stack:
         return x_BTD, [decided]
 
     def _segment(self, part: range, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
-        """Run the blocks of a segment inside its mechanisms."""
+        """Run the blocks `part` of a segment inside its mechanisms; return the stream and the records of each block."""
         first = self.blocks[part.start]
         names, turned_by = first.sites[SEGMENT], self.blocks[part.start].turned_by
         inner = {f"{FORCED}{i}": self.forced[i].expand(x_BTD.shape[:2]) for i in part if i in self.forced}

@@ -39,7 +39,7 @@ class Call:
 
     @property
     def begun(self) -> bool:
-        """Whether the cache has tokens of earlier calls; assumed if it counts on the device, to save a host sync."""
+        """Whether the cache has tokens of earlier calls; assumed of a static cache, whose count is on the device."""
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 
@@ -70,7 +70,10 @@ def tokens_of(call: Call, mode: PassMode) -> Tokens:
 
 
 def _real(call: Call) -> Tensor | None:
-    """Return the mask of real tokens, or None if none of them is padding."""
+    """Return the mask of real tokens of this call, bool [B, T]; None if none is known to be padding.
+
+    Raises ValueError for a mask of another shape, or with other values than 0 and 1.
+    """
     mask = call.attention_mask
     if mask is None:
         return None
@@ -96,9 +99,9 @@ def _real(call: Call) -> Tensor | None:
 
 
 def _reaches_back(mask: Tensor, call: Call) -> bool:
-    """Return whether the mask covers all tokens so far.
+    """Return whether the attention mask covers cached tokens as well as those of this call.
 
-    Compiled steps, which cannot check, assume so unless its width is T.
+    Compiled calls with a static cache cannot compare lengths; they take any mask wider than T to do so.
     """
     if isinstance(call.seen, Tensor) and torch.compiler.is_compiling():
         return mask.shape[1] > call.shape[1]
@@ -106,12 +109,16 @@ def _reaches_back(mask: Tensor, call: Call) -> bool:
 
 
 def _cheap(x: Tensor) -> bool:
-    """Return whether reading a value costs no host sync, or is worth one because gradients are off."""
+    """Return whether reading a value of x is allowed: without a host sync, or with one if gradients are off."""
     return x.device.type == "cpu" or (x.device.type != "meta" and not torch.is_grad_enabled())
 
 
 def _positions(call: Call, slot_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Return positions counted over real tokens, from 0 in each document: padding and packing change nothing."""
+    """Return the positions of the tokens, int64 [B, T]: their number among the real tokens of their document, from 0.
+
+    Padding and packing therefore change nothing. slot_BT: indices in the row, returned if nothing is padding. real_BT:
+    bool, False for padding, or None.
+    """
     if call.document_ids is not None:
         if call.begun:
             raise ValueError("document_ids need position_ids beside them once a cache holds earlier tokens")
@@ -136,7 +143,10 @@ def within_documents(document_BT: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
-    """Return documents as given, or inferred from positions that restart, transformers' convention for packed rows."""
+    """Return the document id of each token, [B, T], as given or inferred; None if every row is one document.
+
+    By transformers' convention for packed rows, a document begins where the given positions do not go on by 1.
+    """
     if call.document_ids is not None:
         return call.document_ids
     if call.position_ids is None or call.attention_mask is not None or call.begun or torch.compiler.is_compiling():
@@ -148,11 +158,11 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
 
 
 def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLayer | None) -> Tokens:
-    """Return the tokens with their ids, and the id before each, in `state`, for mechanisms that decide by token ids.
+    """Return the tokens with their ids and the ids before them in `state`, for mechanisms that decide by token ids.
 
-    input_ids: int64 [B, T]; if None (a call with inputs_embeds), the tokens are returned unchanged. cache: the first
-    block's cache, in which the last id of each row is stored for the next call, or None. The id before a document's
-    first token is -1.
+    Each is int64 [B, T]; the id before a document's first token is -1. input_ids: int64 [B, T]; if None (a call with
+    inputs_embeds), the tokens are returned unchanged. cache: the first block's cache, in which the last id of each row
+    is stored for the next call, or None.
     """
     if input_ids is None:
         return tokens

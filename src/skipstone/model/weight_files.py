@@ -1,4 +1,4 @@
-"""The files of weights that transformers reads from a folder, checked before it does, so that errors name the file."""
+"""Checks of the weight files that transformers reads from a folder, so that errors name the damaged file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _is_inside(name: object) -> bool:
-    """Return whether an index may name this file: a path within its folder, ending as files of weights do."""
+    """Return whether a name in an index of weights is a path within the folder and ends as weight files do."""
     if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or set(name) & set("\\\0\n"):
         return False
     path = PurePosixPath(name)
@@ -87,9 +87,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def open_tensors(path: Path) -> Mapping[str, tuple[str, Callable[[], Tensor]]]:
-    """Return safetensors' name of the type of each tensor in a file, and what reads the tensor.
+    """Return for each tensor in a weight file its type and a function that reads it, without reading any.
 
-    path: a .safetensors file or one of `torch.save`. Raises ValueError, which names it, if it is damaged or no file.
+    The result is {name: (type, function)}; types are named as in safetensors, such as "F32". path: a .safetensors file
+    or one of `torch.save`. Raises ValueError, which names the file, if it is missing or damaged.
     """
     require_file(path)
     try:
@@ -120,7 +121,10 @@ TYPES = {
 
 
 def _unpickled(path: Path) -> object:
-    """Return what `torch.save` has written, without running code; mapped into memory unless it is of before 2020."""
+    """Return the content of a file of `torch.save`, without running code in it.
+
+    Tensors stay on disk until they are used, unless the file has the format of before 2020.
+    """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

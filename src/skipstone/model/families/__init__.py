@@ -100,7 +100,11 @@ def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
 
 
 def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
-    """Yield the reasons why the model would compute something else here; our own configuration raises further ones."""
+    """Yield the reasons why our decoder would not compute what the model of transformers does.
+
+    These are unsupported values of its settings. theirs: the model's configuration. family: the rules for its
+    architecture.
+    """
     for name, supported in {**EVERYWHERE, **family.only}.items():
         if getattr(theirs, name, supported[0]) not in supported:
             yield f"{name}={getattr(theirs, name)} is not supported (only {supported[0]})"
@@ -131,7 +135,10 @@ def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
 
 
 def _written(kind: str, config: SkipstoneConfig, activation: str) -> PreTrainedConfig | None:
-    """Return the configuration in the family `kind`, or None if it would not be the same model."""
+    """Return `config` translated to the architecture `kind`, or None if that would not compute the same.
+
+    activation: our name of the activation function of all neurons.
+    """
     family = FAMILIES[kind]
     try:
         theirs = AutoConfig.for_model(kind, **shared_back(config), **family.write(config, ACTIVATIONS_BACK[activation]))

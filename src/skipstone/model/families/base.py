@@ -110,7 +110,10 @@ class Layout:
         return {n: (x.t() if self._is_transposed(n) else x).contiguous() for n, x in found.items()}
 
     def _sorted(self, ours: str, value: Tensor, order: Tensor) -> Tensor:
-        """Return the tensor of this name with the features of each head in another order, if it is interleaved."""
+        """Return the tensor `value` with the features of each head in another order, if its features are interleaved.
+
+        ours: our name of the tensor, which tells that. order: int64 [head_size].
+        """
         if not any(f".{name}." in ours for name in self.interleaved):
             return value
         inputs = value.shape[1] if value.dim() == 2 and "norm." not in ours else 1  # a norm's are [E] or [H, E]
@@ -182,7 +185,7 @@ SHARED = (
 
 
 def shared(theirs: PreTrainedConfig) -> Options:
-    """Return our configuration fields for the settings that have the same names in all families.
+    """Return our configuration fields for the settings that have the same names in all families, such as vocab_size.
 
     theirs: a configuration of transformers.
     """
@@ -192,7 +195,10 @@ def shared(theirs: PreTrainedConfig) -> Options:
 
 
 def shared_back(config: SkipstoneConfig) -> Options:
-    """Return transformers' configuration fields for the settings that have the same names in all families."""
+    """Return transformers' configuration fields for the settings that have the same names in all families.
+
+    These are, for instance, vocab_size and the special tokens. config: our configuration.
+    """
     return {name: getattr(config, name) for name in SHARED}
 
 
@@ -284,10 +290,10 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def one_window(theirs: PreTrainedConfig) -> Options:
-    """Return our fields for a family whose class has the window in every block and does not read `layer_types`.
+    """Return our fields for a family in transformers that uses the window in every block, whatever `layer_types` says.
 
-    theirs: a configuration of transformers. Raises ValueError for `layer_types` that say something else, because its
-    cached pass follows them and its whole pass does not.
+    theirs: a configuration of transformers. Raises ValueError if `layer_types` says something else: transformers'
+    passes with a cache would follow it, and those without would not.
     """
     window, types = theirs.sliding_window, {*(getattr(theirs, "layer_types", None) or [])}
     if types - {FULL if window is None else SLIDING}:

@@ -54,14 +54,18 @@ def _unpickled(path: Path) -> Any:
 
 
 def _why(error: Exception) -> str:
-    """Return why a file cannot be read."""
+    """Return one line that tells the user why a file cannot be read."""
     if refused := re.search(r"Unsupported (?:global|class|operand).*?(?:GLOBAL\s+)?([\w.]+\.[\w.]+)", str(error)):
         return f"holds more than tensors and plain values ({refused[1]}), which is not read; save its state dict alone"
     return f"is no file of weights that can be read ({one_line(error)[:120]})"
 
 
 def _weights(found: Any, name: str) -> Weights:
-    """Find the state dict in what was read."""
+    """Return the state dict in what was read from a file, and the plain numbers beside it.
+
+    found: a state dict, or a checkpoint that has one under a key such as "model". name: the file's name for errors.
+    Raises ValueError if there is none.
+    """
     inside = [
         found[key] for key in STATE_DICT_KEYS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)
     ]
