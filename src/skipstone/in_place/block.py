@@ -192,7 +192,7 @@ class BlockCall:
         self.stored = False  # whether keys and values of all tokens were stored in the cache
 
     def update(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return what the block adds to the residual stream, [B, L, D], and no records.
+        """Return what the block adds to the residual stream, [B, L, D], and an empty dict, as it makes no records.
 
         x_BLD: hidden states of the L tokens per row that reach the block. tokens: these tokens; the update is computed
         for `tokens.queries`, and 0 for all others.

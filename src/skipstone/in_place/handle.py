@@ -190,7 +190,11 @@ class RoutedDecoder:
         return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
 
     def note(self, layer: int, records: Records) -> None:
-        """Store the records of block `layer`, and pass the tensors that its mechanisms carry on to later blocks."""
+        """Store the records of block `layer` for the caller.
+
+        Tensors that a record hands on to later blocks (`DepthRecord.carry`) become part of the tokens that these blocks
+        get.
+        """
         self.records[layer].update(records)  # type: ignore[attr-defined]
         if self._tokens is not None and (carry := carried(records.values())):
             self._tokens = self._tokens.replace(state={**self._tokens.state, **carry})

@@ -128,7 +128,7 @@ class ScheduledGroups(GroupRouter):
         return self.schedule.not_ready_reason()
 
     def start_as_dense(self) -> None:
-        """Do nothing: a warm-up of the capacity starts with every group of neurons on."""
+        """Do nothing when a dense model begins to be adapted: the capacity's warm-up starts with every group on."""
 
     def set_identity(self) -> None:
         """Keep every group of neurons on from now on, so that the MLP leaves nothing out."""
@@ -160,9 +160,10 @@ def group_record(score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens:
 
 
 def share_of_one_token(share: Share, single_token: bool) -> Share:
-    """Return the share of an MLP's three matrices that is multiplied if the gate matrix is always multiplied in full.
+    """Return the share of a gated MLP's weights that a call reads if a share of its neurons is on: (1 + 2 share) / 3.
 
-    share: the share of neurons that is on, for which the up and down projections are multiplied. single_token: whether
-    the call has one token and no gradient; other calls multiply all three in full and return 1.
+    The gate matrix is read in full, up and down projection only for neurons that are on. share: the share of neurons
+    that is on. single_token: whether the call has one token and no gradient; other calls read all three matrices in
+    full, 1.
     """
     return (1 + 2 * share) / 3 if single_token else 1 + 0 * share

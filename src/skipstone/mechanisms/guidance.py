@@ -4,11 +4,11 @@
     auxiliary loss = BCE(score_i, y_i)
 
 A router that learns only through the weights of kept updates gets no gradient from skipped tokens, and settles on the
-tokens that it kept first (fillers, on Reset-S3). The gradient of the loss at a block's output exists for every token,
-kept or not: it is large where the output is still wrong and vanishes where nothing is left to improve. It thus shows
-which tokens need a block before the block has learned anything, without noise or warm-up. Its norm is used, not its
-product with the update, because skipped tokens have no update. The method is ours; gradient-based importance for
-pruning (arXiv 1611.06440) is related.
+tokens that it kept first (on the synthetic corpus Reset-S3, on meaningless fillers). The gradient of the loss at a
+block's output exists for every token, kept or not: it is large where the output is still wrong and vanishes where
+nothing is left to improve. It thus shows which tokens need a block before the block has learned anything, without noise
+or warm-up. Its norm is used, not its product with the update, because skipped tokens have no update. The method is
+ours; gradient-based importance for pruning (arXiv 1611.06440) is related.
 
 Shape letters: B rows, T tokens, D width.
 """

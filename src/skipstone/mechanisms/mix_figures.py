@@ -84,7 +84,10 @@ class MixFigures(RoutingModule):
         return torch.special.entr(whole(self.preference_FA).softmax(-1)).sum(-1).mean()
 
     def _mix(self, record: ActivationRecord, temperature: Tensor | float) -> Tensor:
-        """Return the share of each activation in each neuron, [B, T or 1, F, A]."""
+        """Return the share of each function in each neuron, fp32 [B, T or 1, F, A].
+
+        record: this module's record of a pass. temperature: what the logits are divided by before the softmax.
+        """
         return (self._logits(record) / temperature).softmax(-1)
 
     def _logits(self, record: ActivationRecord) -> Tensor:

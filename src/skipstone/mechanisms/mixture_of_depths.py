@@ -304,7 +304,10 @@ class MixtureOfDepths(DepthMechanism):
             self.decision.require_causal()
 
     def start_as_dense(self) -> None:
-        """Do nothing: the capacity's warm-up, on by default when adapting, starts with all tokens kept."""
+        """Do nothing when a dense model begins to be adapted: the capacity's warm-up starts with all tokens kept.
+
+        `adapt_defaults` turns the warm-up on.
+        """
 
     def set_identity(self) -> None:
         """Keep every token with weight 1 from now on, so that the model computes what it would without the mechanism.

@@ -202,5 +202,8 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return 2 * tokens * (self.context_weight.numel() + self.score_weight.numel()) if self.learns else 0
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes that the router caches for a row of `tokens` tokens: fp32 sums, int64 token indices."""
+        """Return how many bytes the router caches for a row of `tokens` tokens.
+
+        For each token it stores sums of the projected inputs so far, fp32, and the token's index, int64.
+        """
         return tokens * (4 * (2 * self.config.router_width + 2) + 8) if self.learns else 0

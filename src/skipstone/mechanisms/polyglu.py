@@ -134,7 +134,10 @@ class PolyGLU(MixFigures, Activation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small weights for the gate; set preferences and biases to 0, the scale to 1 and tau to `tau_start`."""
+        """Draw small random weights for the gate, and set all other parameters so that functions are mixed evenly.
+
+        Preferences and biases become 0, the factor on the gate's logits 1, and the temperature tau becomes `tau_start`.
+        """
         for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
             init.zeros_(parameter)
         init.ones_(self.scale)
@@ -300,6 +303,10 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return the bytes of context state (fp32 sums and counts, int64 token indices) cached for `tokens` tokens."""
+        """Return how many bytes of its own the gate caches for a row of `tokens` tokens.
+
+        For each token it stores sums of the projected inputs so far and their count, fp32, and the token's index,
+        int64; nothing if its context needs no sums.
+        """
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

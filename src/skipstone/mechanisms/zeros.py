@@ -121,10 +121,10 @@ class ZeroNeurons(ActivationGroupRouter):
         return "neurons at exactly 0 left out"
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return the share of the MLP's three matrices that is multiplied if `share` of the neurons is on.
+        """Return the share of the MLP's weights that is multiplied if `share` of the neurons is on: (1 + 2 share) / 3.
 
-        single_token: whether the call has one token and no gradient. Then the gate matrix is multiplied in full and the
-        other two in part; in all other calls the share is 1.
+        The gate matrix is multiplied in full, the other two only for neurons that are on. single_token: whether the
+        call has one token and no gradient; in all other calls the result is 1.
         """
         return share_of_one_token(share, single_token)
 

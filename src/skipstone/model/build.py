@@ -251,7 +251,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _start_as_torch(module: nn.Linear) -> None:
-    """Initialise as nn.Linear does: weights and bias U(-1/sqrt(inputs), 1/sqrt(inputs))."""
+    """Initialise a linear layer as nn.Linear does: weights and bias U(-1/sqrt(inputs), 1/sqrt(inputs))."""
     bound = module.in_features**-0.5
     for parameter in (module.weight, module.bias):
         if parameter is not None:

@@ -135,7 +135,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
         return next(self.decoder.norm.parameters()).dtype
 
     def cost(self, tokens: int = 1024, past: int = 0, batch: int = 1, **options: Any) -> Cost:
-        """Return FLOPs, parameters and cache bytes of a call, equal to what the operations that run need.
+        """Return FLOPs, parameters and cache bytes of a call; FLOPs equal those of the operations that would run.
 
         tokens: new tokens per row. past: cached tokens per row before the call. batch: number of rows. options: further
         arguments of `skipstone.model.cost.cost`.
@@ -157,7 +157,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Change the number of tokens in the vocabulary, as transformers does.
 
-        Raises ValueError for int8 weights and for a preview of the head, which cannot be resized.
+        Raises ValueError for models with int8 weights or `head_candidates`, which cannot be resized.
         """
         small = self.config.weight_format != "float"
         if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):

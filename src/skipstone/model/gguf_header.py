@@ -68,7 +68,10 @@ def _header(path: Path, changed: int) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of the GGUF file `path`. Raises what `Header` raises."""
+    """Return the header of the GGUF file `path`.
+
+    Raises ValueError if it names no architecture, and whatever the package `gguf` raises for a damaged file.
+    """
     return _header(path, path.stat().st_mtime_ns)
 
 
@@ -99,7 +102,7 @@ def complete_config(config: PreTrainedConfig, header: Header) -> None:
 def check_tensors(names: list[str], layers: int, header: Header) -> None:
     """Raise ValueError if the file has a tensor that belongs to no parameter, which transformers' reader drops.
 
-    names: the parameters' names in transformers' model. layers: its number of blocks.
+    names: the names of the parameters of transformers' model. layers: its number of blocks. header: the file's header.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 

@@ -60,7 +60,7 @@ def _is_inside(name: object) -> bool:
 
 
 def check_weight_files(folder: Path, *, quantised: bool) -> None:
-    """Raise ValueError, which names the file, if transformers would fail to read the weights or read them wrongly.
+    """Raise ValueError, which names the file, if transformers would misread the weights in `folder` or fail to.
 
     That is: a damaged or missing file, an entry that is no tensor, one tensor in two files with different values
     (transformers takes the last one, whatever the index says), and, unless `quantised`, weights or biases that are

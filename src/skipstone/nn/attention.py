@@ -269,7 +269,10 @@ def _qk_norm(shape: AttentionShape, heads: int) -> nn.Module | None:
 
 
 def _all_rows_are_cheaper(queries: Tokens, rows: RowSubset, kv: RaggedStore) -> bool:
-    """Return whether attending in all rows touches less memory than first copying the stored keys of `rows`."""
+    """Return whether attending in all rows touches less memory than first copying the stored keys of `rows`.
+
+    queries: the query tokens of these rows. kv: the stored keys and values of all rows.
+    """
     if len(rows.at) == 1 or COPYING * len(rows.at) <= rows.total or rows.total * kv.width < LEAST_COPY:
         return False
     return queries.slot_BT.shape[0] == 1 and queries.real_BT is None and queries.document_BT is None

@@ -205,8 +205,8 @@ def choice_row(block: Block) -> list[int]:
     """Return the numbers that tell a compiled step how the block's MLP leaves out neurons; zeros if it computes all.
 
     In order: the index of the rule in `decode_stack.DECISIONS`, the number of neuron groups multiplied by the up
-    projection and by the down projection, the neurons per group, the address of the scale of each neuron, and whether
-    to skip at all.
+    projection, the number multiplied by the down projection, the neurons per group, the address of a factor for each
+    neuron (`NeuronChoice.typical`), and 1 if neurons are really left out, 0 if that does not pay.
     """
     if (choice := choice_of(block)) is None:
         return [0] * decode_stack.CHOICE

@@ -158,7 +158,7 @@ class GroupedMLP(DivisibleMLP):
     def _masked(
         self, x_BTD: Tensor, choice: GroupChoice, tokens: Tokens, cache: SkipstoneCacheLayer | None
     ) -> tuple[Tensor, Records]:
-        """Return the output, shaped as x_BTD, and the activation's records, by setting neurons that are off to 0.
+        """Return the output, shaped as x_BTD, and the activation's records; neurons that are off are set to 0.
 
         choice: the groups that are on for each token.
         """

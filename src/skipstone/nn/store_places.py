@@ -73,8 +73,8 @@ class Places:
     def grow(self, stored: Sequence[Sequence[int]]) -> None:
         """Add the tokens of a step to the lengths of the stores.
 
-        stored: for each block, the number of tokens that compiled code appended as keys and values, and the number that
-        it appended to the running sums; further numbers are ignored.
+        stored: for each block, the number of tokens whose keys and values compiled code has appended, and the number of
+        tokens whose running sums (of the activation mechanism) it has appended; further numbers are ignored.
         """
         for store, more, (given, seen, *_) in zip(self.kv, self.sums, stored, strict=True):
             store.width += given

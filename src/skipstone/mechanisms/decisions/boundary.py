@@ -166,7 +166,10 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the buffer `table_V`; transformers calls this after loading a checkpoint, which does not contain it."""
+        """Fill `table_V`, which says of each token id whether it is a boundary.
+
+        Checkpoints do not contain it; transformers calls this after loading one.
+        """
         self.table_V.zero_()
         self.table_V[self._ids] = True
 

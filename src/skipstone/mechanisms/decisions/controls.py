@@ -62,7 +62,8 @@ class Positional(Decision):
     def oracle(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Return the tokens that `causal` keeps, adjusted to exactly the capacity share of a document, bool [B, T].
 
-        The adjustment matters where an outer mechanism has removed tokens, so that positions have gaps.
+        The adjustment matters where an outer mechanism has removed tokens, so that positions have gaps. score_BT and
+        x_BTD are not used. tokens: documents, padding and positions.
         """
         return ops.select_top(self.causal(score_BT, x_BTD, tokens).float(), self.capacity.now, tokens.group_BT)
 

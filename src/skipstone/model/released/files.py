@@ -33,10 +33,11 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read the state dict of a .safetensors file or of a torch.save file, in which it may be part of a checkpoint.
+    """Read the state dict in the file `path`, a .safetensors file or one of torch.save.
 
-    Nothing in a pickle is executed. Tensors of a zipped torch.save file stay on disk until they are used. Raises
-    FileNotFoundError if there is no such file, and ValueError for a file that cannot be read.
+    In a file of torch.save it may be part of a checkpoint. Nothing in a pickle is executed. Tensors of a zipped
+    torch.save file stay on disk until they are used. Raises FileNotFoundError if there is no such file, and ValueError
+    for a file that cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"file {str(path)!r} does not exist")

@@ -48,7 +48,7 @@ def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], i
 
 
 def sizes(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """Return the shape of the tensor `name`. Raises ValueError if its number of axes is not `axes`."""
+    """Return the shape of the tensor `name` in `tensors`. Raises ValueError if its number of axes is not `axes`."""
     shape = tuple(tensors[name].shape)
     if len(shape) != axes:
         raise ValueError(f"{name} has shape {list(shape)}, {axes} axes are expected")
