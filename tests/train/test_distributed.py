@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,22 @@ def test_what_a_comparison_of_routers_gathers_is_not_used_after_the_step(
         for kind in ("ddp", "fsdp2")
     }
     assert differences(found["ddp"], found["fsdp2"]) < 1e-5
+
+
+def test_a_fork_gets_no_group_whose_threads_it_lacks() -> None:
+    """DTensor's caches kept a finished training's group. A fork that dropped it waited for its threads: SIGABRT."""
+    parallel.leave()  # what an earlier test may have left
+    model = _model("topk")
+    parallel.prepare(model, read_recipe({"train": {"parallel": "fsdp2"}}).train, torch.device("cpu"))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(ids, labels=ids).loss.backward()
+    group = weakref.ref(dist.group.WORLD)
+    parallel.leave()
+    del model
+    child = os.fork()
+    if child == 0:
+        os._exit(group() is not None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_block_without_tokens_has_gradients_in_one_process_too() -> None:

@@ -7,8 +7,10 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +26,8 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.nn.block import SEGMENT
 from skipstone.train.recipe import TrainConfig
 
-_GROUPS_OF_ONE: list[int] = []  # the process that has made a group of itself
+_GROUPS_OF_ONE: dict[int, dist.DeviceMesh] = {}  # by the process that has made a group of itself
+_ENDED: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()  # destroyed, but still referred to
 
 
 def processes() -> int:
@@ -52,9 +55,24 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.devic
 
 def leave() -> None:
     """Destroy the process group that `shard` created for a process that trains alone; do nothing otherwise."""
-    if os.getpid() in _GROUPS_OF_ONE:
-        _GROUPS_OF_ONE.clear()
+    mesh = _GROUPS_OF_ONE.pop(os.getpid(), None)
+    if mesh is not None:
+        _ENDED.add(mesh.get_group())
         dist.destroy_process_group()
+        getattr(mesh, "_pg_registry", {}).clear()  # DTensor's caches keep the mesh for as long as the process lives
+
+
+def _free_ended() -> None:
+    """Free the groups that `leave` has destroyed, and end their threads.
+
+    A fork does not copy these threads. If it freed such a group later, gloo would wait for them and abort the process.
+    """
+    if _ENDED:
+        gc.collect()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_free_ended)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -71,14 +89,16 @@ def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
     of one. model: may be on any device before. device: the device of this process. Raises ValueError if a parameter
     stays unsharded.
     """
-    if not dist.is_initialized():
+    alone = not dist.is_initialized()
+    if alone:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        _GROUPS_OF_ONE.append(os.getpid())
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    if alone:
+        _GROUPS_OF_ONE[os.getpid()] = mesh
     # FSDP2 warns of in-place writes to outputs that are views; there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.to(device)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {parameter for parameter in model.parameters() if parameter.dim() == 0}
     for block in model.model.layers:
         for name in block.sites[SEGMENT] if block.span > 1 else ():  # it runs outside of the block's forward
