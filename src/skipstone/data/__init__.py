@@ -1,13 +1,15 @@
-"""Floor 3: data. Nothing here imports a model, and naming corpora imports nothing heavy.
+"""Corpora, tokenizers and rows for training and evaluation: floor 3 of the architecture, which knows no model.
 
-corpora.py     the registry of corpora by name, and `load_corpus`
+corpora.py     the registry of corpora by name, and `load_corpus`; importing it loads neither torch nor NumPy
 corpus.py      `Corpus`: named splits of documents, read when they are needed; two ways to split
 fetch.py       finds corpus files; the only code that downloads
 published.py   corpora that are published files: tiny-shakespeare, wikitext-2, enwik8, gcide
 installed.py   corpora made of Python sources installed on this machine
 users.py       the user's own corpora: text:PATH, jsonl:PATH, hf:NAME
+distinct.py    a corpus without passages that are nearly copied between its splits
 tokenizers.py  char, byte and pretrained tokenizers, all of them Hugging Face's
 encode.py      documents to token ids, fast where the tokenizer allows it
+ids.py         arrays of token ids, in memory or concatenated from files
 draws.py       random numbers as a function of (seed, row, column), in any order
 rows.py        the base class of map-style datasets, and `collate`
 packing.py     token ids to rows: random windows for training, every token once for evaluation

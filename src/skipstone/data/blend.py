@@ -1,7 +1,7 @@
 """Rows from several sources, in shares that may change during training.
 
-Nothing depends on a generator's state: the source of row i and its window there follow from the fields and i. Shapes: N
-rows in all, S sources, B rows of a batch, T tokens per row.
+Nothing depends on a generator's state: the source of row i, and its place in this source, follow from i and the
+dataset's fields alone. Shapes: N rows in all, S sources, B rows of a batch, T tokens per row.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ def check_sources(blend: Blend, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Joined(RowDataset):
-    """Rows of several parts, in the order of `plan`."""
+    """A dataset of rows that are taken from several parts, such as the sources of a blend."""
 
     @property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """Part and place in it of each row, [N] each."""
+        """For each of N rows, the index of its part and its place within the part, two arrays [N]."""
         raise NotImplementedError
 
     def pick(self, part: int, place_B: NDArray[np.int64]) -> Batch:
-        """Return the rows of one part at these places."""
+        """Return B rows of one part, as int64 arrays [B, T] by field name.
+
+        part: index of the part. place_B: the rows' places within it.
+        """
         raise NotImplementedError
 
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
@@ -57,9 +60,10 @@ class BlendedWindows(_Joined):
     """A dataset of training rows from several sources, mixed in shares that may change over the training.
 
     Each source is divided into adjacent windows, which are read once each in an order shuffled by the seed, then again
-    in another order. sources: the windows of each source. names: the sources' names, in the same order. blend: the
-    sources' shares. seed: the seed of the choice of sources. once: whether to raise ValueError if `rows` rows would
-    need a window twice. Row i depends on `rows`, because the shares depend on the progress i / rows.
+    in another order. rows: number of rows in all; row i depends on it, because the shares depend on the progress i /
+    rows. sources: the windows of each source. names: the sources' names, in the same order. blend: the sources' shares.
+    seed: the seed of the choice of a source for each row. once: whether to raise ValueError if so many rows would need
+    a window twice.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -101,7 +105,8 @@ class BlendedWindows(_Joined):
 class InTurn(_Joined):
     """A dataset of evaluation rows from several parts: the first row of each part, then the second of each, and so on.
 
-    So the first rows of the dataset come from all parts. parts: the rows of each part.
+    So the first rows of the dataset come from all parts. parts: the rows of each part. rows: number of rows of the
+    dataset.
     """
 
     parts: tuple[CoveringWindows, ...] = field(repr=False)

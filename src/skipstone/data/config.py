@@ -22,9 +22,10 @@ LARGEST = 1 << 31  # largest context, seed and number of rows
 class Blend:
     """The shares in which training rows come from several sources, constant or changing over the training.
 
-    start: the share of each source by name, up to the point `anneal_from` of the training; any unit, as only
-    proportions count. end: the shares at the last row, reached linearly; None means `start` throughout. anneal_from:
-    where the change begins, as a part of the training in [0, 1). Raises ValueError for negative shares or only zeros.
+    start: the share of the rows that each source has, by its name, up to the point `anneal_from` of the training; only
+    proportions count, so the shares need not sum to 1. end: the shares at the last row, reached linearly; None means
+    `start` throughout. anneal_from: where the change begins, as a part of the training in [0, 1). Raises ValueError for
+    negative shares or only zeros.
     """
 
     start: dict[str, float]
@@ -42,7 +43,7 @@ class Blend:
 
     @property
     def sources(self) -> list[str]:
-        """The names of the sources with a positive share at any time, sorted."""
+        """The names of the sources with a positive share at any time of the training, sorted."""
         return sorted(name for name in {**self.start, **(self.end or {})} if self._share(name) > 0)
 
     def _share(self, name: str) -> float:
@@ -76,17 +77,18 @@ def _normalised(shares: Mapping[str, float], sources: Sequence[str]) -> NDArray[
 class DataConfig:
     """The training and evaluation data of a run.
 
-    corpus: a name of `CORPORA`, with an argument after a colon where it needs one. tokenizer: `char`, `byte`,
+    corpus: a name in the registry `skipstone.data.corpora.CORPORA`, with an argument after a colon where it needs one;
+    `shards:FOLDER` are tokenised documents on disk, which `skipstone prepare` writes. tokenizer: `char`, `byte`,
     `bpe:SIZE` or `pretrained:NAME_OR_PATH`; None means the corpus's default. context: tokens per row. packing:
     "stream": documents follow each other, separated by eos; "packed": rows also have document_ids and position_ids, so
     that attention keeps documents apart. seed: the seed by which training rows are chosen. sampling: None means
     training rows are windows at random places; "once": windows side by side in random order, none read twice. With
-    shards, rows always lie side by side, and None reads all of them before any a second time. blend: for shards, the
-    share of each source, fixed or changing during training; None means that it is proportional to the source's tokens.
-    train_rows: number of training rows; None means as many windows as fit side by side into the text, or 65,536
-    synthetic rows. Row i is the same whatever this number, unless a blend changes during training. validation_rows:
-    number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises ValueError for invalid
-    values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
+    shards, rows always lie side by side, and None reads all of them before any a second time. blend: for shards in
+    several folders, the share of the rows that each has, fixed or changing during training; None means that it is
+    proportional to the folder's tokens. train_rows: number of training rows; None means as many windows as fit side by
+    side into the text, or 65,536 synthetic rows. Row i is the same whatever this number, unless a blend changes during
+    training. validation_rows: number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises
+    ValueError for invalid values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -125,5 +127,5 @@ class DataConfig:
 
     @property
     def tells_difficulty(self) -> bool:
-        """Whether rows have a field `difficulty`, which is 0 or more at tokens that are known to need depth."""
+        """Whether rows have a field `difficulty`, which is 0 or more at tokens known to need depth, below 0 at others."""
         return knows_difficulty(self.corpus)

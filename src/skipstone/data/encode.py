@@ -91,7 +91,10 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dt
 
 @dataclass(frozen=True, kw_only=True)
 class _Defined:
-    """A tokenizer that equals those of the same definition, such as its copies in several run folders."""
+    """A key of a cache of encoded texts, which is equal for tokenizers with the same definition, such as copies of one.
+
+    tokenizer: the tokenizer. definition: its tokenizer.json as text.
+    """
 
     tokenizer: PreTrainedTokenizerBase = field(compare=False)
     definition: str
@@ -103,7 +106,7 @@ def _remembered(given: _Defined, documents: tuple[str, ...], dtype: np.dtype[Any
 
 
 def _look_up(table: Ids, text: str) -> Ids:
-    """Encode a text by a table over code points."""
+    """Encode a text by a table [code point] of ids, without calling the tokenizer."""
     pieces = (text[at : at + CHUNK] for at in range(0, len(text), CHUNK))
     found = [table[np.frombuffer(piece.encode("utf-32-le"), np.dtype("<u4"))] for piece in pieces]
     return np.concatenate(found) if found else table[:0]
@@ -118,10 +121,10 @@ def _call(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: n
 
 
 def _simple(tokenizer: PreTrainedTokenizerBase) -> tuple[str, NDArray[np.uint32] | None]:
-    """Return ("byte", None), ("char", table over code points) or ("", None), from the tokenizer's definition.
+    """Return ("byte", None), ("char", table of ids by code point) or ("", None), from the tokenizer's definition.
 
-    A tokenizer is simple if it has no normaliser, no merges, and no prefix or suffix on words, so that each character
-    or byte is a token.
+    A tokenizer is of the first two kinds if it has no normaliser, no merges, and no prefix or suffix on words, so that
+    each byte or character is a token.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {}

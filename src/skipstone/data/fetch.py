@@ -134,7 +134,10 @@ def _unpack(source: SourceFile, archive: Path, target: Path) -> None:
 
 
 def _copy(source: IO[bytes], out: IO[bytes], size: int | None) -> None:
-    """Copy at most one byte more than expected, which shows that a stream is too long without filling the disk."""
+    """Copy a stream, but at most one byte more than expected, which shows that it is too long without filling the disk.
+
+    size: the expected number of bytes; None means that all is copied.
+    """
     if size is None:
         shutil.copyfileobj(source, out, CHUNK)
         return
@@ -165,7 +168,10 @@ def _check(path: Path, what: str, size: int | None, sha256: str | None) -> None:
 
 
 def _difference(path: Path, size: int | None, sha256: str | None) -> str:
-    """Return how the file differs from what is known of it; empty if it does not."""
+    """Return in words how a file's size or SHA-256 differs from the expected one; "" if it does not.
+
+    size, sha256: the expected values; those that are None are not checked.
+    """
     actual = path.stat().st_size
     if size is not None and actual != size:
         more = "more than " if actual == size + 1 else ""

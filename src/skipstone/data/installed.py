@@ -71,7 +71,7 @@ def _of_split(assigned: Callable[[], dict[str, list[Path]]], split: str) -> Docu
 
 
 def _by_package() -> dict[str, list[Path]]:
-    """Return the files of each split."""
+    """Return the .py files of each split of `python_code`, so that every package belongs to one split."""
     site = Path(sysconfig.get_paths()["purelib"])
     folders = {path.name: path for path in site.iterdir() if path.is_dir() and "." not in path.name}
     files = {name: _at_most(path, MOST_OF_ONE) for name, path in folders.items() if not name.startswith(OURS)}
@@ -89,7 +89,10 @@ def _by_package() -> dict[str, list[Path]]:
 
 
 def _at_most(folder: Path, most: int) -> list[tuple[Path, int]]:
-    """Return files of a package and their sizes in bytes, in the order of the hash of their paths, up to `most`."""
+    """Return .py files of a package with their sizes in bytes, as many as fit into `most` bytes together.
+
+    They are taken in the order of the hash of their paths; those that do not fit are passed over.
+    """
     found: list[tuple[Path, int]] = []
     total = 0
     for path in sorted(_python_files(folder), key=lambda path: _hash(path.relative_to(folder).as_posix())):

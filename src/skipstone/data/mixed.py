@@ -38,9 +38,10 @@ class MixedWindows(RowDataset):
     """A dataset of text windows, half of which contain a span of 32 tokens from the synthetic task Switched-S3.
 
     The depth that a span's tokens need is known; for text tokens it is not (`difficulty` is -2). text: the windows.
-    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: numbers that
-    choose the spans; row i is a function of the text's row i and of (seed, stream, i). Targets are in `shift_labels`,
-    aligned with the inputs, and in `labels`, one place later. Raises ValueError for a context of fewer than 34 tokens.
+    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: row i is a
+    function of the text's row i and of (seed, stream, i); streams separate training from validation. Targets are in
+    `shift_labels`, aligned with the inputs, and in `labels`, one place later. Raises ValueError for a context of fewer
+    than 34 tokens.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)

@@ -27,14 +27,21 @@ WINDOW_STREAM, ORDER_STREAM, AGAIN_STREAM = 0, 1, 1 << 24
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Windows(RowDataset):
-    """Rows that are windows of `ids` (N,), `context` tokens wide."""
+    """A dataset of rows that are windows of one array of token ids.
+
+    ids: (N,), the ids of a split. context: tokens per row. document_starts: index of each document's first token, for
+    rows with document_ids and position_ids; None means rows without these fields.
+    """
 
     ids: Ids | Stitched = field(repr=False)
     context: int
     document_starts: NDArray[np.int64] | None = field(default=None, repr=False)  # (D,) sorted, the first is 0
 
     def window(self, start_B: NDArray[np.int64]) -> Batch:
-        """Return the windows that begin at `start_B`, repeating the last token beyond the end."""
+        """Return the rows (B, T) by field name whose first tokens have the indices `start_B` in the ids.
+
+        Beyond the end of the ids, the last one is repeated.
+        """
         slots_BT = start_B[:, None] + np.arange(self.context)
         input_BT = self.ids[np.minimum(slots_BT, len(self.ids) - 1)].astype(np.int64)
         labels_BT = input_BT.copy()
@@ -81,8 +88,8 @@ class RandomWindows(_Windows):
 class WindowsOnce(_Windows):
     """A dataset of training rows that reads no token twice: windows side by side, in an order shuffled by `seed`.
 
-    ids, context and document_starts are as in `RandomWindows`. Raises ValueError if `rows` is larger than the number of
-    windows.
+    rows: number of rows. ids, context and document_starts are as in `RandomWindows`. Raises ValueError if `rows` is
+    larger than the number of windows.
     """
 
     seed: int
@@ -105,7 +112,7 @@ class WindowsOnce(_Windows):
         return {}
 
     def _order(self, time: int) -> NDArray[np.int64]:
-        """Return the order in which windows are read for the time-th time."""
+        """Return the order in which the windows are read in pass `time` over all of them, counted from 0."""
         if time not in self._orders:
             drawn = draws.uniform(self.seed, AGAIN_STREAM + time if time else ORDER_STREAM, np.arange(self.count), 1)
             self._orders[time] = np.argsort(drawn[:, 0], kind="stable")

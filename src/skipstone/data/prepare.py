@@ -116,7 +116,10 @@ def prepare(
 
 
 def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
-    """Put spans into the text's rows."""
+    """Put spans of Switched-S3 into half of the text's training and validation rows (`MixedWindows`).
+
+    first_id: id of the first of the spans' tokens. split: which split `data.validation` is.
+    """
 
     def over(text: Any, stream: str, seed: int) -> MixedWindows:
         return MixedWindows(rows=len(text), text=text, first_id=first_id, seed=seed, stream=SYNTHETIC_STREAM[stream])
@@ -132,7 +135,7 @@ def _mixed(data: PreparedData, first_id: int, split: str) -> PreparedData:
 
 
 def _hash(*splits: Encoded) -> str:
-    """Return one SHA-256 over the ids of several splits."""
+    """Return one SHA-256 over the token ids of several splits, in hexadecimal."""
     digest = hashlib.sha256()
     for encoded in splits:
         digest.update(np.ascontiguousarray(encoded.ids[:]).view(np.uint8).data)

@@ -127,9 +127,9 @@ def _boundary(data: bytes, at: int) -> int:
 
 
 def _entries(source: SourceFile) -> Documents:
-    """Return the entries, which start in the first column after an empty line.
+    """Return the dictionary's entries as documents; an entry begins in the first column after an empty line.
 
-    `00-database-...` entries are metadata.
+    Metadata (entries named `00-database-...`) are left out.
     """
     text = gzip.decompress(locate(source).read_bytes()).decode("cp1252", "replace")  # ASCII but for a few stray bytes
     entries = re.split(r"\n\s*\n(?=\S)", text.strip("\n"))

@@ -24,9 +24,9 @@ SEPARATOR, END = 30, 31
 class Sequences(RowDataset):
     """A dataset for the copy or sort task: n symbols, a separator, the symbols again (sorted or not), an end token.
 
-    task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of (seed, stream, i).
-    Rows have input_ids and labels, int64 (T,); labels are not shifted, and -100 up to the separator. Raises ValueError
-    unless `context` is even and at least 4.
+    task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of (seed, stream, i),
+    where streams separate training from validation rows. Rows have input_ids and labels, int64 (T,); labels are not
+    shifted, and -100 up to and including the separator. Raises ValueError unless `context` is even and at least 4.
     """
 
     task: Literal["copy", "sort"]

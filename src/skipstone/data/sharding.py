@@ -100,7 +100,11 @@ def _given(split: str, document: str) -> str:
 
 
 class _Work:
-    """The state of a folder while it is written: the shards of each split, and the place in its stream after them."""
+    """A folder of shards while it is written, with the progress that is stored in it.
+
+    out: the folder. settings: the arguments of `write_shards`. report: as there. unit: what progress is counted in.
+    shards: those that are complete, by split. place: how many documents of its stream each split has dealt with.
+    """
 
     def __init__(
         self, out: Path, settings: PlainDict, tokenizer: PreTrainedTokenizerBase, report: Report | None, unit: str
@@ -126,7 +130,10 @@ class _Work:
             )
 
     def _known(self) -> PlainDict | None:
-        """Return the settings that this folder was begun with, after restoring its state; None for a new folder."""
+        """Return the settings with which this folder was begun, and restore its progress; None for a new folder.
+
+        Raises FileExistsError for a folder with other files, and ValueError if the progress cannot be read.
+        """
         if (self.out / MANIFEST).is_file():
             self.finished = open_shards(self.out).manifest
             self._tidy()  # remove what a call that was killed at its very end has left
@@ -164,7 +171,10 @@ class _Work:
         atomic_write.write_json(self.out / PROGRESS, sealed(state))
 
     def write(self, documents: Iterable[str], split_of: Callable[[str], str]) -> None:
-        """Write one stream to its end."""
+        """Encode the documents of one stream that are not yet on disk, and write them to shards.
+
+        split_of: returns the split of a document.
+        """
         open_files: dict[str, _File] = {}
         try:
             for place, split, size, ids in self._encoded(documents, split_of):
@@ -209,7 +219,10 @@ class _Work:
             atomic_write.remove(path)
 
     def finish(self) -> Manifest:
-        """Write tokenizer and manifest."""
+        """Write the tokenizer and, last of all, the manifest, and return it.
+
+        Raises ValueError if a split for training or validation has no text.
+        """
         for split in ("train", "validation"):
             if split not in self.shards:
                 raise ValueError(
@@ -238,7 +251,7 @@ class _Work:
 
 
 class _File:
-    """The files of one shard while it is written: under temporary names, then renamed."""
+    """The two files of one shard while it is written, under temporary names until it is complete."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
@@ -249,7 +262,7 @@ class _File:
         self.index: list[tuple[int, int]] = []
 
     def add(self, ids: Ids, size: int) -> None:
-        """Append a document of `size` bytes."""
+        """Append a document: its token ids, and `size`, the UTF-8 bytes of its text."""
         data = ids.astype(self.dtype, copy=False).tobytes()
         self.file.write(data)
         self.sha256.update(data)
@@ -257,7 +270,7 @@ class _File:
         self.tokens += len(ids)
 
     def close(self) -> Shard:
-        """Write the index, rename both files and return the shard's entry."""
+        """Write where each document starts, rename both files, and return the shard's entry in the manifest."""
         _sync(self.file)
         index = np.array(self.index, INDEX).tobytes()
         aside = self.folder / f".{self.name}{DOCUMENTS}.partial"
@@ -277,7 +290,7 @@ class _File:
 
 
 def _is_note(path: Path) -> bool:
-    """Return whether this file is what a call leaves that is killed before its first progress record."""
+    """Return whether this is the unfinished progress file of a call that was killed before it wrote anything else."""
     return path == atomic_write.partial_of(path.with_name(PROGRESS))
 
 
@@ -289,7 +302,10 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _bytes(text: str, place: int, source: str) -> int:
-    """Return the UTF-8 bytes of a text. Raises ValueError for lone surrogates."""
+    """Return the number of UTF-8 bytes of a text. Raises ValueError for lone surrogates, naming the document.
+
+    place: index of the document in its stream. source: the name of the stream.
+    """
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:

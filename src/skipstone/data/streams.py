@@ -22,10 +22,10 @@ ONE_BY_ONE = "documents"
 class Source:
     """Documents to be read one after another, as a stream for each split or as a single stream without splits.
 
-    streams: by split, a function without arguments that begins reading and returns an iterator; one called "" reads a
-    stream that is to be divided into splits by the hash of each document's text. size: bytes of the files that are
-    read; None if unknown. unit: what progress is counted in, "documents" or "bytes of JSON". total: how many of these
-    there are; None if unknown.
+    streams: by split, a function without arguments that begins reading and returns an iterator; a single stream has the
+    key "", and is divided into splits by the hash of each document's text. size: bytes of the files that are read; None
+    if unknown. unit: what progress is counted in, "documents" or "bytes of JSON". total: how many of these there are;
+    None if unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]
@@ -68,7 +68,10 @@ def _lines(files: list[Path], field: str) -> Iterator[str]:
 
 
 def _dataset(argument: str, field: str | None) -> Source:
-    """Return the dataset's own splits if it has train and validation; else its train split, to be split by hash."""
+    """Open a Hugging Face dataset: its own splits if it has train and validation, else train as a single stream.
+
+    argument, field: as in `open_source`, after `hf:`.
+    """
     loaded = users.load_dataset(argument, streaming=True)
     found = {split: next((n for n in names if n in loaded), None) for split, names in users.OWN_SPLITS.items()}
     if found["train"] is None:

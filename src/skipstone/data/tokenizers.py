@@ -37,7 +37,7 @@ def check_spec(spec: str) -> None:
 
 
 def _size(spec: str) -> int:
-    """Return the size of `bpe:SIZE`. Raises ValueError for another than a whole number in the range."""
+    """Return SIZE of the tokenizer name `bpe:SIZE`. Raises ValueError unless it is an integer in the allowed range."""
     size = spec.removeprefix("bpe:")
     if not (size.isascii() and size.isdigit() and SMALLEST <= int(size) <= LARGEST):
         raise ValueError(
@@ -47,7 +47,7 @@ def _size(spec: str) -> int:
 
 
 def needs_text(spec: str) -> bool:
-    """Return whether the tokenizer that `spec` names is made from the text of the corpus."""
+    """Return whether building the tokenizer that `spec` names reads the corpus's text, as `char` and `bpe:SIZE` do."""
     return spec == "char" or spec.startswith("bpe:")
 
 
@@ -99,9 +99,9 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def bpe_tokenizer(documents: Iterable[str], size: int) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer on documents and return it.
 
-    documents: texts; only their first `TRAINED_ON` characters are read. size: the largest number of ids, `<eos>` and
-    `<pad>` included. Text is split into words as GPT-2 does, and no merge crosses two words. Equal texts give equal
-    ids.
+    documents: texts; only their first 4,194,304 characters (`TRAINED_ON`) are read. size: the largest number of ids,
+    `<eos>` and `<pad>` included. Text is split into words as GPT-2 does, and no merge crosses two words. Equal texts
+    give equal ids.
     """
     from tokenizers import Tokenizer
 

@@ -46,7 +46,7 @@ def text(argument: str) -> Corpus:
 
 
 def _own_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder that are splits by their names, in order of `OWN_SPLITS`; none for a file."""
+    """Return the files of a folder whose names say which split they are, such as train.txt and valid.txt, by split."""
     found: dict[str, Path] = {}
     for split, stems in OWN_SPLITS.items():
         for stem in stems:
@@ -168,7 +168,10 @@ def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
 
 @contextmanager
 def _hub_offline(wanted: bool) -> Iterator[None]:
-    """Set the offline switches of both libraries in a `with` block; their environment variables act only at import."""
+    """Switch the libraries `datasets` and `huggingface_hub` to offline in a `with` block, if `wanted`.
+
+    Their attributes are set, because their environment variables act only when the libraries are imported.
+    """
     import datasets
     import huggingface_hub.constants as hub
 
@@ -182,7 +185,10 @@ def _hub_offline(wanted: bool) -> Iterator[None]:
 
 
 def _column(name: str, rows: Any) -> Documents:
-    """Return the column `text`, or the only column of strings."""
+    """Return the texts in the column `text` of a dataset's rows, or in their only column of strings.
+
+    name: the corpus's name, for errors. Raises ValueError if there is no such column.
+    """
     strings = [
         column for column, kind in rows.features.items() if getattr(kind, "dtype", None) in ("string", "large_string")
     ]

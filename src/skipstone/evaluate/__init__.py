@@ -1,7 +1,8 @@
-"""Floor 4: quality, cost and speed of run folders and saved models.
+"""Quality, cost and speed of run folders and saved models: floor 4 of the architecture.
 
 evaluation.py    `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
 budget_curve.py  FLOPs and loss of one model at several budgets; `calibrate_run` measures its budget table
+kl_budget.py     `kl_run`: the cheapest settings of a model that stays within a KL divergence
 comparison.py    `compare`: runs side by side
 metrics.py       the figures that `compare` measures, and their format
 harness.py       `evaluate_tasks`: lm-evaluation-harness on one run

@@ -1,4 +1,4 @@
-"""`evaluate`: losses, accuracy, mechanisms and FLOPs of a trained model, as trained, as specified and as executed."""
+"""`evaluate`: losses, accuracy, mechanisms and FLOPs of a trained model in all passes that it supports."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""A budget of KL divergence: the settings of a model that read the least while it stays close to what it was.
+"""A budget of KL divergence: the settings with which a model reads the fewest bytes and still predicts nearly the same.
 
-Two things can be set: thresholds, of a model that has some, by the points of its budget table, and the number of the
-head's candidates, of a model with a preview of its head. Thresholds are set first, with the whole head.
+Two things can be set: the routing thresholds of a model that has some, to one of the operating points of its budget
+table; and, of a model whose output head computes exact logits for a few candidate tokens only (chosen by a preview of
+all logits), the number of these candidates. Thresholds are set first, while the whole head is computed. The divergence
+is
 
-    KL(source || setting), nats a token, over calibration rows
+    KL(source || model with the setting), in nats per token, over calibration rows
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -173,7 +175,7 @@ def _shares(table: BudgetTable) -> list[float]:
 
 
 def _counts(vocabulary: int) -> list[int]:
-    """Return numbers of candidates, each twice the one before, and the whole vocabulary."""
+    """Return the numbers of head candidates that are tried: powers of two times `LEAST`, and the whole vocabulary."""
     counts = []
     count = min(LEAST, vocabulary)
     while count < vocabulary:
@@ -207,7 +209,12 @@ def _with_candidates(
 def _measured(
     model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ids: Sequence[Tensor], settings: Settings
 ) -> list[AtSetting]:
-    """Return the figures of all settings; each row of the source is computed once."""
+    """Return the bytes, FLOPs and KL divergence of the model with each of `settings`.
+
+    source: the model from which the divergence is measured; each row is computed once by it. ids: rows of token ids,
+    int64 [1, T]. settings: name, context that makes the setting, and whether the head is to compute its candidates
+    only.
+    """
     total = [0.0] * len(settings)
     works: list[tuple[float, float]] = []
     for row_1T in ids:
@@ -225,7 +232,11 @@ def _measured(
 
 
 def _logits(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> Tensor:
-    """Return the logits of all tokens, fp32 [T, V]; as steps compute them, with a head by candidates, if asked."""
+    """Return the logits of all tokens, fp32 [T, V], with decisions that look at no later token.
+
+    ids_1T: token ids. steps: whether to compute them as decoding steps do, with exact logits for the head's candidates
+    only.
+    """
     hidden_TD = model.to_head(model.model(ids_1T, use_cache=False, routing="causal").last_hidden_state)[0]
     if steps and model.head_preview is not None:
         logits_TV = model.head_preview.plain(hidden_TD, model.lm_head)
@@ -236,7 +247,10 @@ def _logits(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> Tensor:
 
 
 def _work(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> tuple[float, float]:
-    """Return bytes of weights and FLOPs of a token, for the decisions on this row."""
+    """Return the bytes of weights that decoding one token reads, and its FLOPs, for the decisions on this row.
+
+    ids_1T: token ids. steps: whether the head computes exact logits for its candidates only.
+    """
     records = model(ids_1T, use_cache=False, routing="causal", output_records=True).records or ()
     kept = kept_from_records(model, records, rows="mean")
     flops = cost(model, tokens=ids_1T.shape[1], kept=kept).forward_per_token
@@ -246,7 +260,10 @@ def _work(model: SkipstoneForCausalLM, ids_1T: Tensor, steps: bool) -> tuple[flo
 
 
 def _write(folder: Path, candidates: int) -> str:
-    """Write the number of candidates into the model's configuration, and the checksums anew."""
+    """Write the number of head candidates to the model's configuration and update its checksums; return a note of it.
+
+    folder: the model folder. candidates: the number.
+    """
     path = folder / CONFIG if (folder / CONFIG).is_file() else folder / "config.json"
     values = read_object(path)
     values["head_candidates"] = candidates

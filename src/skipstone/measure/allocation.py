@@ -1,8 +1,8 @@
-"""The allocation of compute to tokens: by kind, frequency and position, and its correlation with difficulty.
+"""The allocation of compute to tokens: by kind, frequency and position, and its correlation with their difficulty.
 
-Difficulty is the loss of the prediction that a token's pass makes. Compute may follow it only because both depend on
-the position or on the token id; the correlation that remains once both are removed is what the router has learned
-beyond that.
+A token's difficulty is the loss of the prediction that the model makes at it. Compute may correlate with it only
+because both depend on the token's position or id; the correlation that is left when the means by position and by id are
+subtracted is what the router has learned beyond that.
 
 Shape letters: B rows, T tokens, N tokens of all rows.
 """
@@ -73,7 +73,10 @@ def _groups(names: list[str] | tuple[str, ...], group_N: Tensor, compute_N: Tens
 
 
 def _quarters(ids_N: Tensor) -> Tensor:
-    """Return each token's quarter of the text, sorted by the frequency of its token ids."""
+    """Return for each token a quarter of the text, int64 [N] from 0 (the most frequent token ids) to 3 (the rarest).
+
+    ids_N: token ids. All tokens of an id are in the same quarter.
+    """
     _, at_N, count_V = ids_N.unique(return_inverse=True, return_counts=True)
     order_V = count_V.argsort(descending=True, stable=True)
     middle_V = torch.empty_like(count_V, dtype=torch.double)
@@ -83,7 +86,11 @@ def _quarters(ids_N: Tensor) -> Tensor:
 
 
 def _without(x_N: Tensor, groups: list[Tensor]) -> Tensor:
-    """Return the values without the means of each group, removed in turns if there are several groupings."""
+    """Return the values x_N minus the mean of their group, for each grouping in turn.
+
+    groups: groupings of the N values, each an integer tensor [N] with the group of each value. Of several groupings,
+    the subtraction is repeated, so that in the end the groups of all have a mean of nearly 0.
+    """
     for _ in range(ROUNDS if len(groups) > 1 else 1):
         for group_N in groups:
             _, at_N = group_N.unique(return_inverse=True)
@@ -93,7 +100,7 @@ def _without(x_N: Tensor, groups: list[Tensor]) -> Tensor:
 
 
 def _correlation(x_N: Tensor, y_N: Tensor) -> float | None:
-    """Return Pearson's correlation; None where one of the two is constant."""
+    """Return Pearson's correlation of two tensors [N]; None for fewer than three values or if one is constant."""
     if len(x_N) < 3:
         return None
     x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()

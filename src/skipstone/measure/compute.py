@@ -1,12 +1,12 @@
 """The compute share of each token: the share of the blocks' matrix FLOPs that its forward pass executed.
 
-    compute = sum over blocks of (given * (K + V) + asked * (Q + O) + asked_mlp * MLP) / the same with all counts 1
+    compute = sum over blocks of (given * (K + V) + asked * (Q + O) + asked_mlp * MLP) / the same with all of them 1
 
-given and asked are one token's counts as a key and as a query (core/counts.py), by the recorded decisions; capitals are
-the matrices' sizes. Attention scores are left out because they depend on the length of the row; embeddings, head and
-routers because they belong to no block and are never skipped. PolyGLU counts as a full MLP, an MLP of experts by the
-share of its choices that are not no-ops, one with neuron groups by the share that is on. A soft gate skips nothing.
-Shape letters: B rows, T tokens.
+For one token in one block, `given` is 1 if it provides a key and value, `asked` if it has a query, and `asked_mlp` if
+the MLP computes it, by the recorded decisions, else 0. Capitals are the numbers of weights of the matrices. Attention
+scores are left out because they depend on the length of the row; embeddings, head and routers because they belong to no
+block and are never skipped. PolyGLU counts as a full MLP, an MLP of experts by the share of its choices that are not
+no-ops, one with neuron groups by the share that is on. A soft gate skips nothing. Shape letters: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -45,14 +45,22 @@ def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> T
 
 
 def _matrices(block: Block) -> dict[str, int]:
-    """Return the numbers of attention weights that multiply each key/value token and each query token."""
+    """Return how many attention weights a token is multiplied with, by what it takes part as.
+
+    Keys: "given", the weights of the key and value projections, for a token that provides a key and value; "asked",
+    those of the query and output projections, for a token with a query.
+    """
     a = block.self_attn
     given = a.k_proj.weight.numel() + a.v_proj.weight.numel()
     return {"given": given, "asked": a.q_proj.weight.numel() + a.o_proj.weight.numel()}
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Return the attention's matrix work and whether the MLP runs, both [B, T], by the mechanisms' decisions."""
+    """Return for each token of a block the attention weights that it was multiplied with, and whether the MLP ran.
+
+    Both are fp32 [B, T], or [1, 1] for a block without depth mechanisms. decided: the block's records by mechanism
+    name. attention: the result of `_matrices`.
+    """
     names = [name for site in block.sites.values() for name in site]
     if not names:
         return torch.full((1, 1), float(attention["given"] + attention["asked"])), torch.ones(1, 1)
@@ -64,7 +72,10 @@ def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> 
 
 
 def _ways(names: Sequence[str]) -> Iterator[dict[str, float]]:
-    """Yield all combinations of kept (1) and skipped (0); the first name is the lowest bit."""
+    """Yield every combination of keeping (1) and skipping (0) a token by the mechanisms `names`, {name: 1 or 0}.
+
+    Combination number c has bit i of c for the i-th name.
+    """
     for code in range(2 ** len(names)):
         yield {name: float(code >> bit & 1) for bit, name in enumerate(names)}
 

@@ -128,7 +128,7 @@ def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
 
 
 class _Operations(TorchDispatchMode):
-    """Lists every operation that executes, and whether it made the host wait."""
+    """A dispatch mode that lists every torch operation that runs (`seen`) and whether the host waited (`synced`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,10 @@ def _grouped(
 
 
 def _magnitude(*args: Any, **kwargs: object) -> int:
-    """Return the FLOPs of magnitude groups: rows of one matrix for the groups tried, of another for those kept."""
+    """Return the FLOPs of an MLP whose neurons are chosen by magnitude, called with the arguments of `ops.magnitude`.
+
+    The up projection is multiplied for the neuron groups that were tried, the down projection for those that are kept.
+    """
     up_FD, tried, kept, size = args[3], *args[5:8]
     return 2 * (tried + kept) * size * up_FD.shape[1]  # type: ignore[no-any-return]
 
@@ -268,7 +271,10 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
 
 
 def _predicted(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the FLOPs of the batch by the cost model, for the decisions of the pass."""
+    """Return a batch's forward FLOPs by the cost model, with the keys "predicted", "needed" and "dense" of `FlopCheck`.
+
+    forward: the pass whose decisions are taken. batch: input tensors by name.
+    """
     rows, length = batch["input_ids"].shape
     records = forward.run(model, batch, output_records=True).records or ()
     widest, mean = (

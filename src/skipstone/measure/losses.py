@@ -36,8 +36,8 @@ class LossResult:
 
     nats: cross-entropy summed over all predictions, in double precision. predictions: number of tokens that have a
     label. right: number of predictions whose most probable token is the label. summaries: the mechanisms' figures, by
-    layer. accuracy: share of correct predictions by bin of difficulty (`BINS`) and for "all operations"; kinds: loss
-    and depth by kind of token, as `TokenKinds.result` returns them. Both are None unless the data state each token's
+    layer. accuracy: share of correct predictions by bin of difficulty, as `Accuracy.by_bin` returns it; kinds: loss and
+    depth by kind of token, as `TokenKinds.result` returns them. Both are None unless the data state each token's
     difficulty.
     """
 

@@ -66,7 +66,10 @@ def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
 
 
 def _categories(ids_BT: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
-    """Return the category of each token's text, int64 [B, T]; None without a tokenizer."""
+    """Return the category of each token's text (letters, digits, signs, white space) as an index in `CATEGORIES`.
+
+    ids_BT: token ids. The result is int64 [B, T]; None without a tokenizer.
+    """
     if tokenizer is None:
         return None
     known, at_BT = ids_BT.unique(return_inverse=True)

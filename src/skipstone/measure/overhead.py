@@ -74,7 +74,10 @@ Arguments: TypeAlias = tuple[Any, ...]  # of a module's forward pass
 
 @contextmanager
 def _ranges(model: SkipstoneForCausalLM) -> Iterator[None]:
-    """Mark mechanisms, and the updates inside them, as profiler ranges inside a `with` block."""
+    """Mark mechanisms, and the updates that they wrap, as profiler ranges in a `with` block.
+
+    The names of the ranges are ROUTING, ACTIVATION and UPDATE.
+    """
     blocks = model.decoder.layers
     hooks = []
     for block in blocks:
@@ -120,9 +123,11 @@ def _enter_activation(ranges: list[record_function], args: Arguments) -> None:
 
 
 def _shares(events: Sequence[FunctionEvent], on_device: bool) -> Overhead:
-    """Return the shares of time.
+    """Return the shares of a training step's time that routing and mixing activations take.
 
-    Forward operations count by their nearest range, backward ones by their forward one.
+    A forward operation counts as the kind that `_kind` gives it, a backward one as the forward operation that made its
+    autograd node. events: operations that the profiler has recorded. on_device: whether to add up their time on the GPU
+    instead of the CPU.
     """
     events = sorted(events, key=lambda event: event.time_range.start)
     kinds = {event.id: _kind(event) for event in events}
@@ -143,14 +148,18 @@ def _up(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
 
 
 def _kind(event: FunctionEvent) -> str:
-    """Return ROUTING, ACTIVATION, or UPDATE for all the rest of a step."""
+    """Return which part of a training step an operation belongs to: routing, mixing of activations, or the rest.
+
+    These are the constants ROUTING, ACTIVATION and UPDATE; the innermost of the profiler ranges of `_ranges` around the
+    operation decides. Gathering and scattering inside an update count as routing.
+    """
     names = [above.name for above in _up(event)]
     nearest = next((name for name in names if name in (ROUTING, UPDATE, ACTIVATION)), None)
     return ROUTING if nearest == UPDATE and GATHERING.intersection(names) else nearest or UPDATE
 
 
 def _node(event: FunctionEvent) -> FunctionEvent | None:
-    """Return the backward node in which an event runs."""
+    """Return the profiler's event of the autograd node in which an event runs; None for a forward operation."""
     return next((above for above in _up(event) if above.name.startswith("autograd::engine::evaluate_function")), None)
 
 

@@ -1,7 +1,8 @@
 """Tokens per second of prefill and decoding, joules, and the bytes of the cache.
 
-Models are timed in turns, so that changes in the machine's speed affect all of them.
-Routing is causal with a cache, greedy. Shape letters: B rows, P tokens of the prompt, N new tokens.
+Models are timed in turns, so that changes in the machine's speed affect all of them. Passes use a cache and make
+decisions that look at no later token; tokens are chosen greedily. Shape letters: B rows, P tokens of the prompt, N new
+tokens.
 """
 
 from __future__ import annotations
@@ -142,7 +143,10 @@ def _decode(model: SkipstoneForCausalLM, token_B1: Tensor, cache: Cache, new_tok
 
 
 def _start(device: torch.device, meter: EnergyMeter | None) -> Callable[[int], Lap]:
-    """Start clock and meter; the result stops them."""
+    """Start the clock and the energy meter, and return a function that stops them.
+
+    It takes the number of tokens that were computed, and returns the lap. device: is awaited at both ends.
+    """
     finish(device)
     joules, seconds = meter.read() if meter else None, time.perf_counter()
 
@@ -211,9 +215,10 @@ def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter |
 
 
 def _rapl(powercap: Path) -> EnergyMeter | None:
-    """Return a meter of the CPU packages, None if unreadable.
+    """Return an energy meter of all CPU packages of the machine; None if their counters cannot be read.
 
-    Domains inside a package (intel-rapl:0:1) would count twice.
+    powercap: folder of the RAPL counters. Domains inside a package (such as intel-rapl:0:1) are left out, because the
+    package includes them.
     """
     packages = [folder for folder in sorted(powercap.glob("*-rapl:*")) if folder.name.count(":") == 1]
     try:
@@ -224,7 +229,10 @@ def _rapl(powercap: Path) -> EnergyMeter | None:
 
 
 class _Wrapping:
-    """A counter in microjoules that starts again at its range."""
+    """A function that returns the joules counted by one RAPL domain, whose own counter starts at 0 after its range.
+
+    folder: the domain's folder below powercap.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "energy_uj"

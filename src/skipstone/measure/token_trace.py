@@ -58,11 +58,10 @@ class Allocation:
     """How compute was distributed over tokens, over all rows of a trace.
 
     by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if unknown), by frequency of the token
-    id and by position in the row. correlation: Pearson's, over tokens, of the loss and the share of
-    the blocks' dense FLOPs that was computed for the token.
-    without_position, without_token, without_both: the same after subtracting from both variables the mean of each group
-    of positions, of each token id, or of both, which shows how much correlation these do not explain. None where a
-    variable is constant.
+    id and by position in the row. correlation: Pearson's correlation over tokens of the token's loss with the share of
+    the blocks' dense FLOPs that was computed for it. without_position, without_token, without_both: the same after
+    subtracting from both variables the mean of each group of positions, of each token id, or of both; this is the
+    correlation that these do not explain. None where a variable is constant.
     """
 
     by_kind: list[TokenGroup]

@@ -100,7 +100,12 @@ def _flops_per_token(
 
 
 def _halves(sites: Mapping[str, list[str]], records: Records, real_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a block's weight and computed share [B, T], means over attention and MLP of products over mechanisms."""
+    """Return the weight of a block's update and the computed share of the block for each token, fp32 [B, T] each.
+
+    Both are means over attention and MLP: of the product of the weights of all mechanisms around them, and of 1 where
+    all of these keep the token, else 0. sites: names of the block's mechanisms by site. records: their records by name.
+    real_BT: bool, False for padding, whose weight and share are 0.
+    """
     decided = of_kind(records, DepthRecord)
     weights, kept = [], []
     for half in SUBLAYERS:
@@ -173,7 +178,10 @@ def _summary(module: Any, record: ActivationRecord, category_BT: Tensor | None) 
 
 
 def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]]:
-    """Return means over the tokens of each category that occurs."""
+    """Return the mean shares of the activations, for each category of token that occurs.
+
+    shares_NA: each token's mean share of each activation. category_N: index of the token's category in `CATEGORIES`.
+    """
     return {
         category: shares_NA[category_N == k].mean(0).tolist()
         for k, category in enumerate(CATEGORIES)
@@ -184,7 +192,8 @@ def _by_category(shares_NA: Tensor, category_N: Tensor) -> dict[str, list[float]
 def _each(figure: Callable[[ActivationRecord], Tensor], record: ActivationRecord) -> Tensor:
     """Return a figure of every token that reached the MLP, [N, ...].
 
-    It is computed row by row, because each neuron has its own mix, which is large.
+    figure: a function of an activation record, such as the mean shares of the activations. record: the record of a
+    whole batch; it is read row by row, because intermediate values for all neurons of a batch would need much memory.
     """
     found = []
     for logits_TA, reached_T in zip(record.logits_BTA, record.reached_BT, strict=True):

@@ -1,4 +1,4 @@
-"""Floor 4: one self-contained HTML page about runs; the figures come from `measure`.
+"""One self-contained HTML page about runs, of figures that `measure` has taken: floor 4 of the architecture.
 
 rendering.py      `write_report`: run folders in, one HTML file out
 run_view.py       the figures and files of one run

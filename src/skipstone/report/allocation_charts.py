@@ -1,4 +1,4 @@
-"""To which tokens the compute went: bars by group, and whether compute follows difficulty."""
+"""Charts of the tokens to which compute went: by group of tokens, and its correlation with their loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def card(run: RunView) -> PlainDict | None:
 
 
 def _bars(groups: Sequence[TokenGroup], title: str) -> Drawn:
-    """Draw the share of the blocks that each group took."""
+    """Draw, for each group of tokens, the share of the blocks' computation that was executed for its tokens.
+
+    title: text for screen readers.
+    """
     across = AxisScale(0.0, 1.0, LEFT, WIDTH - RIGHT)
     parts = _grid(across, len(groups), "{:.0%}")
     for i, group in enumerate(groups):
@@ -62,7 +65,10 @@ def _bars(groups: Sequence[TokenGroup], title: str) -> Drawn:
 
 
 def _correlations(allocation: Allocation, title: str) -> Drawn:
-    """Draw the correlation of compute and loss, before and after what explains both is removed."""
+    """Draw the correlation of compute and loss, as it is and without what position and token id explain of both.
+
+    title: text for screen readers.
+    """
     across = AxisScale(-1.0, 1.0, LEFT, WIDTH - RIGHT)
     found = {name: getattr(allocation, field) for name, field in CORRELATIONS.items()}
     parts = _grid(across, len(found), "{:g}")

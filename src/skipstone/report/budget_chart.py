@@ -82,9 +82,10 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
-    """Tabulate budget, realised share of the dense FLOPs, FLOPs per token and loss: a run and its cells for each row.
+    """Return the rows of a table of measured budgets: pairs of a run and the row's cells.
 
-    budgets: measured points by name of the run, as `read_budgets` returns them.
+    The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. budgets: measured points by name of
+    the run, as `read_budgets` returns them.
     """
     return [
         (

@@ -20,7 +20,12 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 
 
 def card(run: RunView) -> PlainDict:
-    """Draw all pictures of a run whose neurons mix activations, as variables of the page's template."""
+    """Return pictures of a run whose neurons mix activations, as variables of the page's template.
+
+    Keys: `run`; `shares`, `entropy` and `map` (each neuron's strongest activation), by block; `course`, the entropy
+    over training; `every`, the step between drawn neurons; `categories`, the shares for each category of token, with
+    `category_names` and their colours; `shift`, how far these shares are from those of all tokens.
+    """
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)
     categories = [
@@ -56,7 +61,10 @@ def _of_category(run: RunView, activations: Mapping[int, ActivationSummary], cat
 def _shift(
     run: RunView, activations: Mapping[int, ActivationSummary], categories: Sequence[str], layers: int
 ) -> Drawn | None:
-    """Draw the distance of each category's shares from those of all tokens."""
+    """Draw how far each category's mean shares of activations are from those of all tokens.
+
+    The distance is the total variation distance, by block.
+    """
     bars = [
         Bar(layer=layer, name=category, value=one.shift(category))
         for layer, one in activations.items()
@@ -100,7 +108,7 @@ def _trains(line: PlainMapping, key: str) -> bool:
 
 
 def _every(activations: Mapping[int, ActivationSummary]) -> int:
-    """Return k such that the map of every k-th neuron is small enough to be drawn."""
+    """Return the step k between drawn neurons: the least with which the widest block has at most 450 of them."""
     return -(-max(len(one.strongest) for one in activations.values()) // MOST_NEURONS)
 
 

@@ -125,7 +125,7 @@ def _training(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
 
 
 def _routed(run: RunView) -> PlainDict:
-    """Return the page section of a run with depth mechanisms: the picture, the capacities, the text."""
+    """Return the template's variables for a run with depth mechanisms: token picture, capacities, coloured text."""
     assert run.trace is not None
     bars = [
         Bar(layer=layer, name=name, value=share, mark=run.set_capacity.get(layer, {}).get(name))

@@ -51,7 +51,10 @@ def _cell(trace: TokenTrace, layer: int, t: int) -> str:
 
 
 def _row(trace: TokenTrace, layer: int, labels: Sequence[str], y: float) -> Markup:
-    """Draw the cells of one layer; a block without mechanisms is a single bar, because all of its tokens are alike."""
+    """Draw the cells of one block, one for each token; a block without mechanisms is a single bar.
+
+    labels: the tokens' texts. y: upper edge of the row, in pixels.
+    """
     name = svg.text(LEFT - 8, y + CELL_HEIGHT / 2 + 4, str(layer), "tick", text_anchor="end")
     if layer not in trace.routed:
         whole = CELL_WIDTH * len(labels) - GAP

@@ -22,7 +22,12 @@ TEXT = {"row": int, "position": int, "layer": int, "score": float, "weight": flo
 
 @dataclass(kw_only=True)
 class _Token:
-    """What a depth map says of a token. weights: of the blocks' updates, 0 where one skips. kept: where none does."""
+    """What a depth map says of one token.
+
+    text: its text. loss: loss of predicting the next token in nats, NaN without one. weights: weight of each block's
+    update, by index of the block, 0 where a mechanism skips it. kept: whether all mechanisms of the block keep the
+    token.
+    """
 
     text: str
     loss: float

@@ -1,7 +1,8 @@
-"""What a token attends to: one more pass over the text up to it, with an attention that keeps its last row of weights.
+"""What a token attends to, computed by one more pass over the text up to it that keeps its attention weights.
 
 The pass is the masked executor's, in which every token stays in its column, so that weights belong to tokens also in
-blocks that skip some.
+blocks that skip some. Blocks with an attention window compute attention in bands: chunks of queries, each with the keys
+of its own and of the previous chunk.
 
 Shape letters: B rows (one, or one for each band), H heads, K queries, C columns of keys, T tokens.
 """
@@ -68,9 +69,10 @@ def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[l
 
 
 def _last_row(weight_BKC: Tensor, tokens: int) -> Tensor:
-    """Return the weights of the last token to all of them, [T], also from attention in bands (`nn/windows.py`).
+    """Return the attention weights of the last token to all of them, [T], also of a block that attends in bands.
 
-    Bands are rows of W queries with 2 W keys: those of the chunk before them and their own.
+    weight_BKC: weights, mean over heads. A band is a chunk of K queries, whose C = 2 K keys are those of the chunk
+    before and its own. tokens: T.
     """
     window = weight_BKC.shape[1]
     if window == tokens:
@@ -83,7 +85,10 @@ def _last_row(weight_BKC: Tensor, tokens: int) -> Tensor:
 
 
 def _took(block: Block, records: Records) -> bool:
-    """Return whether the last token took the attention of a block."""
+    """Return whether all mechanisms around a block's attention kept the last token.
+
+    records: those of the block, by mechanism name.
+    """
     decided = of_kind(records, DepthRecord)
     names = [name for site, of_site in block.sites.items() if site != "mlp" for name in of_site]
     return all(name in decided and bool(decided[name].kept_BT.expand(1, -1)[0, -1]) for name in names)

@@ -116,7 +116,7 @@ class LiveModel:
         return {"names": list(ACTIVATION_NAMES), "layers": layers}
 
     def _mixes(self) -> dict[int, MixFigures]:
-        """Return the activation mechanisms that mix, by block."""
+        """Return the activation mechanisms that mix several functions (as PolyGLU does), by index of the block."""
         modules = [(i, module) for i, block in enumerate(self.blocks) for module in block.routing_modules().values()]
         return {i: module for i, module in modules if isinstance(module, MixFigures)}
 
@@ -152,11 +152,16 @@ class LiveModel:
         ids: token ids of the prompt. new_tokens: how many to generate at most. temperature: 0 chooses the most probable
         token; otherwise tokens are sampled. seed: seed of the sampling. budget: share of the dense FLOPs that the model
         is set to; None means the model as it was trained. draft: the source of guesses for speculative decoding, as in
-        `generate`; None means no speculation. The first pass event describes every token of the prompt, later ones one
-        token each. With a draft, a pass checks several tokens: its FLOPs are added at the first of them, and the token
-        that replaces a wrong guess lists the guesses dropped with it as `rejected`. The draft's own computation counts
-        in the seconds, but not in the FLOPs. Raises ValueError, before the first event, for a prompt that exceeds the
+        `generate`; None means no speculation. Raises ValueError, before the first event, for a prompt that exceeds the
         context, and for a budget or a draft that the model does not support.
+
+        The start event has `prompt`, its tokens (id, text, label). A pass event has: `read`, the decisions for each
+        token that was read, in the prompt's pass for all of its tokens, later for one (compute, entropy and loss of its
+        prediction, and score, weight and kept for each of the `slots` of `describe`); `first`, the index of the first
+        of them; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of its
+        dense twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new token
+        was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are added at
+        its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -201,7 +206,11 @@ class LiveModel:
             }
 
     def _spent(self, each: DecodingPass, tokens: int, past: int) -> float:
-        """Return the executed FLOPs of a pass by the cost model; the head counts for the tokens that are predicted."""
+        """Return the executed forward FLOPs of a pass by the cost model.
+
+        each: the pass. tokens: number of tokens that it reads. past: number of tokens before them. The head counts for
+        the tokens from which a prediction is made.
+        """
         kept = kept_from_records(self.model, each.records)
         # A layer that has kept no token so far has no slots; after a draft, the cache holds the guesses as well.
         slots = [layer.kv.entries.get("slot") for layer in each.cache.layers]  # type: ignore[attr-defined]
@@ -211,15 +220,21 @@ class LiveModel:
         return found.forward.total
 
     def _dense(self, tokens: int, past: int) -> float:
-        """Return the FLOPs of a pass of the dense twin, which decodes one token at a time."""
+        """Return the forward FLOPs of a pass of the dense twin by the cost model.
+
+        tokens: number of tokens that the pass reads: the prompt, or one. past: number of tokens before them.
+        """
         found = cost(self.model, tokens=tokens, past=past, logits_to_keep=1).dense
         assert found is not None
         return found.forward.total
 
     def _read(self, each: DecodingPass, size: int, shown: range, targets: Sequence[int]) -> list[PlainDict]:
-        """Return a pass's decisions for the tokens at `shown`, and the prediction made from each of them.
+        """Return the decisions of a pass for some of its tokens, and the prediction made at each of them.
 
-        size: number of tokens that the pass read. targets: the tokens that came after the shown ones.
+        each: the pass. size: number of tokens that it read. shown: their indices within the pass. targets: the tokens
+        that came after the shown ones. Keys for each token: compute (share of the blocks' computation executed for it),
+        entropy and loss of the prediction in nats, score, weight and kept by decision, and in models that mix
+        activations `mix`, the token's logits for them by block.
         """
         decided = read_decisions(self.blocks, each.records, (1, size))
         compute = compute_shares(self.blocks, each.records).expand(1, size)[0].tolist()
@@ -284,7 +299,10 @@ def warm(model: SkipstoneForCausalLM) -> None:
 
 
 def _greedy(model: SkipstoneForCausalLM, ids: Sequence[int], new_tokens: int) -> Iterator[DecodingPass]:
-    """Yield the passes of a model that continues a prompt with its likeliest tokens, whatever they are."""
+    """Yield the passes of a model that continues a prompt with its likeliest tokens, the end of a text included.
+
+    ids: token ids of the prompt. new_tokens: number of passes.
+    """
     input_ids = torch.tensor([list(ids)], device=model.device)
     decode = Decoder(model, input_ids, None, new_tokens, None, [], "dynamic")
     yield from decode(Sampler(0.0, None, 0, input_ids.device), setting_of(model, None, None))
@@ -296,7 +314,7 @@ def rounded(value: float) -> float | None:
 
 
 def _rejected(each: DecodingPass) -> list[int]:
-    """Return the guesses of one row that the chosen token rules out: the one in its place and those after it."""
+    """Return the ids of a draft's guesses that the chosen token rules out: the one in its place and all after it."""
     if each.guess_BK is None or each.guessed_B is None or bool(each.guessed_B[0]):
         return []
     count = each.guess_BK.shape[1]
@@ -304,7 +322,10 @@ def _rejected(each: DecodingPass) -> list[int]:
 
 
 def _prediction(logits_TV: Tensor, target: Sequence[int]) -> list[tuple[float | None, float | None]]:
-    """Return the entropy of each prediction and its loss on the token that followed, in nats."""
+    """Return for each of T predictions its entropy, and its loss on the token that followed, in nats.
+
+    logits_TV: the logits. target: the ids of the tokens that followed.
+    """
     log_TV = logits_TV.float().log_softmax(-1)
     entropy_T = -(log_TV.exp() * log_TV).nan_to_num().sum(-1)
     loss_T = -log_TV.gather(-1, torch.tensor(target, device=log_TV.device)[:, None])[:, 0]
@@ -312,9 +333,10 @@ def _prediction(logits_TV: Tensor, target: Sequence[int]) -> list[tuple[float | 
 
 
 def _activation_logits(mixes: Iterable[int], records: Sequence[Records], T: int) -> list[list[list[float | None]]]:
-    """Return the dynamic logits of each token, for each block in `mixes`, which mix activations.
+    """Return each token's own logits for the activations, for each block that mixes them: [token][block][activation].
 
-    They are None where the MLP was not asked; inside a block that kept no token, there is no record either.
+    mixes: indices of these blocks. records: decisions of the pass, a dict by mechanism name for each block. T: number
+    of tokens. Logits are None where the MLP did not compute the token.
     """
     unknown = torch.full((1, 1, len(ACTIVATION_NAMES)), float("nan"))
     found = []

@@ -176,7 +176,10 @@ def _run(model: LiveModel, request: Request, budget: float | None) -> Iterator[P
 
 
 def _beside(found: Iterator[PlainDict], twin: Iterator[float]) -> Iterator[PlainDict]:
-    """Add the seconds of the dense twin's pass to each pass."""
+    """Yield a model's events, with the seconds of the dense twin's pass added to each pass as `dense_seconds`.
+
+    found: the events. twin: the seconds of the twin's passes, one for each.
+    """
     for event in found:
         if event["type"] == "pass":
             event["dense_seconds"] = rounded(next(twin))

@@ -1,7 +1,7 @@
-"""The live page as one file that opens offline: the same panels, and what they were told, without a server.
+"""The live page saved as one file that opens offline: the same panels, with the events that they show, and no server.
 
-The page is a template with an empty place. The button of the live page fills it with what is shown; `save_page` fills
-it with what a model does with a prompt, without a browser.
+The page is a template with an empty place for these events. The button of the live page fills it with what is shown;
+`save_page` fills it with what a model does with a prompt, without a browser.
 """
 
 from __future__ import annotations

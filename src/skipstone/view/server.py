@@ -156,7 +156,10 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
 
 
 async def _json(request: Request) -> object:
-    """The body. Raises OverflowError for one that is too long, ValueError for what is no JSON."""
+    """Read the body of a request and return the decoded JSON.
+
+    Raises OverflowError for a body that is too long, and ValueError for one that is incomplete or no JSON.
+    """
     body = b""
     try:
         async for part in request.stream():
@@ -172,7 +175,7 @@ async def _json(request: Request) -> object:
 
 
 async def _stream(job: Job) -> AsyncIterator[str]:
-    """Server-sent events, one for each event of the job."""
+    """Yield a job's events as server-sent events, one text of `data: JSON` for each."""
     async for event in job.events():
         yield f"data: {_dumps(event)}\n\n"
 
