@@ -14,7 +14,7 @@ SERIOUS = ("serious", "critical")
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Yield a browser; skip the test where Playwright or Chromium is missing."""
+    """Yield a Chromium browser; skip the test where Playwright or Chromium is missing."""
     api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
@@ -40,12 +40,12 @@ def opened(browser: Any, address: str, **options: Any) -> Iterator[Any]:
 
 
 def allowed(url: str, address: str) -> bool:
-    """Whether a request stays with the page."""
+    """Return whether a request for `url` stays on the page at `address`."""
     return url.startswith((address, "data:", f"blob:{address}", "blob:null"))
 
 
 def findings(page: Any) -> list[str]:
-    """Serious findings of axe-core on a page, a line each."""
+    """Return the serious findings of axe-core on a page, a line each."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     found = axe.Axe().run(page).response["violations"]
     return [

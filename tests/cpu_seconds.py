@@ -25,12 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def used() -> float:
-    """Seconds of CPU of this process and of those children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 class CpuSeconds:
-    """Notes what each phase of each test took, and sums it up where the reports arrive."""
+    """A pytest plugin that notes the CPU seconds of each phase of each test, and prints their sums by folder."""
 
     def __init__(self, config: pytest.Config):
         self.config, self.last = config, used()

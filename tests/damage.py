@@ -34,7 +34,11 @@ ENDS = ("named", "harmless", "line", "wrong", "traceback")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Files of one kind, and what a verb does with them. use: returns all that the verb's result depends on."""
+    """Files of one kind, and a function that reads them as a verb of the command line does.
+
+    kind: name of the kind. verbs: the verbs that read such files. files: the files. use: returns all that a verb's
+    result depends on. foreign: whether the files are other people's, which have no hashes.
+    """
 
     kind: str
     verbs: str
@@ -44,7 +48,10 @@ class Case:
 
 
 def damage(path: Path, way: str, chance: random.Random) -> bool:
-    """Damage a file; whether it differs from what it was."""
+    """Damage a file in one way, and return whether its content differs from what it was.
+
+    way: one of `WAYS`. chance: the source of random numbers.
+    """
     whole = path.read_bytes()
     place = chance.randrange(len(whole))
     if way == "gone":
@@ -62,7 +69,10 @@ def damage(path: Path, way: str, chance: random.Random) -> bool:
 
 
 def judged(case: Case, path: Path, whole: object) -> tuple[str, str]:
-    """Use a damaged file; how that ended, and what was said."""
+    """Use a case whose file `path` is damaged, and return how that ended (one of `ENDS`) and the message.
+
+    whole: the result with intact files.
+    """
     try:
         found = case.use()
     except (ValueError, OSError) as error:
@@ -75,7 +85,10 @@ def judged(case: Case, path: Path, whole: object) -> tuple[str, str]:
 
 
 def attack(case: Case, times: int, chance: random.Random) -> tuple[Counter[str], list[str]]:
-    """Damage each file of a case so often in each way, one at a time."""
+    """Damage each file of a case `times` times in each way, one file at a time.
+
+    Files are restored afterwards. Returns how often each end came, and a line for each bad end.
+    """
     found, told, whole = Counter[str](), [], case.use()
     for path in case.files:
         intact = path.read_bytes()
@@ -96,7 +109,7 @@ def attack(case: Case, times: int, chance: random.Random) -> tuple[Counter[str],
 
 
 def model_state(model: Any) -> str:
-    """A hash of weights, configuration and generation settings."""
+    """Return a hash of a model's weights, configuration and generation settings."""
     digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
     digest.update(repr(sorted(model.generation_config.to_dict().items(), key=str)).encode())
     for name, value in model.state_dict().items():
@@ -110,13 +123,16 @@ def tokens_of(tokenizer: Any) -> object:
 
 
 def files_of(folder: Path, *suffixes: str) -> list[Path]:
-    """The files of a folder that are read again, which a card is not."""
+    """Return the files of a folder, without model cards and Python files, which no verb reads.
+
+    suffixes: only files with one of these; none means all.
+    """
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in (".md", ".py"))
     return [path for path in found if not suffixes or path.suffix in suffixes]
 
 
 def make(folder: Path) -> list[Case]:
-    """Make one of everything, tiny, and return the cases."""
+    """Write a tiny example of every kind of file that verbs read below `folder`, and return the cases."""
     from adapt import sources
     from kill_scenarios import recipe
     from skipstone.adapt.export_int8 import export_int8
@@ -286,7 +302,10 @@ def newer_cases(folder: Path) -> list[Case]:
 
 
 def table(found: dict[str, tuple[Case, Counter[str]]]) -> str:
-    """Markdown: how often each end came, by kind of file."""
+    """Return a Markdown table of how often each end came, by kind of file.
+
+    found: for each kind, its case and the counts by end.
+    """
     rows = [
         [case.kind, case.verbs.replace(" ", ", "), count.total(), *(count[end] for end in ENDS)]
         for case, count in found.values()
@@ -298,7 +317,10 @@ def table(found: dict[str, tuple[Case, Counter[str]]]) -> str:
 
 
 def attack_all(folder: Path, times: int) -> tuple[dict[str, tuple[Case, Counter[str]]], list[str]]:
-    """Make everything in `folder` and damage it; what came of it by kind, and what went wrong of ours."""
+    """Write all kinds of files to `folder` and damage each in each way `times` times.
+
+    Returns for each kind its case and the counts by end, and a line for each bad end of our own files.
+    """
     warnings.simplefilter("ignore")
     chance, found, told = random.Random(0), {}, []
     for case in make(folder):

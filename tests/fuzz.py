@@ -81,7 +81,12 @@ NEAR = ("", "x", "é", ".", "/", "\0", "<b>", "'", " ")
 
 @dataclass
 class Target:
-    """Something that reads input. seeds: valid inputs, plain values or texts. use: gets one of them, mutated."""
+    """Something that reads input, with its outcomes so far.
+
+    seeds: valid inputs, plain values or texts. use: reads one of them, mutated. share: number of its inputs relative to
+    the fastest targets'. faults: a line for each fault. counts: inputs by how they ended, and MiB by which the process
+    grew.
+    """
 
     name: str
     seeds: Sequence[Any]
@@ -92,7 +97,7 @@ class Target:
 
 
 def mutated(value: Any, chance: random.Random) -> Any:
-    """A copy of a plain value in which a few places are other than they were."""
+    """Return a copy of a plain value, text or bytes, in which a few places are changed."""
     if isinstance(value, str | bytes):
         return mutated_text(value, chance)
     value = copy.deepcopy(value)
@@ -135,7 +140,7 @@ def _near(text: str, chance: random.Random) -> str:
 
 
 def mutated_text(text: Any, chance: random.Random) -> Any:
-    """A text or bytes with a few pieces changed, cut out, repeated or put in."""
+    """Return a text or bytes in which a few pieces are changed, cut out, repeated or inserted."""
     for _ in range(chance.choice((1, 1, 2, 4))):
         a, b = sorted((chance.randint(0, len(text)), chance.randint(0, len(text))))
         act = chance.randrange(5)
@@ -171,12 +176,12 @@ def fed(target: Target, value: Any) -> None:
 
 
 def mebibytes() -> float:
-    """The most memory that this process has used so far."""
+    """Return the largest memory that this process has used so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def attack(target: Target, inputs: int, seed: int = 0) -> None:
-    """Feed a target with mutations of its seeds."""
+    """Feed a target its seeds, and then `inputs` times its share mutations of them."""
     chance = random.Random(f"{target.name} {seed}")
     for value in target.seeds:
         fed(target, copy.deepcopy(value))
@@ -226,7 +231,7 @@ def drawn(target: Target, inputs: int) -> None:
 
 
 class Tags(HTMLParser):
-    """The elements and attributes of a page."""
+    """A parser that lists the elements of a page, each with the names of its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +242,7 @@ class Tags(HTMLParser):
 
 
 def table(targets: Sequence[Target]) -> str:
-    """Markdown: how many inputs each target got, and how they ended."""
+    """Return a Markdown table of how many inputs each target got, and how they ended."""
     ends = ("taken", "refused", "traceback", "slow", "MiB")
     head = ["| target | inputs | " + " | ".join(ends[:4]) + " | grew by MiB |", "|---|" + "---:|" * 6]
     rows = [[t.name, sum(t.counts[end] for end in ends[:3]), *(f"{t.counts[end]:,}" for end in ends)] for t in targets]

@@ -59,7 +59,7 @@ PARSERS = (
 
 
 def instrumented() -> None:
-    """Import what is fed, with branches that atheris sees."""
+    """Import the modules that are fed, so instrumented that atheris sees which branches run."""
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED, enable_loader_override=False):
@@ -67,14 +67,14 @@ def instrumented() -> None:
 
 
 def all_targets(folder: Path) -> list[Any]:
-    """The targets of `fuzz_targets.py`, and the parts of slow ones that are parsers."""
+    """Return the targets of `fuzz_targets.py`, and those of `parts`."""
     from fuzz_targets import targets
 
     return [*targets(folder), *parts(folder)]
 
 
 def parts(folder: Path) -> list[Any]:
-    """Parsers that other targets reach behind seconds of work."""
+    """Return targets for parsers that other targets reach only after seconds of work."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from fuzz import Target
@@ -120,7 +120,11 @@ def parts(folder: Path) -> list[Any]:
 
 
 def feed(name: str, runs: int, folder: Path, told: Path, seed: int) -> None:
-    """Feed one parser; this process ends here. Counts and faults are written to `told` as it goes."""
+    """Feed one parser `runs` inputs by libFuzzer, which ends this process.
+
+    name: the target. folder: for its files. told: a file to which counts and faults are written as it goes. seed: that
+    of libFuzzer.
+    """
     import atheris
 
     from fuzz import fed, mebibytes, mutated
@@ -169,7 +173,10 @@ def _text(value: Any) -> str:
 
 
 def fuzz(name: str, runs: int, seed: int = 0) -> dict[str, Any]:
-    """Feed one parser in a fork; what it told, with libFuzzer's count of branches first and last."""
+    """Feed one parser in a fork, and return its counts and faults.
+
+    Under `covered`, the result has the number of branches that libFuzzer had reached first and last.
+    """
     with tempfile.TemporaryDirectory(prefix="skipstone-fuzz-", dir=_memory()) as folder:
         told, log, space = (Path(folder) / part for part in ("told.json", "log", "space"))
         space.mkdir()
@@ -196,7 +203,7 @@ def fuzz(name: str, runs: int, seed: int = 0) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Return the row of the table for the parser `name`; found: the result of `fuzz`."""
     counts, (first, last) = found["counts"], found["covered"]
     cells = [f"{counts.get(end, 0):,}" for end in ("taken", "refused", "no JSON", "traceback", "slow")]
     return f"| {name} | {found['done']:,} | {' | '.join(cells)} | {found['MiB']} | {first:,} to {last:,} |"

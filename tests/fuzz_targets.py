@@ -67,7 +67,7 @@ SHARES = {  # of the inputs that the fastest target gets: each gets a few second
 
 
 def targets(folder: Path) -> list[Target]:
-    """All targets; they write what they read into `folder`."""
+    """Return all targets of `fuzz.py`, which write the files that they read into `folder`."""
     found = [*recipe_targets(folder), *json_targets(folder), *folder_targets(folder), *model_targets(folder)]
     for target in found:
         target.share = SHARES[target.name]
@@ -75,7 +75,7 @@ def targets(folder: Path) -> list[Target]:
 
 
 def file_of(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[Any], object]:
-    """What writes its input to a file (values as JSON) and reads that."""
+    """Return a function that writes its input to a file (plain values as JSON), and reads this file by `read`."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -177,7 +177,7 @@ def json_targets(folder: Path) -> list[Target]:
 
 
 def table_targets(folder: Path) -> list[Target]:
-    """Hashes, manifests, budgets and records."""
+    """Return targets that read files of hashes, manifests, budget tables and records."""
     (folder / "sums").mkdir()
     (folder / "sums" / "a.json").write_text("{}")
     checksums.record(folder / "sums")
@@ -213,7 +213,7 @@ def table_targets(folder: Path) -> list[Target]:
 
 
 def folder_targets(folder: Path) -> list[Target]:
-    """Runs, tokenizers and prompts."""
+    """Return targets that read run folders, tokenizers and prompts."""
     run = folder / "run"
     run.mkdir()
     values = recipe(folder, MODELS["topk"])
@@ -244,7 +244,7 @@ def folder_targets(folder: Path) -> list[Target]:
 
 
 def pages(folder: Path) -> Callable[[Any], object]:
-    """What writes a report of a run with this name, and sees that no name adds an element or an attribute."""
+    """Return a function that writes a report of a run with a given name, and checks that the name adds no HTML."""
     run = folder / "shown"
     run.mkdir()
     text_file(folder)
@@ -266,7 +266,7 @@ def pages(folder: Path) -> Callable[[Any], object]:
 
 
 def model_targets(folder: Path) -> list[Target]:
-    """Configurations of saved models, and safetensors files with their headers."""
+    """Return targets that read configurations of saved models, and safetensors files with their headers."""
     from skipstone import SkipstoneForCausalLM
 
     plain = {

@@ -42,7 +42,7 @@ ADAPT: dict[str, Any] = {"model": {"mechanisms": [sources.mixture()]}, "adapt": 
 
 
 def make_given(folder: Path) -> None:
-    """What the commands start from: a text, a source, and a trained model."""
+    """Write to `folder` what the commands start from: a text, a checkpoint to adapt, and a run."""
     text_file(folder)
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} {'x' * (i % 9)}"}) + "\n" for i in range(60)))
     sources.save_source(folder / "source")
@@ -85,7 +85,7 @@ def writes(out: Path) -> None:
 
 
 def calibrates(out: Path) -> None:
-    """The folder of a saved model, which is copied to the place first, before anything is killed."""
+    """Calibrate a saved model, which is first copied to `out`."""
     import shutil
 
     if not out.is_dir():
@@ -97,7 +97,7 @@ def calibrates(out: Path) -> None:
 
 @contextlib.contextmanager
 def registered(out: Path) -> Iterator[None]:
-    """A study of two arms, without what takes times."""
+    """Register a study of two arms without timings, named "kills", in a `with` block."""
     arms = {"dense": {**recipe(given_of(out).resolve()), "model": {**DENSE, "hidden_size": 16}}}
     arms["mod"] = recipe(given_of(out).resolve())
     STUDIES["kills"] = Study(
@@ -126,7 +126,7 @@ def quantises(out: Path) -> None:
 
 
 def sweeps(out: Path) -> None:
-    """A grid of one budget, two sizes and two arms."""
+    """Run an isoFLOP grid of one budget, two sizes and two arms."""
     given = recipe(given_of(out).resolve())
     model = {**DENSE, "hidden_size": 16, "mechanisms": [mod("ema_threshold", layers=[1])]}
     data = {**given["data"], "tokenizer": "byte"}

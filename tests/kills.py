@@ -39,7 +39,10 @@ TIMES = ("tokens_per_second", "seconds", "started", "finished", "core_share", "m
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A command on tiny data. act: begins what is to be written, or goes on with what is there of it."""
+    """A command on tiny data.
+
+    act: begins to write the folder that it is given, or continues if that is there.
+    """
 
     name: str
     act: Callable[[Path], object]
@@ -47,7 +50,11 @@ class Scenario:
 
 @dataclass
 class Tally:
-    """How the kills of one command ended. runs: each was killed once or twice. wrong: a line for each inexact end."""
+    """How the kills of one command ended.
+
+    kills: number of kills. runs: number of tries, each killed once or twice. exact: tries after which the resumed
+    command left what an uninterrupted one leaves. wrong: a line for each other try.
+    """
 
     kills: int = 0
     runs: int = 0
@@ -58,10 +65,11 @@ class Tally:
 def forked(
     act: Callable[[], object], log: Path, *, event: int = 0, folder: Path | None = None, after: float = 0
 ) -> int:
-    """Run `act` in a fork; returns its exit code, -9 if it was killed.
+    """Run `act` in a fork, and return its exit code, -9 if it was killed.
 
-    event: the one in and beside `folder` before which it kills itself; 0: none, and their number is written to the file
-    `events` two folders above. after: seconds until it is killed.
+    log: a file for its output. folder: the command's folder, in and beside which events are counted. event: the fork
+    kills itself just before this event; 0 means that it does not, and writes their number to the file `events` two
+    folders above. after: kill it after so many seconds; 0 means never.
     """
     child = os.fork()
     if child == 0:
@@ -93,7 +101,7 @@ def forked(
 
 
 def kill_at(event: int, folder: Path) -> Callable[[], int]:
-    """From now on, end this process just before the n-th change below `folder`; what tells how many there were."""
+    """Make this process kill itself just before the `event`-th change below `folder`; return a counter of changes."""
     seen = 0
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
@@ -112,7 +120,7 @@ def kill_at(event: int, folder: Path) -> Callable[[], int]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of every file, without what tells times and places."""
+    """Return a hash or the content of every file below a folder, without times and paths, which differ between runs."""
     found = {}
     for path in sorted(
         path for path in folder.rglob("*") if path.suffix != ".lock"
@@ -129,7 +137,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def untimed(value: Any) -> Any:
-    """JSON without times, environments and hashes of files that hold them."""
+    """Return a JSON value without times, environments and hashes of files that contain them."""
     if isinstance(value, dict):
         drop = (*TIMES, "environment", "sitting", "session", "timed", "sharing", "sha256", "crc32")
         return {key: untimed(inner) for key, inner in value.items() if key not in drop and "second" not in key}
@@ -138,7 +146,11 @@ def untimed(value: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Attack:
-    """Kills of one command. given: what it starts from. space: a folder that is made anew for every try."""
+    """Kills of one command.
+
+    given: the folder with what the command starts from. space: a folder that is made anew for every try. tally: how the
+    tries ended.
+    """
 
     scenario: Scenario
     given: Path
@@ -154,21 +166,25 @@ class Attack:
         return self.space / "log"
 
     def begin(self, event: int = 0, after: float = 0) -> int:
-        """The command in a fresh folder; its exit code."""
+        """Run the command in a fresh folder and return its exit code; event and after as in `forked`."""
         shutil.rmtree(self.space, ignore_errors=True)
         self.out.parent.mkdir(parents=True)
         self.out.with_name("given").symlink_to(self.given)
         return forked(partial(self.scenario.act, self.out), self.log, event=event, folder=self.out, after=after)
 
     def whole(self) -> tuple[dict[str, str], float, int]:
-        """What the command leaves when it is not killed, the seconds that it takes, and the number of its events."""
+        """Run the command without kills; return the contents that it leaves, its seconds, and its number of events."""
         began = time.monotonic()
         if self.begin() != 0:
             raise SystemExit(f"{self.scenario.name} fails by itself:\n{self.log.read_text()}")
         return contents(self.out), time.monotonic() - began, int((self.space / "events").read_text())
 
     def kill(self, whole: dict[str, str], event: int, again: int = 0, after: float = 0) -> None:
-        """Kill, kill the continuation at event `again` unless it is 0, go on to the end, and compare."""
+        """Run the command, kill it, resume it, and compare what it leaves with `whole`.
+
+        event, after: when it is killed, as in `forked`. again: the event at which the resumed command is killed as
+        well, before it is resumed once more; 0 means that it is not.
+        """
         if self.begin(event, after) != -signal.SIGKILL:
             return  # it was done before
         self.tally.kills, self.tally.runs = self.tally.kills + 1, self.tally.runs + 1
@@ -191,7 +207,10 @@ class Attack:
 
 
 def attack(scenario: Scenario, limit: int, random_moments: int, given: Path, space: Path) -> Tally:
-    """Kill at `limit` events, spread over all of them, every other continuation too, and at random moments."""
+    """Kill a command at `limit` events and at `random_moments` moments, every second continuation too.
+
+    The events are drawn from all of its events. given, space: as in `Attack`. Returns how the tries ended.
+    """
     trial, chance = Attack(scenario=scenario, given=given, space=space), random.Random(scenario.name)
     whole, seconds, last = trial.whole()
     chosen = sorted(chance.sample(range(1, last + 1), min(limit, last)))
@@ -210,7 +229,7 @@ def say(*lines: str) -> None:
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """Markdown."""
+    """Return the tallies of all commands as a Markdown table."""
     rows: list[list[Any]] = [
         [name, tally.kills, tally.runs, tally.exact, len(tally.wrong)] for name, tally in tallies.items()
     ]

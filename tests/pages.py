@@ -13,18 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Page:
-    """A Markdown page of the repository: `Page("docs/ecosystem.md")`."""
+    """A Markdown page of the repository, such as `Page("docs/ecosystem.md")`."""
 
     def __init__(self, name: str) -> None:
         self.text = (ROOT / name).read_text(encoding="utf-8")
         self.folder = (ROOT / name).parent
 
     def blocks(self, language: str = "python") -> list[str]:
-        """What stands between fences, in order."""
+        """Return the fenced code blocks of a language, in order."""
         return re.findall(rf"```{language}\n(.*?)```", self.text, re.DOTALL)
 
     def block(self, words: str, language: str = "python") -> str:
-        """The only block that holds these words. The test is skipped where a package that it imports is missing."""
+        """Return the only code block that contains `words`; skip the test if a package that it imports is missing."""
         [found] = [block for block in self.blocks(language) if words in block]
         for name in _imported(found) if language == "python" else ():
             if find_spec(name) is None:
@@ -32,21 +32,21 @@ class Page:
         return found
 
     def command(self, words: str) -> list[str]:
-        """The only indented line that holds these words, split as a shell would."""
+        """Return the only indented line that contains `words`, split as a shell would."""
         import shlex
 
         [found] = [line for line in self.text.splitlines() if line.startswith("    ") and words in line]
         return shlex.split(found, comments=True)
 
     def files(self) -> list[Path]:
-        """What it links to within the repository, and recipes that it names."""
+        """Return the files of the repository that the page links to, and the recipes that it names."""
         links = [self.folder / name for name in re.findall(r"\]\(((?!http)[^)#]+)\)", self.text)]
         recipes = [ROOT / name for name in re.findall(r"\brecipes/[a-z_-]+\.yaml", self.text)]
         return [*links, *recipes]
 
 
 def _imported(code: str) -> set[str]:
-    """Top-level packages that the code imports."""
+    """Return the top-level packages that a program imports."""
     found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):

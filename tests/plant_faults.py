@@ -43,7 +43,7 @@ class Fault:
     first: list[str]
 
     def place(self, root: Path) -> Path:
-        """The one file that the fault is planted in. Raises ValueError where that is not one place."""
+        """Return the only file that contains the line of this fault. Raises ValueError unless it occurs once."""
         found = [(path, path.read_text(encoding="utf-8").count(self.old)) for path in (root / "src").rglob("*.py")]
         places = [path for path, count in found for _ in range(count)]
         if len(places) != 1:
@@ -61,7 +61,7 @@ def faults(only: str | None = None) -> list[Fault]:
 
 
 def copied(root: Path) -> None:
-    """All files that git knows or would take."""
+    """Copy all files of the repository that git tracks or would add to `root`."""
     words = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in filter(None, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\0")):
         if (ROOT / name).is_file():
@@ -70,7 +70,10 @@ def copied(root: Path) -> None:
 
 
 def failing(root: Path, words: list[str]) -> str | None:
-    """The first test of the quick suite that fails, or None. Runs in a fork, so that the heavy imports happen once."""
+    """Run tests of the quick suite in `root`, and return the first that fails, or None.
+
+    words: further arguments of pytest. They run in a fork, so that heavy imports happen once.
+    """
     output = root / "pytest.out"
     if (child := os.fork()) == 0:
         _become_pytest(root, words, output)
@@ -103,7 +106,11 @@ def _become_pytest(root: Path, words: list[str], output: Path) -> NoReturn:
 
 
 def tried(fault: Fault, workers: str, near: bool) -> str | None:
-    """The test that finds the fault, or None. near: among those that should find it, not in the whole suite."""
+    """Plant a fault in a copy of the repository, and return the test that finds it, or None.
+
+    workers: number of processes for the whole suite. near: whether to run only the tests that are named beside the
+    fault.
+    """
     with tempfile.TemporaryDirectory(prefix="skipstone-fault-") as folder:
         root = Path(folder)
         copied(root)
@@ -114,7 +121,7 @@ def tried(fault: Fault, workers: str, near: bool) -> str | None:
 
 
 def _import_once() -> None:
-    """What every try would spend most of its time importing; nothing of ours."""
+    """Import the packages whose import would take most of the time of every try; none of them is ours."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     os.environ.update(HF_HOME=tempfile.gettempdir(), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     for name in ("torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama", "hypothesis"):

@@ -82,7 +82,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _wrapped(func: Any, args: Any, out: Any) -> Any:
-    """Wrap what an operation returned; one that writes in place returns the tensor that it was given."""
+    """Wrap the tensors that an operation returned, so that they are on the pretended device.
+
+    args: the operation's arguments; a tensor that it wrote in place is returned itself.
+    """
     known = {id(x.raw): x for x in tree_leaves(args) if isinstance(x, Pretend)}
 
     def wrap(x: Any) -> Any:
@@ -94,7 +97,7 @@ def _wrapped(func: Any, args: Any, out: Any) -> Any:
 
 
 class _Module:
-    """What torch asks of a device's module."""
+    """The module that torch requires of a device, as `torch.cuda` is for CUDA."""
 
     def is_available(self) -> bool:
         return True
@@ -112,7 +115,7 @@ class _Module:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        """Draw from the CPU's generator, which is seeded already."""
+        """Do nothing, because random numbers come from the CPU's generator, which is seeded already."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]

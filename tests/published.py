@@ -22,14 +22,18 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayers:
-    """alpha: mean weight in gated blocks, 1 where there is none. saved: share of token-layer operations, in [0, 1]."""
+    """Figures of one pass by the definitions of arXiv 2605.05222.
+
+    alpha: mean weight of updates in gated blocks, 1 if there are none. saved: share of (token, block) pairs that count
+    as saved, in [0, 1].
+    """
 
     alpha: float
     saved: float
 
 
 def token_layers(records: Sequence[Records]) -> TokenLayers:
-    """Of one forward pass, from its records. Gates that sit in one block multiply."""
+    """Return alpha and saved of one forward pass, from its records. Weights of several gates in one block multiply."""
     weights = [_weight(decided) for decided in records]
     gated = [weight for weight in weights if weight is not None]
     total = sum(gated) + len(weights) - len(gated)
@@ -37,7 +41,10 @@ def token_layers(records: Sequence[Records]) -> TokenLayers:
 
 
 def _weight(decided: Records) -> float | None:
-    """Mean weight of the block's asked tokens, None for a block without a gate."""
+    """Return the mean weight of a block's update over the tokens that reached it; None for a block without a gate.
+
+    decided: the block's records by mechanism name.
+    """
     found = [record for record in decided.values() if isinstance(record, DepthRecord)]
     if not found:
         return None
@@ -47,7 +54,10 @@ def _weight(decided: Records) -> float | None:
 
 @torch.no_grad()
 def dynamic_entropies(model: SkipstoneForCausalLM, records: Sequence[Records]) -> list[float | None]:
-    """Nats, one figure for each block; None where the activation does not route. ln 4 is the largest there can be."""
+    """Return the dynamic entropy of each block in nats, at most ln 4; None for blocks whose activation does not route.
+
+    records: those of a pass.
+    """
     blocks: Any = model.model.layers
     found: list[float | None] = []
     for block, decided in zip(blocks, records, strict=True):

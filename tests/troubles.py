@@ -45,7 +45,11 @@ LONGEST = 60.0  # seconds from a signal to the end of its process; longer counts
 
 
 def earlier(name: str, whole: Mapping[str, str]) -> bool:
-    """Whether a file belongs to another checkpoint than the last: a run that is asked to stop saves one of its own."""
+    """Return whether a file belongs to another checkpoint than the last one of an uninterrupted run.
+
+    Such files may differ, because a run that is asked to stop saves a checkpoint of its own. whole: contents of the
+    uninterrupted run.
+    """
     folder = CHECKPOINT.match(name)
     steps = [int(found[1]) for found in map(CHECKPOINT.match, whole) if found]
     return folder is not None and int(folder[1]) != max(steps, default=-1)
@@ -53,7 +57,12 @@ def earlier(name: str, whole: Mapping[str, str]) -> bool:
 
 @dataclass
 class Ends:
-    """How the tries with one command ended. seconds: the longest from SIGTERM or SIGINT to the end of the process."""
+    """How the tries with one command ended.
+
+    tries: their number by kind of trouble. exact: those after which the command, given again, left what an untroubled
+    one leaves. wrong: a line for each other try. seconds: the longest time from SIGTERM or SIGINT to the end of the
+    process.
+    """
 
     tries: Counter[str] = field(default_factory=Counter)
     exact: Counter[str] = field(default_factory=Counter)
@@ -62,7 +71,7 @@ class Ends:
 
 
 def at_change(number: int, folder: Path, act: Callable[[], None]) -> None:
-    """From now on, call `act` before the n-th change below `folder` and before all that follow."""
+    """Make this process call `act` just before the `number`-th change below `folder`, and before every later one."""
     seen, busy = 0, False
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
@@ -86,7 +95,7 @@ def at_change(number: int, folder: Path, act: Callable[[], None]) -> None:
 
 
 def once(act: Callable[[], object]) -> Callable[[], None]:
-    """`act`, the first time only."""
+    """Return a function that calls `act` the first time, and does nothing later."""
     left = [True]
 
     def first() -> None:
@@ -102,7 +111,11 @@ def no_writing() -> None:
 
 
 def begun(act: Callable[[], object], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Run `act` in a fork as the command line would; its process id. Exit code 2: one line was said, 1: a traceback."""
+    """Start `act` in a fork as the command line would, and return its process id.
+
+    log: a file for its output. prepare: called in the fork first. The exit code is 2 after an error of one line, and 1
+    after a traceback.
+    """
     from skipstone_cli.errors import one_line_errors
 
     child = os.fork()
@@ -131,7 +144,7 @@ def begun(act: Callable[[], object], log: Path, prepare: Callable[[], None] = la
 
 
 def ended(child: int, limit: float) -> int | None:
-    """Wait for the end of a fork; its exit code, None after `limit` seconds, when it is killed."""
+    """Wait for the end of a fork, and return its exit code; kill it after `limit` seconds and return None."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -144,7 +157,10 @@ def ended(child: int, limit: float) -> int | None:
 
 
 class Troubles:
-    """Tries of every way with one command."""
+    """Tries of every kind of trouble with one command.
+
+    scenario: the command. given, space: as in `kills.Attack`.
+    """
 
     def __init__(self, scenario: Scenario, given: Path, space: Path) -> None:
         self.trial = Attack(scenario=scenario, given=given, space=space)
@@ -163,7 +179,7 @@ class Troubles:
         self.trial.out.with_name("given").symlink_to(self.trial.given)
 
     def go(self, way: str) -> None:
-        """One try: the trouble, then the command again, then the comparison."""
+        """Make one try: let the trouble `way` happen, give the command again, and compare the result."""
         self.fresh()
         where = getattr(self, f"_{way}")() if way not in SIGNALS else self._signal(way)
         if where is None:
@@ -177,7 +193,7 @@ class Troubles:
             self.ends.exact[way] += 1
 
     def _goes_on(self) -> str | None:
-        """Give the command again; what differs from an uninterrupted one."""
+        """Give the command again; return how its result differs from an uninterrupted one's, None if it does not."""
         if forked(self.act, self.trial.log) != 0:
             return f"stuck: {self._said()}"
         found = contents(self.trial.out)
@@ -271,7 +287,7 @@ class Troubles:
 
 
 def ended_before(child: int, seconds: float) -> int | None:
-    """The exit code of a fork that ends within so many seconds; None if it is still at work."""
+    """Return the exit code of a fork if it ends within `seconds`, else None."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -282,7 +298,10 @@ def ended_before(child: int, seconds: float) -> int | None:
 
 
 def trouble(scenario: Scenario, each: int, ways: Sequence[str], given: Path, space: Path) -> Ends:
-    """Try every way so often, and say what came of it."""
+    """Try each kind of trouble with a command `each` times, print the counts, and return how the tries ended.
+
+    ways: the kinds of trouble. given, space: as in `kills.Attack`.
+    """
     troubles = Troubles(scenario, given, space)
     for way in ways:
         if way == "full" and os.geteuid() != 0:
@@ -298,7 +317,7 @@ def trouble(scenario: Scenario, each: int, ways: Sequence[str], given: Path, spa
 
 
 def table(found: dict[str, Ends]) -> str:
-    """Markdown: how many tries of each way with each command ended as if nothing had happened."""
+    """Return a Markdown table of how many tries of each trouble with each command ended as if nothing had happened."""
     head = [
         "| command | " + " | ".join(WAYS) + " | tries | as if not troubled | longest stop |",
         "|---|" + "---:|" * (len(WAYS) + 3),

@@ -34,19 +34,22 @@ def tracked() -> set[str]:
 
 
 def of_sdist(path: Path) -> set[str]:
-    """Return the paths in an sdist, below its top folder."""
+    """Return the paths of all files in an sdist, relative to its top folder."""
     with tarfile.open(path) as archive:
         return {member.name.partition("/")[2] for member in archive if member.isfile()} - GENERATED
 
 
 def of_wheel(path: Path) -> set[str]:
-    """Return the paths in a wheel, without its metadata."""
+    """Return the paths of all files in a wheel, without those of its metadata."""
     with zipfile.ZipFile(path) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def faults(folder: Path, files: set[str], number: str) -> Iterator[str]:
-    """Yield a line for each fault of the archives in `folder`."""
+    """Yield a line for each fault of the sdist and the wheel in `folder`.
+
+    files: the paths of all files that git tracks. number: the version of the package.
+    """
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[{re.escape(number)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         yield f"CHANGELOG.md has no dated heading for {number}"
@@ -62,7 +65,7 @@ def faults(folder: Path, files: set[str], number: str) -> Iterator[str]:
 
 
 def main(folder: Path) -> int:
-    """Print the faults; return 1 if there are any."""
+    """Print a line for each fault of the archives in `folder`; return the exit status, 1 if there are any."""
     found = list(faults(folder, tracked(), version()))
     for line in found:
         print(line, file=sys.stderr)

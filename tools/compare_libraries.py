@@ -47,7 +47,13 @@ SHARE = 0.5
 
 @dataclass
 class Row:
-    """What one library did with one model; figures are shares of the plain model's, None where nothing ran."""
+    """What was measured of one library on one model; None and False where nothing ran.
+
+    error: the first exception, as text. runs: whether a pass gives finite logits. generates: whether a text has the
+    wanted length. causal: whether logits are independent of later tokens. continues: whether a text is the same if it
+    is generated in two halves. prompt_flops, text_flops: FLOPs of a pass over the prompt and of generating a text,
+    relative to the plain model's. prompt_speed, text_speed: how many times as fast as the plain model these are.
+    """
 
     error: str | None = None
     runs: bool = False
@@ -64,7 +70,7 @@ class Row:
 
 
 def plain(name: str) -> Any:
-    """The model as transformers builds it."""
+    """Return a small random model of the family `name` ("Llama" or "Qwen3") as transformers builds it."""
     import torch
     import transformers
 
@@ -85,7 +91,7 @@ Text = Callable[[Any, int], Any]  # ids and a number of new tokens to the ids of
 
 
 def greedy(model: Any) -> Text:
-    """By transformers' own `generate`."""
+    """Return a function that continues token ids greedily by the model's `generate`, by a given number of tokens."""
 
     def text(ids: Any, new: int) -> Any:
         every = ids.new_ones(ids.shape)
@@ -105,7 +111,10 @@ def routed_in_place(model: Any) -> tuple[Any, Text]:
 
 
 def mixture() -> dict[str, Any]:
-    """Half of the tokens or so, by routers that look at directions alone."""
+    """Return a `mechanisms` entry of Mixture-of-Depths whose random routers keep about half of the tokens.
+
+    Their scores depend on the direction of the residual stream alone (`router_norm`).
+    """
     return {
         "name": "mixture_of_depths", "layers": "1::2", "decision": "threshold", "weight": "sigmoid",
         "router_norm": True, "capacity": SHARE, "kv": "full",
@@ -113,7 +122,10 @@ def mixture() -> dict[str, Any]:
 
 
 def converted(model: Any) -> tuple[Any, Text]:
-    """With the routers of the model that is routed in place."""
+    """Return our model with the weights of `model`, and the function that generates text with it.
+
+    Its routers are those that `skipstone.route` adds to the same model in place, so that both skip the same tokens.
+    """
     import torch
 
     from skipstone import SkipstoneConfig, SkipstoneForCausalLM, route
@@ -177,7 +189,10 @@ MAKERS: dict[str, Callable[[Any], tuple[Any, Text]]] = {
 
 
 def measured(library: str, name: str) -> Row:
-    """What the library does with the model; the first thing that fails is the row's last."""
+    """Measure one library on one model, until something fails, which becomes the row's error.
+
+    library: a key of `MAKERS`. name: the family of the model.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -226,7 +241,10 @@ def _texts(row: Row, base: Any, text: Text, ids: Any) -> None:
 
 
 def flops(run: Callable[[], Any]) -> int:
-    """Of every product that runs; fused attention, of which torch's counter knows nothing on a CPU, included."""
+    """Return the FLOPs of all matrix products and of fused attention that run in `run`.
+
+    torch's own counter does not know fused attention on a CPU.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,7 +260,7 @@ def flops(run: Callable[[], Any]) -> int:
 
 
 def speed(base: Callable[[], Any], other: Callable[[], Any]) -> float:
-    """How many times as fast as the plain model, in turns: the median of the turns' ratios."""
+    """Return how many times as fast as `base` the function `other` is: the median of their ratios over turns."""
     ratios = []
     for _ in range(TURNS):
         seconds = []
@@ -258,7 +276,10 @@ def speed(base: Callable[[], Any], other: Callable[[], Any]) -> float:
 
 
 def install(what: tuple[str, ...], folder: Path) -> None:
-    """Packages into a folder, unless they are there."""
+    """Install packages into a folder without their dependencies, unless that was done before.
+
+    what: their names for pip.
+    """
     done = folder / "installed"
     if not done.exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *what]
@@ -267,7 +288,10 @@ def install(what: tuple[str, ...], folder: Path) -> None:
 
 
 def run(library: str, name: str, folder: Path) -> Row:
-    """One row, measured in a process that sees this library alone."""
+    """Measure one library on one model in a process that can import this library alone.
+
+    library: a key of `LIBRARIES`. name: the family of the model. folder: where libraries are installed.
+    """
     package, old = LIBRARIES[library]
     paths = [ROOT / "src"] if package is None else [folder / package]
     if package is not None:
@@ -290,7 +314,7 @@ HEADINGS = (
 
 
 def table(rows: dict[tuple[str, str], Row]) -> str:
-    """The Markdown of all rows."""
+    """Return the Markdown table of all rows, by library and model."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|---|---|---|---:|---:|---:|---:|"]
     for (library, name), row in rows.items():
         figures = [_figure(x) for x in (row.prompt_flops, row.text_flops, row.prompt_speed, row.text_speed)]
@@ -310,7 +334,7 @@ def _figure(value: float | None) -> str:
 
 
 def versions() -> str:
-    """Where the table comes from."""
+    """Return the line below the table: versions, machine, lengths of texts, and how speeds were measured."""
     import torch
     import transformers
 

@@ -28,7 +28,7 @@ DUCKS = ("hasattr",)
 
 
 class Source:
-    """One file with its text, syntax tree and dotted name."""
+    """A Python file with its text, syntax tree and dotted module name."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.text = path.read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def circles(files: list[Source]) -> list[tuple[str, ...]]:
 
 
 def counts(root: Path) -> dict[str, float]:
-    """Return the rows of the table for one checkout."""
+    """Return the numbers of the table for one checkout, {name of the row: number}."""
     paths = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
     files = [Source(path, root) for path in paths]
     of_src = [source for source in files if source.module]
@@ -131,7 +131,7 @@ def counts(root: Path) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of this tree beside those of other checkouts."""
+    """Print the table of this tree beside those of other checkouts, whose paths are `arguments`."""
     roots = [*(Path(argument) for argument in arguments), ROOT]
     tables = [counts(root) for root in roots]
     for name in tables[-1]:

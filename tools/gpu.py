@@ -35,7 +35,10 @@ PAPER_ARMS = "dense,tsa,hard=0.5,dense-4,dense-5,random=0.95,random=0.9,lambda=0
 
 
 def missing(rehearse: bool) -> str:
-    """Return what this machine lacks, as one line; empty if nothing."""
+    """Return in one line what this machine lacks for the studies; "" if nothing.
+
+    rehearse: whether they are to run on a CPU with tiny sizes.
+    """
     absent = [name for name in NEEDED if find_spec(name) is None]
     if absent:
         return f"{sys.executable} has no {', '.join(absent)}: name another Python with GPU_PYTHON=..."
@@ -53,7 +56,10 @@ def missing(rehearse: bool) -> str:
 
 
 def forget_failed(out: Path, scale: str) -> int:
-    """Delete the records of parts of which something failed, and return their number."""
+    """Delete the records of parts of the study gpu in which something failed, and return their number.
+
+    out: folder of all records. scale: "paper" (on a GPU) or "laptop" (rehearsed).
+    """
     paths = list((out / "gpu" / "records" / scale).glob("*.json"))
     failed = [path for path in paths if json.loads(path.read_text(encoding="utf-8"))["figures"]["failed"]]
     for path in failed:
@@ -62,7 +68,10 @@ def forget_failed(out: Path, scale: str) -> int:
 
 
 def failures(out: Path, scale: str) -> list[str]:
-    """Return one line for each failure that is recorded."""
+    """Return one line for each failed measurement in the records of the study gpu.
+
+    out, scale: as in `forget_failed`.
+    """
     found = []
     for path in sorted((out / "gpu" / "records" / scale).glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -46,7 +46,10 @@ STYLE = """
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
-    """Return a line of text whose baseline starts, centres or ends at (x, y)."""
+    """Return an SVG text element.
+
+    x, y: the baseline's start, middle or end, by `anchor`. words: the text. kind: its CSS class.
+    """
     return f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{words}</text>'
 
 

@@ -34,7 +34,10 @@ def tokenizer() -> Any:
 
 
 def save_source(folder: Path, config: PreTrainedConfig | None = None, with_tokenizer: bool = True) -> Path:
-    """Random weights, large enough that blocks matter."""
+    """Save a Llama with random weights, so large that leaving out a block changes the output, to `folder`; return it.
+
+    config: another architecture of transformers; None means a tiny Llama.
+    """
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE) if config is None else config)
     with torch.no_grad():
@@ -48,7 +51,7 @@ def save_source(folder: Path, config: PreTrainedConfig | None = None, with_token
 
 
 def source_model(config: PreTrainedConfig | None = None) -> Any:
-    """The same in memory, as ours."""
+    """Return the model that `save_source` saves, loaded as a Skipstone model."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +65,10 @@ def mixture(**options: Any) -> dict[str, Any]:
 def recipe(
     folder: Path, model: Mapping[str, Any], adapt: Mapping[str, Any] | None = None, **train: Any
 ) -> dict[str, Any]:
-    """12 steps of 4 rows of 32 characters."""
+    """Return a recipe that adapts a model in 12 steps of 4 rows of 32 characters, on text written to `folder`.
+
+    model, adapt, train: options of these sections.
+    """
     short = {"batch_size": 4, "learning_rate": 0.003, "log_every": 3, "eval_every": 6, "eval_rows": 4, "save_every": 5}
     steps = {} if (adapt or {}).get("stages") else {"steps": 12, "warmup_steps": 2}
     data = {"corpus": f"text:{text_file(folder)}", "context": 32}

@@ -49,7 +49,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory, page: Page) -> Path:
 
 @pytest.fixture
 def work(_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the folder, in which the test stands."""
+    """Return a fresh copy of the folder, which is also the working directory of the test."""
     shutil.copytree(_made, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -57,7 +57,7 @@ def work(_made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def names(work: Path) -> dict[str, Any]:
-    """What the page's first blocks have imported and made by the time a later one is read."""
+    """Return the names that a code block of the page may use, because earlier blocks have imported or made them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained("my-model")

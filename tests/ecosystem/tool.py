@@ -25,7 +25,7 @@ TOOLS_OWN_WARNINGS = "ignore"
 
 
 def stirred(config: SkipstoneConfig) -> SkipstoneForCausalLM:
-    """A model whose random weights are large enough that decisions differ from token to token."""
+    """Return a model whose random weights are large enough that decisions differ from token to token."""
     torch.manual_seed(1)
     model = SkipstoneForCausalLM(config)
     with torch.no_grad():
@@ -45,12 +45,15 @@ def load(folder: str | Path, **options: Any) -> SkipstoneForCausalLM:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """Causal, of two fixed rows."""
+    """Return the model's logits for two fixed rows, with decisions that look at no later token."""
     return model.eval()(input_ids=torch.arange(48).view(2, 24) % 200).logits
 
 
 def shell(command: Sequence[str], folder: Path, seconds: int = 240) -> str:
-    """Standard output of a command of this environment. The test fails with all that was said where it does."""
+    """Run a command of this environment in `folder` and return its standard output.
+
+    The test fails with all output if the command fails. seconds: its time limit.
+    """
     program = Path(sys.executable).with_name(command[0])
     done = subprocess.run(
         [str(program), *command[1:]],
@@ -66,7 +69,7 @@ def shell(command: Sequence[str], folder: Path, seconds: int = 240) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This one, for a process that is to find the same packages."""
+    """Return this process's environment variables for a child that is to find the same packages."""
     import skipstone
 
     return {**os.environ, "PYTHONPATH": str(Path(skipstone.__file__).parents[1])}

@@ -1,4 +1,4 @@
-"""As much of marimo as the examples use, for tests where it is not installed: cells run once, in their order."""
+"""As much of marimo as the examples use, for tests where it is not installed: cells run once, in the file's order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class App:
-    """Cells in the order of the file; each gets what earlier ones returned, by the names of its parameters."""
+    """A notebook's cells in the order of the file; a cell gets what earlier ones returned, by its parameters' names."""
 
     def __init__(self, **options: Any) -> None:
         self.setup = nullcontext()
@@ -38,7 +38,7 @@ class App:
 
 
 def returned(cell: Callable[..., Any]) -> list[str]:
-    """The names that a cell returns."""
+    """Return the names of the variables that a cell returns."""
     (function,) = ast.parse(textwrap.dedent(inspect.getsource(cell))).body
     value = function.body[-1].value  # type: ignore[attr-defined]
     return [] if value is None else [name.id for name in value.elts]

@@ -20,7 +20,7 @@ TEXT = "Ein Stück Text, für kleine Läufe: 3 € und 🙂. "
 
 
 def text_data(folder: Path, **options: Any) -> dict[str, Any]:
-    """A corpus of bytes, cut into rows of 24."""
+    """Return a recipe's section `data`: a corpus of bytes, written to `folder` and cut into rows of 24."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, times in (("train", 8), ("validation", 5), ("test", 3)):
         (folder / f"{split}.txt").write_text(TEXT * times, encoding="utf-8")
@@ -39,7 +39,7 @@ def write_run(
     train: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """A run folder as training leaves it, its model untrained but far from uniform."""
+    """Write a run folder as training leaves it, with an untrained model whose predictions are far from uniform."""
     prepared = prepare(from_dict(DataConfig, data), train=False)
     torch.manual_seed(2)
     config = SkipstoneConfig(

@@ -75,7 +75,7 @@ SEEING = ("qwen2_vl", "llava")
 
 
 def built(name: str, **changes: Any) -> Any:
-    """The model in evaluation mode, the same in every call."""
+    """Return the model `name` of `CONFIGS` in evaluation mode, with the same weights in every call."""
     torch.manual_seed(0)
     config = CONFIGS[name]()
     for key, value in changes.items():
@@ -96,7 +96,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture
 def mask(ids: torch.Tensor) -> torch.Tensor:
-    """The first row is padded on the left."""
+    """Return an attention mask for `ids` whose first row is padded on the left."""
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     return mask

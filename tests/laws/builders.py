@@ -48,7 +48,11 @@ FORMS: dict[str, dict[str, Any]] = {  # of activations, with options that change
 
 @dataclass(frozen=True)
 class Case:
-    """One composition. `mechanisms` as in the config, as a tuple of item tuples so that models can be shared."""
+    """A composition of mechanisms on which laws are tested.
+
+    mechanisms: entries as in the configuration, but as tuples of (key, value), because cases are hashed. activation:
+    that of the MLPs. more: further options of the configuration.
+    """
 
     name: str
     mechanisms: tuple[tuple[tuple[str, Any], ...], ...] = ()
@@ -68,7 +72,7 @@ class Case:
 
 
 class Frozen(dict[str, Any]):
-    """An option that is a mapping, inside entries that are hashed."""
+    """A mapping that can be hashed, as the value of an option in a case."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
@@ -99,13 +103,13 @@ KINDS = ("mixture_of_depths", "token_selective", "early_exit")
 
 
 def orders() -> Iterator[tuple[str, ...]]:
-    """Every order of up to three mechanisms of different kinds."""
+    """Yield every order of up to three depth mechanisms of different kinds, outermost first."""
     for count in range(4):
         yield from itertools.permutations(KINDS, count)
 
 
 def others() -> Iterator[Case]:
-    """Every further mechanism of the table: alone, and outside and inside of one that narrows."""
+    """Yield cases of every other depth mechanism: alone, and outside and inside of Mixture-of-Depths."""
     for name in [name for name in DEPTH if name not in KINDS]:
         yield case(entry(name))
         yield case(entry("mixture_of_depths"), entry(name), activation="polyglu")
@@ -295,7 +299,7 @@ def _as_in_json(value: Any) -> Any:
 
 
 def fresh(chosen: Case, **more: Any) -> SkipstoneForCausalLM:
-    """A model as it starts."""
+    """Return a case's model as it is initialised, in evaluation mode. more: further options of the configuration."""
     torch.manual_seed(11)
     return SkipstoneForCausalLM(config(chosen, **more)).eval()
 
@@ -308,7 +312,7 @@ def _lively(chosen: Case) -> SkipstoneForCausalLM:
 
 
 def lively(chosen: Case) -> SkipstoneForCausalLM:
-    """A copy, in eval mode, of the one model of this case whose mechanisms decide."""
+    """Return a copy of the case's model with weights and thresholds with which decisions vary (`enliven`)."""
     return copy.deepcopy(_lively(chosen))
 
 
@@ -320,7 +324,7 @@ def depth_records(out: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradient of every parameter, 0 where there is none."""
+    """Return the gradient of every parameter by name, zeros where there is none."""
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -332,7 +336,7 @@ def assert_close(a: Tensor, b: Tensor, what: str = "", tolerance: float = TOLERA
 
 
 def assert_same_records(one: Any, other: Any, tolerance: float = TOLERANCE) -> None:
-    """Decisions equal exactly, numbers closely."""
+    """Assert that two passes' records have exactly equal decisions, and numbers that are equal up to `tolerance`."""
     for layer, (mine, yours) in enumerate(zip(one, other, strict=True)):
         assert mine.keys() == yours.keys(), f"block {layer}: {sorted(mine)} is not {sorted(yours)}"
         for name, record in mine.items():

@@ -22,9 +22,10 @@ def ids(rows: int = ROWS, length: int = LENGTH, seed: int = 5) -> Tensor:
 
 @torch.no_grad()
 def enliven(model: SkipstoneForCausalLM) -> None:
-    """Larger weights, routers with a wide spread of scores, schedules on their way, thresholds among the scores.
+    """Change a model in place so that decisions are not trivial: about half of the tokens are kept, and rows differ.
 
-    Mechanisms are asked for what they declare: the kind of each parameter, and thresholds.
+    Weights become larger, routers spread their scores widely, schedules are on their way, and thresholds lie among the
+    scores. What is changed follows from what mechanisms declare: the kind of each parameter, and thresholds.
     """
     torch.manual_seed(12)
     for mechanism in model.routing_modules():
@@ -45,7 +46,7 @@ def enliven(model: SkipstoneForCausalLM) -> None:
 
 
 def _centre(model: SkipstoneForCausalLM) -> None:
-    """Every threshold between two scores: about half of the tokens lie above it, in each block that shares it."""
+    """Set every threshold between two scores, so that about half of the tokens of each block lie above it."""
     for block in model.model.layers:
         for mechanism in block.mechanisms.values():
             guess = getattr(getattr(mechanism, "decision", None), "guess", None)  # of a predictor: no record has it
@@ -72,7 +73,10 @@ def _centre(model: SkipstoneForCausalLM) -> None:
 
 
 def _level(model: SkipstoneForCausalLM, handle: ThresholdHandle, layer: int, name: str) -> None:
-    """Where a threshold of several blocks lies beyond the scores of one: shift that gate's own bias."""
+    """Shift the bias of one block's gate, so that a threshold that several blocks share lies among this block's scores.
+
+    handle: the threshold. layer, name: the block and its gate.
+    """
     scores = _scores(handle, _records(model), layer)
     own = [p for p in model.model.layers[layer].mechanisms[name].parameters() if p.numel() == 1]
     if own and len(scores):
@@ -86,7 +90,7 @@ def _scores(handle: ThresholdHandle, records: Any, layer: int) -> Tensor:
 
 
 def _evenness(above: Tensor) -> float:
-    """1/2 where half of them are true, 0 where all or none are."""
+    """Return the share of True or of False values, whichever is smaller: 1/2 if half are True, 0 if all are alike."""
     return min(above.float().mean().item(), 1 - above.float().mean().item())
 
 
@@ -96,7 +100,10 @@ def _records(model: SkipstoneForCausalLM) -> Any:
 
 
 def _between(values: Tensor, share: float) -> Tensor:
-    """A number between two of the values with about this share of them below; not between two that rounding swaps."""
+    """Return a number between two of the values, with about the share `share` of them below it.
+
+    The two are not so close that rounding could swap them.
+    """
     ordered = values.sort().values
     at = min(max(round(share * len(ordered)), 1), max(len(ordered) - 1, 1))
     near = 1e-4 * (ordered[-1] - ordered[0])

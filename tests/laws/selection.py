@@ -28,22 +28,22 @@ SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as
 
 
 def drawn(one_in: int, *words: object) -> bool:
-    """Depends on these words only, on every machine and in every process."""
+    """Return True for one in `one_in` of all words, the same words on every machine and in every process."""
     return zlib.crc32(" ".join(map(str, words)).encode()) % one_in == 0
 
 
 def mechanisms(chosen: Case) -> list[str]:
-    """At their sites, the outer one first."""
+    """Return the mechanisms of a case with their sites, such as "early_exit@block", the outermost first."""
     return list(dict.fromkeys(f"{entry['name']}@{entry.get('on', 'block')}" for entry in chosen.entries))
 
 
 def parts(chosen: Case) -> list[str]:
-    """What a case is composed of."""
+    """Return what a case is composed of: its mechanisms, its activation and the names of its further options."""
     return [*mechanisms(chosen), chosen.activation, *(key for key, _ in chosen.more)]
 
 
 def values(chosen: Case) -> Iterator[str]:
-    """Every option of a case with its value, and whether a part stands alone."""
+    """Yield every option of a case with its value as text, and a text if the case has one part only."""
     if len(chosen.entries) + len(chosen.more) + (chosen.activation != "silu") == 1:
         yield f"{'/'.join(parts(chosen))} alone"
     for entry in chosen.entries:
@@ -54,7 +54,10 @@ def values(chosen: Case) -> Iterator[str]:
 
 
 def goals(key: str, params: dict[str, Any]) -> frozenset[Hashable]:
-    """What one run is there for: the goals of its law carry the law's name, the others are those of its file."""
+    """Return what one run of a test covers: goals of its law, which contain the law's name, and goals of its file.
+
+    key: the test's id. params: its parameters, of which one is a case.
+    """
     chosen, law, file = _case(params), key.partition("[")[0], key.partition("::")[0]
     if shown := [name for name in UNSEEN if name in dict(chosen.more)]:
         return frozenset(name for name in shown if drawn(2, file, name))
@@ -70,12 +73,15 @@ def goals(key: str, params: dict[str, Any]) -> frozenset[Hashable]:
 
 
 def cost(params: dict[str, Any]) -> float:
-    """Of one run, about, in runs of a dense model."""
+    """Return about how long one run of a test takes, in units of a run with a dense model."""
     return 2.0 + sum(SLOW_PARTS.get(part, 1.0) for part in parts(_case(params)))
 
 
 def cover(file: str, runs: dict[str, dict[str, Any]]) -> set[str]:
-    """Greedily, by what is new for its cost, until nothing is missing; always the same for the same file."""
+    """Return a small set of a file's runs that together reach all goals, chosen greedily by new goals for their cost.
+
+    file: name of the file, which decides ties. runs: the parameters of each run by its id.
+    """
     held = {key: goals(key, params) for key, params in runs.items()}
     costs = {key: cost(params) for key, params in runs.items()}
     order = sorted(runs, key=lambda key: zlib.crc32(f"{file} {key}".encode()))
@@ -90,7 +96,7 @@ def cover(file: str, runs: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def leave_out(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow what the quick suite does without: runs of laws over cases that others cover."""
+    """Mark as slow the runs of laws that the quick suite leaves out, because others cover their goals."""
     files: dict[str, dict[str, pytest.Function]] = defaultdict(dict)
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}

@@ -10,7 +10,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """PyTorch fills uninitialised tensors with NaN, or the largest integer, while its algorithms are deterministic."""
+    """Make PyTorch fill uninitialised tensors with NaN, or with the largest integer.
+
+    It does so while its algorithms have to be deterministic.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

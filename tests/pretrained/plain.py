@@ -16,7 +16,7 @@ LAMBDA = 0.001
 
 
 def causal_attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
-    """[B, T, H * E]"""
+    """Return causal softmax attention, [B, T, H * E]."""
     score = torch.einsum("bhqe,bhke->bhqk", q_BHTE, k_BHTE) / math.sqrt(q_BHTE.shape[-1])
     T = score.shape[-1]
     score = score + torch.full((T, T), -torch.inf).triu(1)
@@ -29,7 +29,10 @@ def gelu(x: Tensor) -> Tensor:
 
 @dataclass
 class Gated:
-    """logits [B, T, V]; p: halting probabilities of the gated blocks, each [B, T]."""
+    """The output of `token_selective`.
+
+    logits: [B, T, V]. p: halting probabilities of the gated blocks, each [B, T].
+    """
 
     logits: Tensor
     p: list[Tensor]
@@ -55,7 +58,11 @@ def layer_norm(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def token_selective(w: Weights, ids_BT: Tensor, heads: int, hard: bool = False) -> Gated:
-    """Soft gates 1 - p, or with `hard` gain 1 where p < .5 and 0 elsewhere; keys and values of all tokens always."""
+    """Compute the model of the Token-Selective Attention paper, whose gates scale updates by 1 - p.
+
+    w: the released state dict. heads: number of attention heads. hard: whether a gate is 1 where p < .5 and 0
+    elsewhere; all tokens give keys and values in either case.
+    """
     B, T = ids_BT.shape
     blocks = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     h = w["token_emb.weight"][ids_BT] + w["pos_emb.weight"][:T]
@@ -78,7 +85,7 @@ def token_selective(w: Weights, ids_BT: Tensor, heads: int, hard: bool = False) 
 
 
 def token_selective_weights(vocabulary: int, width: int, neurons: int, layers: int, context: int) -> Weights:
-    """Random, in the released layout, such that about half of the gates are open."""
+    """Return random weights in the layout that the paper released, with which about half of the gates are open."""
     R = max(width // 4, 16)
     w = {"token_emb.weight": torch.randn(vocabulary, width) * 0.5, "pos_emb.weight": torch.randn(context, width) * 0.5}
     for i in range(layers):
@@ -110,7 +117,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
 
 def rotated(x_BHTE: Tensor) -> Tensor:
-    """Pairs (i, i + E/2) as complex numbers, turned by position / 10000^(2 i / E)."""
+    """Apply rotary embeddings: pairs (i, i + E/2) as complex numbers, turned by position / 10000^(2 i / E)."""
     real, imaginary = x_BHTE.chunk(2, -1)
     T, half = real.shape[2:]
     angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(half) / half)
@@ -119,7 +126,11 @@ def rotated(x_BHTE: Tensor) -> Tensor:
 
 
 def polychromatic(w: Weights, ids_BT: Tensor, tau: float) -> tuple[Tensor, list[Tensor]]:
-    """Logits without noise, and for each block the mean entropy of softmax(logits) in nats."""
+    """Compute the model of the PolyGLU paper without noise.
+
+    w: the released state dict. tau: the temperature. Returns the logits [B, T, V], and for each block the mean entropy
+    of softmax(logits for the activations) in nats.
+    """
     x, entropies = w["embeddings.weight"][ids_BT], []
     E = len(w["model_core.0.gqa.rmsnorm_q.gama"])
     for i in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("model_core."))):
@@ -152,7 +163,7 @@ def polyglu(b: Weights, x_BTD: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def polychromatic_shapes(
     vocabulary: int, width: int, neurons: int, layers: int, heads: tuple[int, int], context: int
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the release, in its order."""
+    """Return the shapes of the tensors that the PolyGLU paper released, by name and in its order."""
     E = width // heads[0]
     found: dict[str, tuple[int, ...]] = {"rope.cosines": (context, E // 2), "rope.sins": (context, E // 2)}
     found["embeddings.weight"] = (vocabulary, width)
@@ -171,7 +182,10 @@ def polychromatic_shapes(
 
 
 def polychromatic_weights(*sizes: int, heads: tuple[int, int], context: int) -> Weights:
-    """Random, in the released layout: neurons that prefer something, and a context that matters."""
+    """Return random weights in the layout that the PolyGLU paper released.
+
+    Neurons prefer some activations, and the context changes their choice.
+    """
     w = {}
     for name, shape in polychromatic_shapes(*sizes, heads=heads, context=context).items():
         scale = 1.0 if name.endswith(("alpha", "beta")) else shape[-1] ** -0.5 if len(shape) > 1 else 0.2

@@ -29,7 +29,7 @@ def clocks(runs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Study]:
-    """A function that registers the study, anew with other steps or hooks if wanted."""
+    """Return a function that registers the study `tiny`, given another number of steps or fields of `Study`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a stone that skips over water\n" * 60, encoding="utf-8")
 

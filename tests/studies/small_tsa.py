@@ -1,4 +1,4 @@
-"""`tsa_shakespeare --scale paper` with tiny sizes, for this process and for those of single arms."""
+"""The study tsa_shakespeare at scale paper, but with tiny sizes, for this process and those of single arms."""
 
 from __future__ import annotations
 

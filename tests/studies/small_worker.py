@@ -1,4 +1,4 @@
-"""The process of one arm, for a small study that only tests know."""
+"""The process of one arm of a small study that only tests register."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN = {"steps": 3, "batch_size": 2, "eval_every": 0, "save_every": 0, "eval_ro
 
 
 def arms(scale: str) -> dict[str, Any]:
-    """Two arms that train and one that cannot."""
+    """Return the recipes of two arms that train and one that cannot."""
     half = [{"name": "mixture_of_depths", "capacity": 0.5}]
     return {
         "dense": {"model": MODEL, "data": DATA, "train": TRAIN},

@@ -17,7 +17,10 @@ from train.tool import at_step
 
 
 def fail(how: str, failing: bool) -> None:
-    """Fail in the process that is to, go on or be slow in the others."""
+    """Let this process fail in a step if `failing`; else go on, or take minutes for the step if `how` is "slow".
+
+    how: "raise", "kill" or "slow", as in the module's docstring.
+    """
     if failing and how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if failing:

@@ -37,19 +37,23 @@ BEGIN, END = "<!-- processes:begin -->", "<!-- processes:end -->"
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """Every loss of a run's metrics, by line."""
+    """Return all losses in a run's metrics, a dict for each line."""
     return [{k: v for k, v in line.items() if "loss" in k and v is not None} for line in lines(folder)]
 
 
 def differences(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """The largest difference between two runs' losses, which must be of the same names and number."""
+    """Return the largest difference between two runs' losses, which must have the same names and lines."""
     assert len(ours) == len(theirs) > 1
     assert all(a.keys() == b.keys() and a for a, b in zip(ours, theirs, strict=True))
     return max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True) for name in a)
 
 
 def measure(name: str, folder: Path) -> list[str]:
-    """The cells of a row: the largest difference to one process whose step is cut into as many parts."""
+    """Return the cells of a row of the table for the model `name`.
+
+    Each is the largest difference in loss between several processes and one process that divides a step into as many
+    micro-batches.
+    """
     common = {"steps": 20, "log_every": 1, "eval_every": 10, "eval_rows": 5, "save_every": 0, "device": "cpu"}
     found: dict[int, list[dict[str, float]]] = {}
     cells = []

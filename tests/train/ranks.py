@@ -16,7 +16,10 @@ LIMIT = 120.0  # seconds: far more than they need, less than gloo's own patience
 
 
 def on_ranks(count: int, act: Callable[[int], object]) -> list[int]:
-    """Run `act` in so many forks that know of each other; their exit codes. None may outlive the limit."""
+    """Run `act` in `count` forks that form one process group, with the rank as its argument; return their exit codes.
+
+    A fork that runs longer than `LIMIT` seconds is killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -65,20 +65,26 @@ QUIET["polyglu"] = {**DENSE, "activation": {"name": "polyglu", "noise": False}}
 
 
 def quick(names: Iterable[str], *kept: str) -> list[Any]:
-    """Names to parametrise a test with, all but `kept` slow: the quick suite trains the families that hold most."""
+    """Return pytest parameters for `names`, of which all but `kept` are marked slow.
+
+    The quick suite trains only the models that cover most.
+    """
     assert {*kept} <= {*names}
     return [pytest.param(name, marks=() if name in kept else pytest.mark.slow) for name in names]
 
 
 def text_file(folder: Path) -> Path:
-    """Its text varies from line to line, so that a row's place matters."""
+    """Write a text to `folder` whose lines all differ, so that rows at different places do too; return its path."""
     path = folder / "text.txt"
     path.write_text("".join(f"{i * i} {SENTENCE[i % 50 :]}" for i in range(60)), encoding="utf-8")
     return path
 
 
 def recipe(folder: Path, model: dict[str, Any], **train: Any) -> dict[str, Any]:
-    """12 steps of 4 rows of 32 characters, on text written to `folder`."""
+    """Return a recipe of 12 steps of 4 rows of 32 characters, on text written to `folder`.
+
+    model: its section `model`. train: further options of the section `train`.
+    """
     short = {"steps": 12, "batch_size": 4, "warmup_steps": 2, "learning_rate": 0.01, "log_every": 3}
     often = {"eval_every": 5, "eval_rows": 6, "save_every": 5}
     data = {"corpus": f"text:{text_file(folder)}", "tokenizer": "char", "context": 32}
@@ -98,7 +104,10 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def lines(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and checksums, which differ from run to run."""
+    """Return the lines of a run's metrics.jsonl without times and checksums, which differ from run to run.
+
+    split: only lines of this split; None means all.
+    """
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if k not in ("tokens_per_second", "crc32")}
@@ -109,7 +118,7 @@ def lines(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
 
 @contextmanager
 def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """Do something at the end of a step, before anything is logged or saved."""
+    """Call `act` at the end of a step of training in a `with` block, before anything is logged or saved."""
     before = StopSignals.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -124,7 +133,7 @@ def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def held_by_another(folder: Path) -> Iterator[int]:
-    """Another process holds the lock of `folder`; it is killed in the end."""
+    """Let another process hold the lock of `folder` in a `with` block; yield its process id."""
     ready, tell = os.pipe()
     other = os.fork()
     if other == 0:

@@ -127,5 +127,5 @@ class DataConfig:
 
     @property
     def tells_difficulty(self) -> bool:
-        """Whether rows have a field `difficulty`, which is 0 or more at tokens known to need depth, below 0 at others."""
+        """Whether rows have a field `difficulty`, which is 0 or more at tokens known to need depth, else below 0."""
         return knows_difficulty(self.corpus)
