@@ -40,7 +40,10 @@ def values(figures: ByArm, arm: str, key: str) -> list[float]:
 
 
 def mean(figures: ByArm, arm: str, key: str) -> float | None:
-    """Return the mean of a figure over the seeds of an arm; None if no seed has it. Arguments as in `values`."""
+    """Return the mean of a figure over the seeds of an arm; None if no seed has it.
+
+    figures: the figures of every run, by arm and seed. key: dotted path of the figure.
+    """
     found = values(figures, arm, key)
     return statistics.fmean(found) if found else None
 

@@ -15,7 +15,7 @@ DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers"
 
 
 def work(recipe: RecipeDict) -> float:
-    """Return tokens times blocks of a recipe's training, to which the arms' training times are roughly proportional."""
+    """Return the work of a recipe's training, tokens times blocks, to which training times are roughly proportional."""
     values: PlainMapping = {
         **DEFAULTS,
         **recipe.get("model", {}),

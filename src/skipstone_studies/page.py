@@ -75,7 +75,10 @@ def _section(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
-    """Return the SVG files that belong to a study's page, as text by file name."""
+    """Return the SVG files that belong to a study's page, {file name: SVG text}.
+
+    records: the records of the study.
+    """
     found: dict[str, str] = {}
     for current in groups(study, records):
         drawn = {} if study.pictures is None else study.pictures(figures_of(study, current))

@@ -302,7 +302,7 @@ def climb(loss_at: Callable[[float], float], first: float, factor: float, most: 
 
 
 def _loss_of_trial(recipe: RecipeDict, folder: Path, rows: int, blocks: int) -> float:
-    """Return the validation loss of a short run, infinite if it diverged; the run folder is removed afterwards."""
+    """Return the validation loss of a short run on `rows` rows, infinite if it diverged; its folder is removed."""
     if folder.is_dir() and not Run(folder).finished and last_checkpoint(folder) is None:
         shutil.rmtree(folder)
     try:

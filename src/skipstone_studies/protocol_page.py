@@ -106,7 +106,10 @@ NOTE = (
 
 
 def rates(figures: ByArm) -> str:
-    """Return a Markdown table of the validation loss at every learning rate that was tried; "" if none was tuned."""
+    """Return a Markdown table of the validation loss at every learning rate that was tried; "" if none was tuned.
+
+    figures: the figures of every run, by arm and seed.
+    """
     tried = {arm: next(iter(seeds.values()))["tuning"] for arm, seeds in figures.items() if seeds}
     if not any(found["losses"] for found in tried.values()):
         return ""
@@ -126,7 +129,10 @@ def rates(figures: ByArm) -> str:
 
 
 def unequal(figures: ByArm) -> str:
-    """Return a sentence on arms whose executed training FLOPs are more than 3 % off the planned ones; "" if none is."""
+    """Return a sentence on arms whose executed training FLOPs are more than 3 % off the planned ones; "" if none is.
+
+    figures: the figures of every run, by arm and seed.
+    """
     shares = {
         arm: executed / planned
         for arm in figures
@@ -138,7 +144,10 @@ def unequal(figures: ByArm) -> str:
 
 
 def length(figures: ByArm, full: str) -> str:
-    """Return a sentence on how long the full model was trained, in bytes per parameter; "" if it has not run."""
+    """Return a sentence on how long the full model was trained, in bytes per parameter; "" if it has not run.
+
+    figures: the figures of every run, by arm and seed. full: name of its arm.
+    """
     read, size = mean(figures, full, "training.tokens"), mean(figures, full, "training.parameters")
     if read is None or not size:
         return ""

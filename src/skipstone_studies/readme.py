@@ -36,7 +36,10 @@ def write_between(path: Path, name: str, text: str) -> None:
 
 
 def _cut(text: str, path: Path, name: str) -> tuple[str, str]:
-    """Return the text before and after, marks included."""
+    """Return the text up to and including the begin mark of `name`, and the text from its end mark on.
+
+    path: the file, for errors. Raises ValueError unless each mark occurs once.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f"{str(path)!r} has no place for the table: it needs one line {begin} and below it one {end}")

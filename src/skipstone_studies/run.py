@@ -132,7 +132,10 @@ def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
 
 
 def _report(session: Session, arms: dict[str, RecipeDict], seed: int) -> None:
-    """Write the report of the run folders of one seed (`write_report`) as report.html beside them."""
+    """Write the report of the run folders of one seed (`write_report`) as report.html beside them.
+
+    arms: the recipes by name.
+    """
     found = {arm: record for arm in arms if (record := session.recorded(arm, seed)) is not None}
     here = {arm: session.folder(arm, seed) for arm in found if (session.folder(arm, seed) / METRICS).is_file()}
     if not here:
@@ -154,7 +157,10 @@ def table_path(out: Path, name: str) -> Path:
 
 
 def _publish(study: Study, scale: str, found: Sequence[Record], out: Path, readme: Path | None) -> None:
-    """Write the page, print the table of `scale`, and write it into the README if one is given."""
+    """Write the study's page, print the table of `scale`, and write it into the README if one is given.
+
+    found: the study's records. out: folder of the page. readme: path of the README, or None.
+    """
     write_whole(table_path(out, study.name), render(study, found))
     for file, drawing in pictures(study, found).items():
         write_whole(out / file, drawing)

@@ -95,7 +95,10 @@ class Session:
             self._guarded(arm, seed, [other for other, _ in left])
 
     def _guarded(self, arm: str, seed: int, after: Sequence[str]) -> None:
-        """Run one arm unless another process runs it, and note failures. after: the arms that are still to come."""
+        """Run one arm unless another process runs it, and note failures in `failures`.
+
+        after: the arms that are still to come, for the estimate of the time left.
+        """
         where, start = f"{self.study.name}, arm {arm!r}, seed {seed}", time.perf_counter()
         doing = "running" if self.study.clock is None else "timing"
         try:
@@ -130,7 +133,7 @@ class Session:
         return dict(self.study.measure(folder))
 
     def _claim(self, folder: Path, recipe: RecipeDict) -> None:
-        """Make sure that an existing folder belongs to `recipe`, renaming one of another recipe."""
+        """Make sure that an existing run folder belongs to `recipe`, renaming the folder of another recipe."""
         note = recipe_file(folder)
         if folder.exists() and not note.is_file():
             raise ValueError(f"{str(folder)!r} exists but was not made by this command; remove it or use --runs")
@@ -157,7 +160,7 @@ class Session:
         records.write(record, self.out)
 
     def _environment(self, arm: str, seed: int) -> PlainDict:
-        """Return the run's environment, or this process's if nothing was trained."""
+        """Return the environment (versions, commit, machine) of a run, or of this process if nothing was trained."""
         folder = self.folder(arm, seed)
         trained = self.study.clock is None and not Run(folder).is_saved_model
         return Run(folder).environment() if trained else describe(seed)

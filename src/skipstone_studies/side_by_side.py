@@ -107,7 +107,7 @@ def _note(session: Session, worker: Worker) -> None:
 
 @contextmanager
 def _stopped_with_us(running: Sequence[Worker]) -> Iterator[None]:
-    """Stop the processes when this one is stopped, and wait until they have saved their checkpoints."""
+    """Stop the worker processes when this one is stopped, and wait until they have saved their checkpoints."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)

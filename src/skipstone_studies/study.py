@@ -52,7 +52,10 @@ class Column:
 
     @classmethod
     def speed(cls, key: str, title: str) -> Column:
-        """Return a column of tokens per second, from the figures of a timing at the dotted path `key`."""
+        """Return a column of tokens per second.
+
+        key: dotted path of a timing among the figures, which has a figure `tokens_per_second`. title: the heading.
+        """
         return cls(key=f"{key}.tokens_per_second", title=title, format=",.0f", better="high", relative=True)
 
 

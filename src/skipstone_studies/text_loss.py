@@ -24,7 +24,10 @@ def spaced(total: int, count: int | None) -> list[int]:
 
 
 def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
-    """Yield the validation rows with these indices as batches of at most `size` rows, on the CPU."""
+    """Yield the validation rows with these indices as batches of at most `size` rows, on the CPU.
+
+    data: prepared data, of which `validation` is read. A batch holds tensors [B, T] by name.
+    """
     for start in range(0, len(indices), size):
         yield dict(data.collate(data.validation.__getitems__(list(indices[start : start + size]))))
 
@@ -49,7 +52,7 @@ def by_block(
 def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None) -> float:
     """Return the loss in nats per prediction on evenly spaced validation rows, skipping tokens as in generation.
 
-    count: how many rows; None means all.
+    data: prepared data, of which `validation` is read. count: how many rows; None means all.
     """
     (found,) = by_block(model, data, count, 1)
     return found.loss

@@ -102,7 +102,7 @@ def split_by_hash(document: str, percent: Percent) -> str:
 
 
 def _bucket(document: str) -> Fraction:
-    """Return a number in [0, 100) in steps of a hundredth, from the hash of the text."""
+    """Return a number in [0, 100) in steps of a hundredth, determined by the SHA-256 of a document's text."""
     digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
     hundredths, percent = divmod(int.from_bytes(digest[:8], "big"), 100)
     return percent + Fraction(hundredths % 100, 100)

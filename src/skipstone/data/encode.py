@@ -113,7 +113,7 @@ def _look_up(table: Ids, text: str) -> Ids:
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """Encode documents by the tokenizer, in batches."""
+    """Yield the token ids of each document as arrays of `dtype`, calling the tokenizer on batches of documents."""
     rest = iter(documents)
     while batch := list(islice(rest, BATCH)):
         encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)

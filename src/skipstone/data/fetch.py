@@ -96,7 +96,10 @@ def locate(source: SourceFile) -> Path:
 
 
 def _absent(source: SourceFile, looked: list[Path], reason: str) -> str:
-    """Return the message for a file that was not found."""
+    """Return the message for a published file that was not found.
+
+    looked: the paths at which it was looked for. reason: why it was not downloaded; "" for none.
+    """
     where = ", ".join(map(str, looked))
     todo = source.hint or f"put it at $SKIPSTONE_DATA/{source.path}" + (f" (from {source.url})" if source.url else "")
     return f"{source.path} is not here: looked for {where}; " + (f"{reason}; " if reason else "") + todo

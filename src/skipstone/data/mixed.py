@@ -94,7 +94,10 @@ class MixedWindows(RowDataset):
         return PLACE_STREAMS + 2 * self.stream
 
     def _text(self, index_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return ids and next tokens; the last real token of a row has no target."""
+        """Return token ids and the tokens that follow them, int64 [B, T] each, of the text's rows `index_B`.
+
+        The last real token of a row has no target (-100).
+        """
         text = self.text.batch(index_B)
         target_BT = np.full_like(text["labels"], IGNORE)
         target_BT[:, :-1] = text["labels"][:, 1:]

@@ -190,7 +190,10 @@ class _Work:
                 file.file.close()
 
     def _encoded(self, documents: Iterable[str], split_of: Callable[[str], str]) -> Iterator[tuple[int, str, int, Ids]]:
-        """Yield place in the stream, split, bytes and ids (with eos) of each document that is still to be written."""
+        """Yield place in the stream, split, bytes of text and ids (with eos) of each document not yet written.
+
+        documents: the whole stream. split_of: returns the split of a document.
+        """
         eos = np.array([self.tokenizer.eos_token_id], self.dtype)
         waiting: deque[tuple[int, str, int]] = deque()
 

@@ -124,7 +124,7 @@ def _merges(texts: tuple[str, ...], size: int) -> str:
 
 
 def _first(documents: Iterable[str], most: int) -> Iterator[str]:
-    """Yield documents up to a number of characters in all; the last one may be cut."""
+    """Yield the first documents, up to `most` characters in all; the last one may be cut."""
     for text in documents:
         yield text[:most]
         most -= len(text)

@@ -228,7 +228,10 @@ def evaluate(
 
 
 def _rows_to_read(loaded: LoadedRun, data: PreparedData, batch_size: int, budgets: int) -> int:
-    """Return how many rows all passes of an evaluation read together."""
+    """Return how many rows all passes of an evaluation read together, for the progress bar.
+
+    batch_size: rows of a forward pass. budgets: at how many budgets the model is evaluated as well.
+    """
     whole = len(data.validation)
     counted = min(whole, COUNTED_BATCHES * batch_size)
     own = whole * (len(loaded.passes) + mixes_activations(loaded.model)) + counted

@@ -135,7 +135,7 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _scores(found: PlainMapping) -> Iterator[Score]:
-    """Yield the scores in a result of lm_eval, whose keys are `metric,filter` and `metric_stderr,filter`."""
+    """Yield the scores in lm_eval's results by task, whose keys are `metric,filter` and `metric_stderr,filter`."""
     for task, figures in found["results"].items():
         for key, value in figures.items():
             metric, _, kind = key.partition(",")

@@ -156,7 +156,10 @@ def kl_run(
 
 
 def _best(found: Sequence[AtSetting], limit: float) -> AtSetting:
-    """Return the setting that reads the fewest bytes within the limit. Raises ValueError without one."""
+    """Return the setting that reads the fewest bytes, of those whose KL divergence is at most `limit`.
+
+    found: the settings that were measured. Raises ValueError if none is within the limit.
+    """
     within = [one for one in found if one.kl <= limit]
     if not within:
         nearest = min(found, key=lambda one: one.kl)

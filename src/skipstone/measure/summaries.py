@@ -218,7 +218,7 @@ class DepthReader(Reader[DepthMechanism, DepthRecord]):
 
 
 def _quantile(x_N: Tensor, q: float) -> float | None:
-    """Return a quantile by sorting, because torch.quantile refuses more than 16 million values."""
+    """Return the q-quantile of x_N by sorting, because torch.quantile refuses more than 16 million values."""
     if not len(x_N):
         return None
     return float(x_N.sort().values[min(int(q * len(x_N)), len(x_N) - 1)])

@@ -66,7 +66,7 @@ def lines(
 
 
 def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
-    """Draw the line, with dots where there are few enough points to distinguish."""
+    """Draw a curve through `pixels`, with dots where there are few enough points to distinguish."""
     parts = [svg.polyline(pixels, s.style.colour, s.style.dash, s.label)] if len(pixels) > 1 else []
     if len(pixels) <= 20:
         parts += [

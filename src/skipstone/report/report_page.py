@@ -91,7 +91,7 @@ def _last(run: RunView, split: str, key: str) -> float | None:
 
 
 def _losses(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
-    """Draw training and validation loss on the same ranges, so that they can be compared; empty panels are left out."""
+    """Draw training and validation loss on the same ranges; return pairs of title and chart, without empty ones."""
     panels = {
         "training": ("train", "token_loss"),
         "validation, causal decisions": ("validation", "causal_loss"),
@@ -113,7 +113,10 @@ COURSES = {"learning rate": "learning_rate", "tokens/s": "tokens_per_second", "t
 
 
 def _training(runs: Sequence[RunView]) -> list[tuple[str, Drawn]]:
-    """Draw the other figures logged at every step, each on its own range; figures that no run has are left out."""
+    """Draw the other figures that training logged at each step; return pairs of title and chart.
+
+    Each figure has a range of its own; figures that no run has are left out.
+    """
     drawn = []
     for title, key in COURSES.items():
         series = [Series(label=run.name, points=_curve(run, "train", key), style=run.style) for run in runs]

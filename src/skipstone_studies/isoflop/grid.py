@@ -211,7 +211,7 @@ def _shape(base: Recipe, arm: str, size: GridSize, changes: Changes) -> ModelSha
 
 
 def model_mistakes(spec: GridSpec) -> list[str]:
-    """Return one message per mistake in the models of a grid, at each of its sizes.
+    """Return one message per mistake in the models of an isoFLOP grid, at each of its sizes.
 
     spec: the specification, whose recipe may be wrong in other sections. The message about a mistake that not all arms
     share begins with the name of the arm.
@@ -321,7 +321,10 @@ def tokens_per_step(grid: Grid) -> int:
 
 
 def check_once(grid: Grid, facts: CorpusFacts) -> None:
-    """Raise ValueError if a run of the grid would read text twice and its specification does not allow it."""
+    """Raise ValueError if a run of an isoFLOP grid would read text twice and its specification does not allow it.
+
+    facts: what is known of the corpus.
+    """
     if not grid.once or facts.tokens is None:
         return
     greedy = max(grid.everything(), key=lambda cell: cell.steps)

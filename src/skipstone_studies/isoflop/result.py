@@ -64,9 +64,9 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
 def equal_times(collected: GridRecords) -> list[EqualTime]:
     """Return the losses of all arms after equal training times, one entry between each two adjacent budgets.
 
-    A time is the geometric mean of the times at both budgets, each the median over the base arm's sizes. There most
-    losses can be interpolated: the loss of a size is read off a straight line between its budgets, over the logarithm
-    of the seconds. Empty with fewer than two budgets.
+    collected: all records of the grid. A time is the geometric mean of the times at both budgets, each the median over
+    the base arm's sizes. There most losses can be interpolated: the loss of a size is read off a straight line between
+    its budgets, over the logarithm of the seconds. Empty with fewer than two budgets.
     """
     of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
@@ -303,7 +303,10 @@ class IsoFlopResult:
 
 
 def find(collected: GridRecords) -> IsoFlopResult:
-    """Compute the result of a grid from the records so far; budgets without records are left out."""
+    """Compute the result of an isoFLOP grid from its records so far; budgets without records are left out.
+
+    collected: the records.
+    """
     curves: dict[float, dict[str, Curve]] = {}
     for budget in collected.grid.budgets:
         of_budget = {arm: curve(points) for (arm, b), points in collected.curves.items() if b == budget}

@@ -1,4 +1,4 @@
-"""`isoflop`: run what is missing of a grid and render its table and page."""
+"""`isoflop`: run what is missing of an isoFLOP grid and render its Markdown and HTML page."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Stages:
         self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def run(self) -> None:
-        """Run all stages of the study."""
+        """Run all stages of the grid, one after the other."""
         grid, spec, known = self.grid, self.grid.spec, lookup(self.out, self.grid.spec.name)
         self.stage("rates", [cell for arm in spec.arms for cell in grid.sweep(arm)], [spec.seed])
         chosen = collect(grid, known).chosen
@@ -165,7 +165,7 @@ def _speeds(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[str, GridCell]]:
-    """Return the cells at the smallest budget, by size and arm."""
+    """Return the runs of a grid at its smallest budget, {size: {arm: cell}}. cells: all of them, by arm."""
     found: dict[str, dict[str, GridCell]] = {}
     for arm, row in cells.items():
         for cell in row:
@@ -187,10 +187,10 @@ def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
 
 
 def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
-    """Print FLOPs and time of every run of a grid; train nothing.
+    """Print FLOPs and time of every run of an isoFLOP grid; train nothing.
 
-    flops_per_second: training FLOPs per second of another machine; None means that this machine is timed. Raises
-    ValueError for impossible runs.
+    spec: the grid. flops_per_second: training FLOPs per second of another machine; None means that this machine is
+    timed. Raises ValueError for impossible runs.
     """
     facts = read_corpus_if_cheap(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -205,9 +205,9 @@ def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
 
 
 def render(out: Path, name: str) -> list[Path]:
-    """Write OUT/NAME.md and OUT/NAME.html from the records of a grid, and return their paths.
+    """Write OUT/NAME.md and OUT/NAME.html from the records of an isoFLOP grid, and return their paths.
 
-    Raises ValueError if there are no records.
+    out: the folder. name: the name of the grid. Raises ValueError if there are no records.
     """
     collected = load(out, name)
     if not collected.records:
@@ -220,7 +220,7 @@ def render(out: Path, name: str) -> list[Path]:
 
 
 def load(out: Path, name: str) -> GridRecords:
-    """Load the records of the grid `name` in the folder `out`.
+    """Load the records of the isoFLOP grid `name` from the folder `out`.
 
     Raises FileNotFoundError if no isoFLOP study of that name was begun.
     """

@@ -49,9 +49,9 @@ class GridSize:
 
 
 def parse_size(word: object, blocks: int) -> GridSize:
-    """Parse a model size, `128x6` or `128`, where `blocks` is the number of blocks if none is given.
+    """Parse a model size such as `128x6` (width and number of blocks) or `128`.
 
-    Raises ValueError for anything else.
+    blocks: the number of blocks if none is given. Raises ValueError for anything else.
     """
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
@@ -128,7 +128,7 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """The changes of the section `model` by arm, for all arms that could run."""
+        """The changes of the recipe's section `model` by arm, for all arms that could run."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property

@@ -109,7 +109,10 @@ def claims(collected: GridRecords) -> list[Claim]:
 
 
 def _gap(found: SameLoss) -> str:
-    """Return a text such as `-0.0319 [-0.0895 to +0.0191], not told apart (detectable: 0.09 / 0.11)`."""
+    """Return the difference of an arm's best loss from the base arm's as text, with interval and verdict.
+
+    An example is `-0.0319 [-0.0895 to +0.0191], not told apart (detectable: 0.09 / 0.11)`, in nats per token.
+    """
     if found.gap_low is None:
         return f"{found.gap:+.4f}, without an interval"
     shown = f"{found.gap:+.4f} [{_interval(found.gap_low, found.gap_high, _signed)}], {found.verdict}"

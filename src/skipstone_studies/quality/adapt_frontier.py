@@ -211,7 +211,10 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 @torch.no_grad()
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
-    """Return the FLOPs of `STEPS` greedy decoding steps after a prompt, int64 [1, T], counted while they run."""
+    """Return the FLOPs of `STEPS` greedy decoding steps after a prompt, counted while they run.
+
+    prompt: token ids, int64 [1, T].
+    """
     cache = DynamicCache(config=model.config)
     token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0
     for _ in range(STEPS):

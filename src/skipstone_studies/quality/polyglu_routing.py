@@ -169,7 +169,10 @@ def _layers(figures: ByArm) -> Section:
 
 
 def _most(layer: Mapping[str, float]) -> str:
-    """Return the activations with at least 5 % of the neurons, the largest share first."""
+    """Return as text the activations with at least 5 % of a layer's neurons, the largest share first.
+
+    layer: the share of neurons by strongest activation.
+    """
     shown = sorted(((share, name) for name, share in layer.items() if share >= REACHED), reverse=True)
     return ", ".join(f"{name} {percent(share)}" for share, name in shown)
 

@@ -55,7 +55,7 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
 
 
 def name_of(arm: str, weights: str) -> str:
-    """Return the name of an arm whose weights have this format: "as trained", "int8" or "int4"."""
+    """Return the name of the arm that measures the model `arm` with weights "as trained", in "int8" or in "int4"."""
     return f"{arm}, {weights}"
 
 
@@ -167,8 +167,8 @@ def quantised(
 ) -> Study:
     """Build the study of quantised weights of one family of models.
 
-    name, purpose, about: name, purpose and description of the study. runs, options: arguments of `arms`. rows:
-    evaluated rows.
+    name, purpose, about: name, purpose and description of the study. runs: (study, arm) of the measured runs, the first
+    of a dense model. rows: number of evaluated rows. options: further arguments of `arms`.
     """
     return Study(
         name=name,

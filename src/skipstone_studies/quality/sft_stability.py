@@ -166,9 +166,9 @@ class Routing:
 
 
 class Watch(TrainerCallback):
-    """A trainer callback that measures the routing every `every` steps and appends a line of JSON to the file `path`.
+    """A trainer callback that measures how PolyGLU's neurons choose their activations every `every` steps.
 
-    routing: the measurements to take.
+    routing: takes the measurements. path: file to which each is appended as a line of JSON.
     """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
@@ -177,7 +177,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remove lines of steps that a resumed training will repeat; at a new start, measure before the first step."""
+        """Remove the measurements of steps that a resumed training repeats; in a new one, measure before step 1."""
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Timings, which make no run. A new one is a file here and a line in `catalogue.py`."""
+"""Studies that time or compare models without training them. A new one is a file here and a line in `catalogue.py`."""

@@ -36,7 +36,8 @@ Size = PlainMapping  # width, blocks, vocabulary; prompt, steps and turns of dec
 def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
     """Build a model with random weights, equal for all mechanisms, and heads of 64 channels.
 
-    size: width, blocks, vocabulary. mechanisms: entries of the configuration; empty: the dense model.
+    size: a mapping with the keys "width", "blocks" and "vocabulary". mechanisms: entries of the configuration's
+    `mechanisms`; [] means a dense model.
     """
     torch.manual_seed(0)
     config = SkipstoneConfig(

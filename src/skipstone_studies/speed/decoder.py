@@ -18,7 +18,7 @@ STARTS = 5
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: a training step, decoding one row, and starting the command; `scale` has no effect."""
+    """Return the recipes by name: a training step, decoding one row, starting the command; `scale` has no effect."""
     return {
         "training step": {"task": "train", **SIZE},
         "decoding one row": {"task": "decode", **SIZE},

@@ -28,7 +28,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, one for each width and implementation; `scale` has no effect."""
+    """Return the recipes by name, one for each width and implementation; `scale` has no effect."""
     return {f"width {width}, {kind}": {"width": width, "kind": kind, **SIZE} for width in (256, 512) for kind in KINDS}
 
 

@@ -26,7 +26,7 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: training steps of an MLP, and decoding by a whole model; `scale` has no effect.
+    """Return the recipes by name: training steps of an MLP, and decoding by a whole model; `scale` has no effect.
 
     They differ in the width, in the share of the neurons that are on, and, in training, in the chunk, which is the
     number of neighbouring tokens that share one decision.

@@ -42,7 +42,7 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the only arm of the study; `scale` has no effect."""
+    """Return the only recipe of the study by name; `scale` has no effect."""
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 
 

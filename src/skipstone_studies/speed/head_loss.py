@@ -24,9 +24,9 @@ KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, one for each function and precision.
+    """Return the recipes by name, one for each way to compute the loss and precision.
 
-    PyTorch's own function takes minutes on a CPU, so it only runs at the scale "paper".
+    scale: PyTorch's own function takes minutes on a CPU, so it only runs at the scale "paper".
     """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}
@@ -65,8 +65,8 @@ def inputs(recipe: RecipeDict) -> tuple[Tensor, Tensor, Tensor]:
 def step(kind: str, given: tuple[Tensor, Tensor, Tensor], recipe: RecipeDict) -> float:
     """Run one forward and backward pass, and return the loss in nats, summed over tokens.
 
-    kind: a key of `KINDS`, which says how the loss is computed. given: the tensors that `inputs` returns. recipe: its
-    "precision" is "fp32", or "bf16" for autocast.
+    kind: how the loss is computed, such as "all logits" or "chunks of 256" (a key of `KINDS`). given: the tensors that
+    `inputs` returns. recipe: its "precision" is "fp32", or "bf16" for autocast.
     """
     for tensor in given[:2]:
         tensor.grad = None
@@ -90,7 +90,10 @@ def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def memory_of(recipe: RecipeDict) -> float:
-    """Return the GiB by which one step raises the peak memory of this process (Linux only)."""
+    """Return the GiB by which one forward and backward pass raises the peak memory of this process (Linux only).
+
+    recipe: an entry of `arms`.
+    """
     given = inputs(recipe)
     before = peak_memory()
     step(recipe["kind"], given, recipe)

@@ -36,7 +36,7 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, one for each size, decision and kind of step; `scale` has no effect."""
+    """Return the recipes by name, one for each size, decision and kind of step; `scale` has no effect."""
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
         for size, decisions in SIZES
@@ -48,7 +48,8 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def name_of(size: PlainDict, decision: str, way: str) -> str:
     """Return the name of an arm.
 
-    size: its width, blocks, rows and context. decision: the router's decision. way: the kind of step.
+    size: a mapping with the keys "width", "rows" and "context". decision: the router's decision. way: the kind of step,
+    such as "fp32".
     """
     return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
 

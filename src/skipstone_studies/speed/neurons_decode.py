@@ -37,7 +37,10 @@ PROMPT, STEPS, TURNS = 32, 32, 7
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, by shape, dtype of the weights, and shares of the neurons; `scale` has no effect."""
+    """Return the recipes by name: for each shape and dtype of the weights, three shares of the neurons.
+
+    `scale` has no effect.
+    """
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
         name_of(shape, dtype, up, down): {"shape": sizes, "dtype": dtype, "up": up, "down": down, **timing}
@@ -57,9 +60,10 @@ def name_of(shape: str, dtype: str, up: float, down: float) -> str:
 
 
 def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights in the recipe's shape and dtype.
+    """Build a model with random weights.
 
-    groups: options of neuron groups; None means a dense model.
+    recipe: its "shape" has fields of SkipstoneConfig, "dtype" is the name of the weights' dtype. groups: options of
+    neuron groups; None means a dense model.
     """
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)

@@ -243,8 +243,8 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call: Tensor) -> float:
     """Return the relative error of our logits against transformers', over tokens that are not padding.
 
-    source: the checkpoint. ids_BT: token ids. dtype: the dtype in which both models compute. call: further arguments of
-    forward.
+    source: folder, Hub name or .gguf file of the checkpoint. ids_BT: token ids, int64 [B, T]. dtype: the dtype in which
+    both models compute. call: further arguments of forward.
     """
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
@@ -265,7 +265,8 @@ def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Ten
 def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity:
     """Measure the agreement of one checkpoint with transformers on two rows of random tokens.
 
-    length: tokens of a row; the first half is the prompt. tokens: number of generated tokens.
+    source: folder, Hub name or .gguf file of the checkpoint. length: tokens of a row; the first half is the prompt.
+    tokens: number of generated tokens.
     """
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     ids_BT = torch.randint(2, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))
@@ -279,7 +280,7 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: one small configuration for each case, and a real checkpoint; `scale` has no effect."""
+    """Return the recipes by name: a small configuration for each case, and a real checkpoint; `scale` has no effect."""
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}
 

@@ -29,7 +29,10 @@ TAUS = (1.0, 0.1)  # initial and trained
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: training by width, tau, precision and noise; decoding by width; `scale` has no effect."""
+    """Return the recipes by name: training by width, tau, precision and noise; decoding by width.
+
+    `scale` has no effect.
+    """
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
         case: PlainDict = {"width": width, "precision": "bf16" if bf16 else "fp32", "tau": tau, "noise": noise}
@@ -75,7 +78,7 @@ def _training(recipe: RecipeDict) -> Figures:
 
 
 def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
-    """Return a PolyGLU and a SwiGLU MLP of the same sizes and with equal matrices."""
+    """Return a PolyGLU and a SwiGLU MLP for a residual stream of `width`, of the same sizes and with equal matrices."""
     neurons = -(-8 * width // 96) * 32
     ours = GatedMLP(width, neurons, PolyGLU(width, neurons))
     theirs = GatedMLP(width, neurons, FixedActivation("silu"))

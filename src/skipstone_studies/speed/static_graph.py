@@ -1,4 +1,7 @@
-"""Whether the routed graph is static over many inputs of one shape: operations with shapes, FLOPs, compilations."""
+"""Whether a routed model runs the same operations with the same shapes for all inputs of one shape.
+
+FLOPs, and the graphs of torch.compile, are compared as well.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ INPUTS, ROWS, CONTEXT = 1000, 2, 128
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms, one for each decision; `scale` has no effect."""
+    """Return the recipes by name, one for each decision of Mixture-of-Depths; `scale` has no effect."""
     return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
 
 

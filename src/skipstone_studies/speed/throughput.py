@@ -19,7 +19,10 @@ ROUNDS = {"laptop": 7, "quick": 1}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms at a scale: laptop, or quick with fewer and smaller ones."""
+    """Return the recipes by name: models of several widths, micro-batches and precisions.
+
+    scale: "laptop", or "quick" with fewer and smaller ones.
+    """
     usual: PlainDict = {"width": 128, "rows": 8, "precision": "fp32", "compile": False, "rounds": ROUNDS[scale]}
     if scale == "quick":
         usual |= {"width": 32, "rows": 1}

@@ -21,7 +21,7 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms; `scale` has no effect.
+    """Return the recipes by name; `scale` has no effect.
 
     They differ in phase (prefill or decode), number of rows, share of tokens that the gates skip, and `kv`, which is
     "full" if skipped tokens still provide keys and values, else "kept".

@@ -120,7 +120,11 @@ def table(figures: ByArm) -> str:
 
 
 def _risen(figures: ByArm, arm: str) -> str:
-    """Return the first step after which each seed's validation loss stays above its minimum; "-" if it never does."""
+    """Return, for each seed, the step from which on the validation loss stays more than .01 nats above its minimum.
+
+    figures: the figures of every run, by arm and seed. The steps are separated by commas; a dash means that there is
+    none.
+    """
     found = []
     for seed in figures[arm].values():
         curve = [(step, oracle if causal is None else causal) for step, oracle, causal in seed[RECORDED]["curve"]]

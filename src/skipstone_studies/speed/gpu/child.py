@@ -1,4 +1,4 @@
-"""Run one part in this process: `python -m skipstone_studies.speed.gpu.child PART OUT`, with its sizes on stdin."""
+"""Run one part of the GPU study here: `python -m skipstone_studies.speed.gpu.child PART OUT`, its recipe on stdin."""
 
 from __future__ import annotations
 

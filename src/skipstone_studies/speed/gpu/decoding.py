@@ -1,4 +1,4 @@
-"""Decoding in bf16 of 1 to 64 rows, Mixture-of-Depths beside dense, and one step of a fixed cache as a CUDA graph."""
+"""Decoding in bf16 of 1 to 64 rows by a Mixture-of-Depths and a dense model, also as one CUDA graph per step."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
     """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, and return what `compared` returns.
 
-    The temperature is .5. The arguments are those of `mixture_inputs`. Raises ValueError without Triton.
+    The temperature is .5. dtype, per_row and per_token are those of `mixture_inputs`. Raises ValueError without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()

@@ -98,7 +98,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _last_words(code: int, errors: str) -> str:
-    """Return the exit code and the error that ended a process, without what libraries print at its exit."""
+    """Return the exit code of a process and the error that ended it, without what libraries print at its exit.
+
+    errors: its error output.
+    """
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     raised = [line for line in lines if RAISED.match(line)]
     return f"ended with code {code}: {(raised or lines or ['no message'])[-1]}"[:LAST_WORDS]

@@ -58,7 +58,8 @@ def both(bench: Bench, way: str) -> PlainDict:
 def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
     """Build a model with random weights on the device, with heads of 64 channels.
 
-    mechanisms: entries of the configuration; empty: the dense model.
+    bench: provides the device and the sizes. mechanisms: entries of the configuration's `mechanisms`; [] means a dense
+    model.
     """
     torch.manual_seed(0)
     sizes = bench.sizes

@@ -19,7 +19,7 @@ KINDS = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the arms: curves over sizes and over processes, three ways to read a checkpoint, and imports.
+    """Return the recipes by name: curves over sizes and over processes, three ways to read a checkpoint, and imports.
 
     `scale` has no effect.
     """
@@ -35,7 +35,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def details(figures: ByArm) -> str:
-    """Return the text and tables below the main table: which exponents agree, every curve in seconds, imports."""
+    """Return the text and tables below the main table: which exponents agree, every curve in seconds, imports.
+
+    figures: the figures of each arm by seed.
+    """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     lines = {arm: one for arm, one in found.items() if "points" in one}
     parts = []

@@ -123,7 +123,8 @@ def _pass(recipe: RecipeDict) -> Callable[[], object]:
 def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
     """Return the FLOPs of a forward pass by the cost model, without the pairs that the causal mask hides.
 
-    The cost model counts those pairs, but the attention kernel leaves them out.
+    The cost model counts those pairs, but the attention kernel leaves them out. rows, context: number of rows, and
+    tokens of a row.
     """
     cost = model.cost(tokens=context, batch=rows, routing="oracle").forward
     return cost.total - cost.attention_score * (context - 1) / (2 * context)

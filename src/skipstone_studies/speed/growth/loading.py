@@ -113,7 +113,7 @@ def _seconds(command: list[str]) -> float:
 
 
 def arms() -> dict[str, RecipeDict]:
-    """Return the arms: three ways to read a checkpoint, and the imports."""
+    """Return the recipes by name: loading a checkpoint, loading it as fp32, converting it, and imports."""
     reading = {
         f"{what} 1B": {"kind": "memory", "what": what, "checkpoint": LLAMA_1B}
         for what in ("loading", "loading as fp32", "converting")

@@ -79,6 +79,6 @@ def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
 
 
 def arms() -> dict[str, RecipeDict]:
-    """Return the arms, one curve for each model."""
+    """Return the recipes of the cost curves over processes by name, one for each model."""
     common = {**SHARED, "kind": "processes", "axis": "processes", "values": list(COUNTS)}
     return {f"processes, {model}": {**common, "model": model} for model in MODELS}

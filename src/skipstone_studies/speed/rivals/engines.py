@@ -55,7 +55,7 @@ def now() -> float:
 
 
 class Torch:
-    """The engine of a PyTorch model, ours or transformers', with a growing cache."""
+    """The engine of a PyTorch model, ours or transformers', which decodes greedily with a cache that grows."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval()
@@ -100,7 +100,10 @@ class PromptLookup:
 
     @torch.inference_mode()
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time decoding as the difference of two calls of `generate`: for `new` + 1 tokens, and for the first one."""
+        """Time the decoding of `new` tokens after the prompt `ids_1T`, with transformers' prompt lookup.
+
+        The time is that of `generate` for `new` + 1 tokens, minus that for the first one.
+        """
         options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         seconds = []
         for count, more in ((1, {}), (new + 1, {"prompt_lookup_num_tokens": self.count})):

@@ -74,7 +74,8 @@ def teal(name: str, sparsity: float) -> Way:
     """Set the inputs of every matrix to 0 that lie below a threshold of the matrix (TEAL, arXiv 2408.14690, uniform).
 
     name: the name of the source model. sparsity: share of a matrix's inputs that lie below its threshold on the
-    calibration text. Returns a `Way`.
+    calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
+    weights read per token.
     """
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
@@ -90,7 +91,8 @@ def cats(name: str, sparsity: float) -> Way:
     """Set neurons to 0 whose activation lies below a threshold of their block (CATS, arXiv 2404.08763).
 
     name: the name of the source model. sparsity: share of a block's activations that lie below its threshold on the
-    calibration text. Returns a `Way`.
+    calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
+    weights read per token.
     """
     model = source(name)
     blocks: Any = model.model.layers
@@ -163,7 +165,8 @@ def previewed(name: str, directions: int, exact: int) -> Way:
 
     name: the name of the source model. directions: number of directions of the hidden state that give the preview of
     all logits; they carry most of the logits' variance on the calibration text. exact: number of tokens with the
-    highest preview, whose logits are computed in full. Returns a `Way`.
+    highest preview, whose logits are computed in full. Returns a function that maps token ids to logits, and one that
+    returns the weights read per token.
     """
     model = source(name)
     head, V = model.lm_head.weight.double(), model.lm_head.weight.shape[0]
