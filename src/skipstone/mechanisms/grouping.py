@@ -54,7 +54,7 @@ class GroupingConfig(NeuronChoiceConfig):
             raise ValueError(f"capacity_warmup must be in [0, 1), got {self.capacity_warmup}")
 
     def capacities(self) -> dict[str, float]:
-        """Return every option that is a share of groups to keep, by name."""
+        """Return all options that are shares of groups to keep, by name, such as {"capacity": 0.6}."""
         return {"capacity": self.capacity}
 
     def require(self, layers: int, neurons: int) -> None:
@@ -106,7 +106,11 @@ class ScheduledGroups(GroupRouter):
         self.schedule = Capacity(config.capacity, config.capacity_warmup)
 
     def in_force(self, schedule: Capacity) -> int:
-        """Return the number of groups that a capacity schedule keeps at present, at most those left after pruning."""
+        """Return the number of groups that are on for a token at present.
+
+        schedule: the share of groups to keep, of those before pruning. The result is at most the number left after
+        pruning.
+        """
         return min(self.grouping.kept(self.neurons, schedule.now), self.total)
 
     def in_words(self) -> str:

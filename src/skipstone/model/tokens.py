@@ -39,7 +39,10 @@ class Call:
 
     @property
     def begun(self) -> bool:
-        """Whether the cache has tokens of earlier calls; assumed of a static cache, whose count is on the device."""
+        """Whether the cache has tokens of earlier calls.
+
+        Always True for a static cache: its count is on the device, and reading it would make the CPU wait.
+        """
         return isinstance(self.seen, Tensor) or self.seen > 0
 
 

@@ -107,7 +107,10 @@ class FixedMixConfig:
         return {name for layer in groups for name, count in layer.items() if count}
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError unless the groups fit a model with `layers` layers of `neurons` neurons each."""
+        """Raise ValueError unless these options fit a model with `layers` layers of `neurons` neurons each.
+
+        A list must have one mapping for each layer, and numbers of neurons must add up to `neurons`.
+        """
         if isinstance(self.groups, list) and len(self.groups) != layers:
             raise ValueError(f"activation.groups has {len(self.groups)} entries, but there are {layers} layers")
         for layer in range(layers):

@@ -101,7 +101,7 @@ class Decision(nn.Module):
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return access to the score above which a token is kept in generation; None if there is no such score."""
+        """Return an object that reads and sets the score above which generation keeps a token; None without one."""
         return None
 
     def stream_line(self) -> Line | None:

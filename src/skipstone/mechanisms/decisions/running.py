@@ -40,7 +40,7 @@ class EmaThreshold(Decision):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def reset_parameters(self) -> None:
-        """Set both buffers to 0; transformers calls this after loading a checkpoint that lacks them."""
+        """Set threshold and steps to 0; transformers calls this after loading a checkpoint that lacks them."""
         init.zeros_(self.threshold)
         init.zeros_(self.steps)
 
