@@ -29,7 +29,7 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
 
 @cache
 def _eager(device: str) -> ModuleType:
-    """Return the backend for uncompiled code on this type of device."""
+    """Return the backend module for uncompiled code on a type of device. device: the type, such as "cuda"."""
     if device == "cuda" and find_spec("triton") is not None:  # PyTorch for CUDA installs it on Linux
         return import_module("skipstone.ops.fused")
     return cpu if device == "cpu" else reference

@@ -92,14 +92,17 @@ class _Mix(torch.autograd.Function):
 
 
 class _Products:
-    """Unnormalised shares as products of exponentials."""
+    """Unnormalised shares of the activations, as products of exponentials of the neurons' and of the tokens' logits."""
 
     def __init__(self, static_BFA: Tensor, dynamic_BTA: Tensor) -> None:
         self.static_BAF = static_BFA.clamp(min=FAR).exp_().transpose(1, 2).contiguous()
         self.dynamic_BTA = dynamic_BTA.clamp(min=FAR).exp_()
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
-        """Write the unnormalised shares of a chunk and their sums."""
+        """Write the unnormalised shares of a chunk of tokens to `out_ANF`, and their sums over A to `total_NF`.
+
+        b: index of the row. at: the chunk's tokens in that row.
+        """
         static_AF = self.static_BAF[b if len(self.static_BAF) > 1 else 0]
         _multiply(static_AF, self.dynamic_BTA[b, at], out_ANF, total_NF)
 
@@ -115,7 +118,10 @@ class _Centred(_Products):
         self.static_BAF, self.dynamic_BTA = static_BFA.transpose(1, 2).contiguous(), dynamic_BTA
 
     def weigh(self, b: int, at: slice, out_ANF: Tensor, total_NF: Tensor) -> None:
-        """Write the unnormalised shares of a chunk and their sums."""
+        """Write the unnormalised shares of a chunk of tokens to `out_ANF`, and their sums over A to `total_NF`.
+
+        b: index of the row. at: the chunk's tokens in that row.
+        """
         static_AF, dynamic_NA = self.static_BAF[b if len(self.static_BAF) > 1 else 0], self.dynamic_BTA[b, at]
         least_A, most_A = dynamic_NA.aminmax(dim=0)
         if _near(least_A - most_A):
@@ -130,33 +136,37 @@ class _Centred(_Products):
 
 
 def _multiply(static_AF: Tensor, dynamic_NA: Tensor, out_ANF: Tensor, total_NF: Tensor) -> None:
-    """Write exp(static) exp(dynamic) and its sum over activations."""
+    """Write the products of two factors to `out_ANF`, and their sums over activations to `total_NF`.
+
+    static_AF, dynamic_NA: exponentials of the neurons' and of the tokens' logits.
+    """
     torch.mul(dynamic_NA.T[:, :, None], static_AF[:, None], out=out_ANF)
     _add_up(out_ANF, total_NF)
 
 
 def _add_up(x_ANF: Tensor, total_NF: Tensor) -> None:
-    """Write the sum over the four activations."""
+    """Write the sum of `x_ANF` over its four activations to `total_NF`."""
     torch.add(x_ANF[0], x_ANF[1], out=total_NF).add_(x_ANF[2]).add_(x_ANF[3])
 
 
 def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
-    """Return the way to compute shares that is accurate for these logits."""
+    """Return `_Products` if the logits of neurons, or those of tokens, are close to each other, else `_Centred`."""
     parts = [x - x.amax(-1, keepdim=True) for x in (static_BFA, dynamic_BTA)]
     return (_Products if any(map(_near, reversed(parts))) else _Centred)(*parts)
 
 
 def _near(logits: Tensor) -> bool:
-    """Return whether all logits, which are at most 0, are within NEAR of 0; True for fake tensors."""
+    """Return whether all logits are within `NEAR` of 0; True for fake tensors. logits: at most 0."""
     if isinstance(logits, FakeTensor) or not logits.numel():
         return True
     return bool(logits.amin().numpy() >= -NEAR)  # numpy: not counted as a host sync, and on a CPU it is none
 
 
 def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list[Tensor]]]:
-    """Yield row and token range of each chunk with its working memory, fp32 [parts, N, F], whole and as a list.
+    """Yield the row and the token range of each chunk, with its working memory as one tensor and as a list of tensors.
 
-    All chunks use the same memory, because newly allocated memory is not in the processor's cache.
+    gate: [B, T, F]. parts: number of working tensors; the memory is fp32 [parts, N, F]. All chunks use the same memory,
+    because newly allocated memory is not in the processor's cache.
     """
     B, T, width = gate.shape
     step = max(1, min(CHUNK_ELEMENTS // max(width, 1), T))
@@ -170,7 +180,7 @@ def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list
 
 
 def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> None:
-    """Add x y to the sum, or start the sum with it."""
+    """Add x_NF * y_NF to sum_NF in place; if `first`, write it there instead."""
     if first:
         torch.mul(x_NF, y_NF, out=sum_NF)
     else:
@@ -178,7 +188,10 @@ def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> 
 
 
 def _with_last(d_BAF: Tensor) -> Tensor:
-    """Fill in the last activation's gradient, the negative sum of the others, and return [B, F or T, A]."""
+    """Fill in the last activation's gradient, which is the negative sum of the others, and swap the last two axes.
+
+    d_BAF: gradient of the neurons' logits [B, A, F], or of the tokens' logits [B, A, T].
+    """
     d_BAF[:, -1] = -d_BAF[:, :-1].sum(1)
     return d_BAF.transpose(1, 2)
 

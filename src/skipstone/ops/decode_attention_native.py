@@ -1,6 +1,6 @@
 """The attention of a block in the compiled step of all blocks (`decode_stack_native.py`).
 
-Shape letters: T tokens, K of them, D width, H query heads, G key/value heads, E head size.
+Shape letters: T tokens of the call, D width, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from skipstone.ops.workers import call, inner, unit
 
 @unit(1)
 def attention(frame_at: int) -> None:
-    """Add the attention's update of the block of a frame, and note how many tokens were stored; compiled by numba."""
+    """Compute the present block's attention and add it to the residual stream; compiled by numba.
+
+    Keys and values are stored for the tokens that reach the attention, and their number is written to the table STORED;
+    only tokens that get an update have queries. frame_at: address of the thread's frame (`decode_frame.py`), which
+    names the block and says which tokens these are.
+    """
     frame = framed(frame_at)
     T, D, H, G, E = frame[of.TOKENS], frame[of.WIDTH], frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE]
     row = _lying(frame[of.ROW], (of.COLUMNS,), 0)
@@ -56,9 +61,10 @@ def attention(frame_at: int) -> None:
 
 @unit(3)
 def turn(frame_at: int, given: int, count: int) -> None:
-    """Norm and rotate queries and keys, and store keys, values and slots, for every `parts`-th head; compiled by numba.
+    """Normalise and rotate queries and keys, and store keys, values and slots in the cache; compiled by numba.
 
-    given, count: the numbers of tokens that give keys, and of those that ask.
+    Of P threads, thread p computes heads p, p + P, p + 2P and so on. frame_at: address of the thread's frame
+    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
@@ -91,7 +97,10 @@ def turn(frame_at: int, given: int, count: int) -> None:
 
 @inner
 def _angles(memory: Array, token: int, width: int) -> Array:
-    """Return the addresses of cos and sin of a token; 0 where nothing is rotated."""
+    """Return the addresses of a token's cos and sin of the rotary angles; 0 and 0 if the block does not rotate.
+
+    memory: the block's row in the table of caches. token: index of the token in the call. width: numbers per token, E.
+    """
     if memory[of.COS]:
         return memory[of.COS] + 4 * token * width, memory[of.SIN] + 4 * token * width
     return 0, 0
@@ -99,9 +108,10 @@ def _angles(memory: Array, token: int, width: int) -> Array:
 
 @unit(3)
 def attend(frame_at: int, given: int, count: int) -> None:
-    """Attend with every `parts`-th query of all tokens and heads that ask; compiled by numba.
+    """Compute the attention of this thread's share of all pairs of a token and a query head; compiled by numba.
 
-    given, count: the numbers of tokens that give keys, and of those that ask.
+    Of P threads, thread p computes every P-th pair, from pair p on. frame_at: address of the thread's frame
+    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)

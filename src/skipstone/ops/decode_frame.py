@@ -1,9 +1,13 @@
-"""What the parts of the compiled step of all blocks know: tables of blocks, and a frame of numbers for each thread.
+"""The layout of the tables that the compiled functions of a decoding step share: their column numbers, as constants.
 
-The parts are compiled one by one (`workers.Unit`) and call each other with the address of a frame, int64 numbers that
-are named here. Small arrays lie in the frame itself.
+A step runs all blocks of a decoder for a few tokens (`decode_stack_native.py`). Its functions are compiled one by one
+(`workers.Unit`) and pass each other the address of a frame. Each thread has one: an array of int64 with addresses,
+sizes and the thread's own intermediate values, whose indices are named here. Small arrays lie in the frame itself.
 
-Shape letters: T tokens (at most 8), S scopes.
+Mechanisms act at four sites: around a segment of blocks, a block, its attention and its MLP. At each site, a token is
+absent, only gives keys and values, or gets an update (`KINDS`).
+
+Shape letters: T tokens (at most 8), S sites, and one entry for what lies outside of all of them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Decisions of depth mechanisms inside the compiled step of all blocks (`decode_stack_native.py`).
+"""Decisions of depth mechanisms (gates) inside the compiled step of all blocks (`decode_stack_native.py`).
 
-What a site of a block does with each token follows from the gates around it, from the outside in. Hidden layers of
-routers are shared by all threads; one thread then decides, so that rounding can never make two of them disagree.
+At each site (a segment, a block, its attention, its MLP), its gates decide about the tokens one after the other, the
+outermost first. All threads share the matrix products of the routers; one thread then decides, so that rounding can
+never make two of them decide differently.
 
-Shape letters: T tokens, D width, R hidden width of a router, G gates.
+Shape letters: T tokens, D width, R hidden width of a router, G gates, S sites, F results per gate and token.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ EPSILON = np.float32(1e-6)
 WHOLE = np.float32(1)
 
 
-@unit(3)
-def decide(frame_at: int, site: int, outer: int) -> None:
-    """Let a chain of depth mechanisms (gates) decide about the tokens at one site of a block; compiled by numba.
+@unit(2)
+def decide(frame_at: int, site: int) -> None:
+    """Let the depth mechanisms (gates) at one site of the present block decide about the tokens; compiled by numba.
 
-    The gates are those that the table of the block of the frame lists for the site. Written are, for each token in the
-    scope of the site, whether it is absent, gives keys only or gets an update, the factor on its sub-layers' updates,
-    and that on the whole update, which is noted to act unless it is 1; and what is said of each gate, and carried
-    states. outer: the scope outside.
+    frame_at: address of the thread's frame (`decode_frame.py`). site: SEGMENT, BLOCK, OF_ATTENTION or OF_MLP. For each
+    token of the site, the frame then holds its kind (absent, only gives keys and values, or gets an update), the factor
+    on the updates of attention and MLP (gain), and the factor on the site's whole update. The gates' scores, weights,
+    losses and masks are written to the call's results, and the tensors carried from block to block are updated. If a
+    factor on a whole update is not 1, the stream is copied, for `weigh`.
     """
     frame = framed(frame_at)
     T, D, G, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.GATE_COUNT], frame[of.PART], frame[of.PARTS]
@@ -90,9 +92,10 @@ def decide(frame_at: int, site: int, outer: int) -> None:
 
 @unit(2)
 def weigh(frame_at: int, site: int) -> None:
-    """Multiply what a site has added to the stream by each token's factor, in this thread's columns; compiled by numba.
+    """Multiply what a segment or block has added to the residual stream by each token's factor; compiled by numba.
 
-    Only tokens that get an update are changed.
+    Tokens without an update stay as they are. frame_at: address of the thread's frame (`decode_frame.py`), with the
+    factors that `decide` wrote. site: SEGMENT or BLOCK. Each thread changes its share of the stream's columns.
     """
     frame = framed(frame_at)
     T, D = frame[of.TOKENS], frame[of.WIDTH]
@@ -108,7 +111,7 @@ def weigh(frame_at: int, site: int) -> None:
 
 @inner
 def _scope(frame: Array, tokens: int) -> Array:
-    """Return what each token is in each scope, and its two factors there."""
+    """Return kind, gain and factor of the tokens at every site, [S + 1, T] each, as `decide` describes them."""
     at = frame.ctypes.data
     gain = _lying(at + 8 * of.GAINS, (of.SCOPES, tokens), ONE)
     factor = _lying(at + 8 * of.FACTORS, (of.SCOPES, tokens), ONE)
@@ -117,7 +120,11 @@ def _scope(frame: Array, tokens: int) -> Array:
 
 @inner
 def _hidden(frame: Array, router: Array, place: int) -> bool:
-    """Multiply a part of a router's hidden layer; return whether it has one."""
+    """Compute this thread's share of W1 x, a router's hidden layer, for all tokens; return False if it has none.
+
+    frame: the thread's frame. router: the router's columns in the table of gates. place: address of the result, fp32
+    [T, R], without bias and ReLU.
+    """
     if not router[HIDDEN_WEIGHT]:
         return False
     R, T, D = router[HIDDEN], frame[of.TOKENS], frame[of.WIDTH]
@@ -128,7 +135,13 @@ def _hidden(frame: Array, router: Array, place: int) -> bool:
 
 @inner
 def _judge(gates: Array, g: int, n: int, kind: int, x: Array, hidden_at: int, tokens: int, judged: Array) -> None:
-    """Decide about one token, which the gate sees only if it is there."""
+    """Decide about token n by gate g, and write score, weight, loss, state and flags.
+
+    An absent token does not reach the gate. gates: table and fp32 numbers of all gates. kind: the token's kind at the
+    site. x: the token's residual stream [D]. hidden_at: address of the products of the routers' hidden layers. tokens:
+    T. judged: where the results are written: carried states [states, T], results fp32 [F, G, T], and flags [2, G, T],
+    which say whether the gate kept the token and whether the token reached it.
+    """
     (table, numbers), (states, said, flags) = gates, judged
     gate, state = table[g], table[g, STATE]
     before = states[state, n] if state >= 0 else WHOLE
@@ -156,7 +169,11 @@ def _judge(gates: Array, g: int, n: int, kind: int, x: Array, hidden_at: int, to
 
 @inner
 def _weight(gate: Array, score: Array, opening: Array) -> Array:
-    """Return the factor of a kept token."""
+    """Return the factor on the update of a kept token: its score, its opening, 1 + scale * tanh(score), or 1.
+
+    gate: the gate's row in the table, which says which of these. opening: sigmoid(score), times the carried state if
+    any.
+    """
     if gate[FUNCTION] == RAW:
         return np.float32(score)
     if gate[FUNCTION] == OPEN:
@@ -168,7 +185,12 @@ def _weight(gate: Array, score: Array, opening: Array) -> Array:
 
 @inner
 def _scored(router: Array, x: Array, inverse: Array, hidden_at: int) -> Array:
-    """Return the score of one token, whose hidden layer has been multiplied but not completed."""
+    """Return a router's score of one token.
+
+    router: the router's columns in the table of gates. x: the token's residual stream [D]. inverse: 1 / root mean
+    square of x, by which x is multiplied if the router asks for it. hidden_at: address of W1 x, fp32 [R], without bias
+    and ReLU; not read for a router without a hidden layer.
+    """
     factor = inverse if router[NORM] else WHOLE
     bias = _lying(router[BIAS], (1,), ONE)[0] if router[BIAS] else ZERO
     if not router[WEIGHT]:
@@ -198,7 +220,11 @@ def _inverse_rms(x: Array) -> Array:
 
 @inner
 def _follow(gate: Array, g: int, scope: Array, judged: Array) -> None:
-    """Enter into the scope what was decided."""
+    """Update kind, gain and factor of the tokens at a site by what one gate decided about them.
+
+    gate: the gate's row in the table. g: its index. scope: kind, gain and factor of the site, [T] each. judged: what
+    `_judge` wrote.
+    """
     (kind, gain, factor), (_states, said, flags) = scope, judged
     for n in range(len(kind)):
         if not flags[KEPT, g, n]:

@@ -1,6 +1,7 @@
 """PolyGLU's mixture of activations in the compiled step of all blocks.
 
-Shape letters: T tokens, K of them, F neurons, A activations, R projected width, S = R + 1 entries of a sum.
+Shape letters: T tokens of the call, K of them that get an update of the MLP, F neurons, A activations, R width of the
+context projection. A running sum has R + 1 entries, the last of which is the sum of the tokens' weights.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ NUMBERS = 2
 
 @unit(2)
 def mixture(frame_at: int, count: int) -> None:
-    """Compute gate = mixture(gate) * up in place for the K tokens of a frame's block; compiled by numba.
+    """Compute gate = mixture(gate) * up in place for the K tokens of the present block's MLP; compiled by numba.
 
-    Their logits are written down, NaN for the other tokens, and so are the running sums that they depend on.
+    frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of gate and up, fp32 [K, F].
+    count: K. The tokens' logits are written to the call's results, NaN for the other tokens, and the running sums of
+    their contexts to the cache.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]
@@ -54,10 +57,11 @@ def mixture(frame_at: int, count: int) -> None:
 
 @inner
 def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, logits: Array) -> None:
-    """Compute PolyGLU's logits [K, A] from the tokens so far; one thread stores their running sums.
+    """Compute PolyGLU's logits of K tokens from the running means of their contexts; one thread stores the sums.
 
-    row: the mixture's columns in the table of the block. decay: factor on older tokens in the running mean; if
-    negative, each token counts alone. z: the tokens projected to R, [K, R]. tokens: their indices.
+    frame: the thread's frame. row: the mixture's columns in the table of the block. decay: factor on the sum at each
+    further token; if negative, each token counts alone. z: the tokens' context projections, fp32 [K, R]. tokens: their
+    indices in the call. logits: fp32 [K, A], where the result is written.
     """
     (K, R), memory, writes = z.shape, _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), frame[of.PART] == 0
     slots, column = _lying(frame[of.SLOT], (frame[of.TOKENS],), 0), memory[of.SUM_COLUMN]
@@ -94,8 +98,8 @@ def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, log
 def _mixed(row: Array, scale: float, logits: Array, gate: Array, up: Array, part: int, parts: int) -> None:
     """Compute gate = (sum_k share_k function_k(gate)) * up in place, for one thread's share of the neurons.
 
-    row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences.
-    logits: the tokens' logits, [T, A] for A functions. gate, up: fp32 [T, F]. part, parts: index and number of threads.
+    row: the mixture's columns in the table of the block. scale: factor on the neurons' preferences. logits: the tokens'
+    logits, [K, A]. gate, up: fp32 [K, F]. part, parts: index and number of threads.
     """
     F = gate.shape[1]
     first, last = share_of(F, part, parts)

@@ -1,6 +1,6 @@
-"""The MLP of a block in the compiled step of all blocks, and the functions between its matrices.
+"""The MLP of a block in the compiled step of all blocks, and the activation functions between its matrices.
 
-Shape letters: T tokens, K of them, D width, F neurons.
+Shape letters: T tokens of the call, K of them that get an update, D width, F neurons, N runs of neurons.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 
 @unit(1)
 def mlp(frame_at: int) -> None:
-    """Add the MLP's update of the block of a frame; compiled by numba.
+    """Compute the present block's MLP and add it to the residual stream; compiled by numba.
 
-    How many tokens the activation has seen and how many neurons they need is noted.
+    Only tokens that get an update are computed. Their number is written to the table STORED, with the number of neurons
+    whose up projection at least one of them needs. frame_at: address of the thread's frame (`decode_frame.py`), which
+    names the block and says which tokens these are.
     """
     frame = framed(frame_at)
     T, D, F, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.PART], frame[of.PARTS]
@@ -91,8 +93,8 @@ def mlp(frame_at: int) -> None:
 def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
     """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled by numba.
 
-    gate, up: fp32 [T, F]. runs: int64 [N, 2], indices of functions and the neuron at which each ends. part, parts:
-    index and number of threads.
+    gate, up: fp32 [K, F]. runs: int64 [N, 2], for each run of adjacent neurons with the same function the function's
+    index and the index after the last neuron. part, parts: index and number of threads.
     """
     first, last = share_of(gate.shape[1], part, parts)
     for n in range(gate.shape[0]):

@@ -1,9 +1,9 @@
-"""The up and down matrices of an MLP for the neurons that are on, in the compiled step of all blocks.
+"""The up and down products of an MLP for chosen neurons only, in the compiled step of all blocks.
 
-The gate matrix has been multiplied in full. What an MLP's own results choose (`core/stream_gate.py`: `NeuronChoice`) is
-a list of neurons: those that at least one token needs, or all where that is nearly as many. Rows of the up matrix are
-read for the neurons of the list, and rows of the down matrix, which lies in memory neuron by neuron. Reading all or
-some gives the same numbers, to the last bit (`neuron_rows_native.py`).
+The gate product has been computed for all neurons, and the neurons of each token are chosen from it, as the model's
+`NeuronChoice` says (`core/stream_gate.py`). Weights are read for the neurons that at least one token needs, or for all
+where that is nearly as many. Rows of the up matrix belong to neurons; the down matrix is stored neuron by neuron, so
+that its rows do, too. Reading all or some gives the same numbers, to the last bit (`neuron_rows_native.py`).
 
 Shape letters: K tokens, D width, F neurons, G groups of neurons.
 """
@@ -30,9 +30,11 @@ NEVER = np.float32(-1)  # below every score
 
 @unit(2)
 def some(frame_at: int, count: int) -> None:
-    """Multiply the activations of K tokens by the up matrix, and the down matrix by them, for chosen neurons.
+    """Compute the up and down products of the present block's MLP for chosen neurons only; compiled by numba.
 
-    Compiled by numba. How many neurons some token needs for the up matrix is noted.
+    frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of the activations, fp32 [K,
+    F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up projection at least one token needs is
+    written to the table STORED, and the choice to the call's results.
     """
     frame = framed(frame_at)
     D, F, K, part, parts = frame[of.WIDTH], frame[of.NEURONS], count, frame[of.PART], frame[of.PARTS]
@@ -130,8 +132,8 @@ def kept(frame: Array, choice: Array, h: Array, on: Array) -> None:
 def spread(score_at: int, groups: int, count: int, size: int, on_at: int) -> None:
     """Mark the neurons of the `count` groups with the largest scores; compiled by numba.
 
-    score_at: address of the fp32 scores, one for each of so many groups. count: number of groups that are marked. size:
-    neurons of a group. on_at: address of the marks, one byte for each neuron.
+    score_at: address of the groups' scores, fp32. groups: number of groups. count: number of groups that are marked.
+    size: neurons per group. on_at: address of the marks, one byte for each neuron.
     """
     score, on, chosen = (
         _lying(score_at, (groups,), ONE),
@@ -164,8 +166,8 @@ def needed(on: Array, rows: Array) -> int:
 def or_all(count: int, rows: Array) -> int:
     """Return how many neurons' weights to read: `count`, or all if reading all of them is less work than picking.
 
-    Compiled by numba. count: number of neurons that some token needs. rows: their indices come first; if all neurons
-    are to be read, their indices 0, 1, 2, ... are written here.
+    Compiled by numba. count: number of neurons that some token needs. rows: int64 [F], which begins with their indices;
+    if all neurons are to be read, the indices 0, 1, 2, ... are written here.
     """
     if np.float32(count) <= WORTH * np.float32(len(rows)):
         return count
@@ -195,11 +197,12 @@ def note(frame: Array, choice: Array, tokens: Array, on: Array, scores: Array, w
 
 @inner
 def multiplied(frame: Array, matrix: Array, rows: Array, a: Array, on: Array, h: Array) -> None:
-    """Compute h = a * (weight x) for the listed neurons, and 0 where a token does not need one; compiled by numba.
+    """Compute h = a * (weight x) for listed neurons, and 0 where a token does not need one; compiled by numba.
 
-    frame: the thread's frame, with the tokens x, also rounded to int16. matrix: the up matrix, as in the table of a
-    block. rows: indices of the neurons. a: activations [K, F]. on: bool [K, F], the neurons that each token needs. h:
-    [K, F], where the result is written; columns of other neurons are left as they are.
+    frame: the thread's frame, which holds the addresses of the tokens x, in fp32 and rounded to int16. matrix: the up
+    matrix's columns in the table of the block. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K,
+    F], the neurons that each token needs. h: fp32 [K, F], where the result is written; columns of other neurons are
+    left as they are.
     """
     if matrix[1]:
         multiplied_int8(matrix, (frame[of.ROUNDED], frame[of.UNIT]), frame[of.WIDTH], rows, h)
@@ -212,7 +215,7 @@ def multiplied(frame: Array, matrix: Array, rows: Array, a: Array, on: Array, h:
 
 @inner
 def part_of_list(count: int, part: int, parts: int) -> Array:
-    """Return the first index of one thread's part of a list and the index after its last one; compiled by numba.
+    """Return the range of one thread's part of a list: its first index and the index after its last; compiled by numba.
 
     count: length of the list. part, parts: index and number of threads.
     """

@@ -1,9 +1,9 @@
-"""Products, norms and the division of work that compiled steps of whole blocks consist of.
+"""Matrix products, norms and the division of work among threads in the compiled step of all blocks.
 
 Several threads share the rows of every matrix and wait for each other; norms and roundings, which take no time, are
 repeated by each.
 
-Shape letters: T tokens, K of them, D width, O outputs, I inputs.
+Shape letters: T tokens of the call, K of them, D width, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ PIECE, ROWS = 512, 16  # inputs that are read at a time where there are more, an
 
 @inner
 def framed(frame_at: int) -> Array:
-    """Return the frame at an address (`decode_frame.py`); compiled by numba."""
+    """Return the frame at an address: an int64 array whose indices `decode_frame.py` names; compiled by numba."""
     return _lying(frame_at, (FRAME,), 0)
 
 
 @inner
 def together(frame: Array) -> None:
-    """Wait until all threads have arrived here; compiled by numba."""
+    """Wait until all threads have called this function; compiled by numba. frame: the thread's frame."""
     if frame[PARTS] > 1:
         frame[ARRIVALS] += frame[PARTS]
         wait(frame[BARRIER], frame[ARRIVALS])
@@ -56,7 +56,7 @@ def together(frame: Array) -> None:
 
 @inner
 def share_of(rows: int, part: int, parts: int) -> Array:
-    """Return the first row that one thread computes and the row after its last one; compiled by numba.
+    """Return the range of rows that one thread computes: its first row and the row after its last; compiled by numba.
 
     rows: total number of rows. part, parts: index and number of threads.
     """
@@ -101,9 +101,10 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
 
 @inner
 def normed(frame: Array, tokens: Array, weight_at: int) -> None:
-    """Normalise some tokens of the stream by root mean square into the thread's memory, or copy them.
+    """Normalise tokens of the residual stream by root mean square into the thread's own memory, or copy them.
 
-    Compiled by numba. tokens: their indices. weight_at: address of the weight; 0 means that they are copied.
+    Compiled by numba. frame: the thread's frame, which holds the address of the result, fp32 [K, D]. tokens: indices of
+    the K tokens in the call. weight_at: address of the norm's weight [D]; 0 means that the tokens are copied.
     """
     width, numbers = frame[WIDTH], _lying(frame.ctypes.data + 8 * NUMBERS, (3,), np.float64(0))
     x, out = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(frame[NORMED], (len(tokens), width), ONE)
@@ -113,9 +114,10 @@ def normed(frame: Array, tokens: Array, weight_at: int) -> None:
 
 @inner
 def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> None:
-    """Round fp32 tokens to int16 for products with int8 weights, in the thread's memory; compiled by numba.
+    """Round fp32 tokens to int16 for products with int8 weights, into the thread's own memory; compiled by numba.
 
-    wanted: 0 means that nothing is done. x_at: address of the tokens. tokens, width: number of tokens, and of inputs.
+    frame: the thread's frame, which holds the addresses of the result and of the factors that restore it. wanted: 0
+    means that nothing is done. x_at: address of the tokens. tokens: number of tokens. width: numbers per token.
     """
     if wanted:
         call(frame[ROUNDS], (x_at, frame[ROUNDED], frame[UNIT], tokens, width))
@@ -125,8 +127,9 @@ def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> No
 def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> None:
     """Multiply tokens with one matrix of the block, for the thread's share of its outputs; compiled by numba.
 
-    column: the matrix's first column in the table of the block. sizes: tokens, outputs, inputs. x_at: address of the
-    fp32 tokens, which `rounded` has rounded if the weights are int8. y_at: address of the result.
+    frame: the thread's frame. column: the matrix's first column in the table of the block. sizes: numbers of tokens,
+    outputs and inputs. x_at: address of the fp32 tokens; if the weights are int8, those that `rounded` has rounded are
+    read instead. y_at: address of the result, fp32 [tokens, outputs].
     """
     row, (tokens, outputs, inputs) = _lying(frame[ROW], (COLUMNS,), 0), sizes
     first, last = share_of(outputs, frame[PART], frame[PARTS])
@@ -137,9 +140,12 @@ def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> No
 
 @inner
 def _four_wide(weight_at: int, x_at: int, y_at: int, sizes: Array, first: int, last: int) -> None:
-    """Multiply rows with four tokens that would not stay in the processor's first cache, a piece of them at a time.
+    """Multiply the weight's rows `first` to `last` - 1 with four tokens, 512 inputs at a time, into y [4, O].
 
-    The weights are asked for in the order of memory, some rows ahead, because they are not read in that order.
+    This is for tokens so wide that four of them would leave no room for weights in the processor's first cache. Weights
+    some rows ahead are prefetched, because rows are not read in the order of memory. weight_at, x_at, y_at: addresses
+    of the fp32 weight [O, I], of the tokens [4, I] and of the result. sizes: O and I. Inputs beyond the last multiple
+    of 32 are left to the caller.
     """
     (outputs, inputs), pitch = sizes, 4 * sizes[1]
     y, whole = _lying(y_at, (4, outputs), ZERO), inputs - inputs % STEP
@@ -175,7 +181,8 @@ def single_rows(
     """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens [K, I] into y [K, O].
 
     Compiled by numba, for up to four tokens at a time. weight_at, bias_at, x_at, y_at: addresses of weight, bias (0:
-    none), tokens and result. tokens, outputs, inputs: K, O, I. The other arguments are those of int8 weights.
+    none), tokens and result. tokens, outputs, inputs: K, O, I. The other arguments are unused: kernels for int8
+    weights, which can take this one's place, need them.
     """
     weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
     y = _lying(y_at, (tokens, outputs), ONE)
@@ -211,10 +218,11 @@ def single_rows(
 
 @inner
 def added(frame: Array, y_at: int, tokens: Array, scale: Array, norm_at: int) -> None:
-    """Add the scaled update [K, D] at an address to the stream of its tokens; compiled by numba.
+    """Add an update, scaled for each token, to the residual stream; compiled by numba.
 
-    norm_at: address of the weight of the update's norm (0: none), which needs all of it, so that only one thread
-    computes it.
+    frame: the thread's frame. y_at: address of the update, fp32 [K, D]. tokens: indices of the K tokens in the call.
+    scale: fp32 [K], the factors. norm_at: address of the weight of a norm by which the update is first normalised (0:
+    none); then one thread computes all columns, because a norm needs all of them.
     """
     part, width = frame[PART], frame[WIDTH]
     x, y = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(y_at, (len(tokens), width), ONE)

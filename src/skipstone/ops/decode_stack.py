@@ -1,6 +1,6 @@
-"""All blocks of a decoder for a few tokens of one row, in one call instead of dozens for each block.
+"""Run all blocks of a decoder for a few tokens of one row in one compiled call, instead of dozens for each block.
 
-With numba installed (`decode_stack_native.py`); `nn/block_table.py` says which blocks can be part of it.
+This needs numba (`decode_stack_native.py`); `nn/block_table.py` says which blocks can be part of it.
 
 Shape letters: L blocks, T tokens, D width, G gates, S states, A activations.
 """
@@ -66,12 +66,13 @@ class Sizes:
 
 
 class Program(NamedTuple):
-    """The tables of `decode_stack_native`, int64 for addresses and counts, fp32 for numbers.
+    """The description of a decoder's blocks that a compiled step reads.
 
-    table_LC, number_LN: the tables of the L blocks. gate_GC, number_GN: the tables of the G gates (depth mechanisms)
-    around them. hidden: the largest number of hidden values of a token in one gate or activation. mixes: whether any
-    activation is a mixture. chooses: whether any MLP chooses which neurons it computes. rounded: whether any weights
-    are int8.
+    sizes: what all blocks have in common. table_LC: int64, one row of addresses and counts for each of L blocks, with
+    the columns of `decode_frame.py`. number_LN: fp32, further numbers of each block. gate_GC, number_GN: the same for
+    each of G gates (depth mechanisms), with the columns of `decode_gates_native.py`. hidden: the largest number of
+    hidden values of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any
+    MLP chooses which neurons it computes. rounded: whether any weights are int8.
     """
 
     sizes: Sizes
@@ -88,13 +89,15 @@ class Program(NamedTuple):
 class Ran(NamedTuple):
     """The results of a call of `run`.
 
-    x_1TD: the stream after all blocks. said_FG1T: fp32, the score, weight, loss and state of each gate (depth
-    mechanism) and token. flag_2G1T: bool, whether the gate kept the token, and whether the token reached the gate.
-    logit_L1TA: the logits of activation mixtures, NaN where no token arrived; fed_L1T: which tokens arrived. Both are
-    empty without mixtures; fed_L1T is also filled if MLPs choose neurons. score_LN, mark_2LN: for the neuron groups of
-    each block, fp32 scores, and which groups are tried and kept; the start of N holds T rows of the block's groups,
-    undefined for tokens that did not arrive. These six are None if no records were requested. stored: for each block,
-    how many tokens gave keys and values, how many its activation has processed, and how many neurons these needed.
+    x_1TD: the stream after all blocks. stored: for each block three numbers of tokens or neurons: the tokens whose keys
+    and values were stored, the tokens that its MLP computed, and the neurons whose up projection at least one of these
+    needed. The others are None if no records were requested. said_FG1T: fp32, F = 4: the score, weight, loss and state
+    after each gate (depth mechanism) for each token. flag_2G1T: bool, whether the gate kept the token, and whether the
+    token reached the gate. logit_L1TA: fp32, the logits of activation mixtures, NaN for tokens that the MLP did not
+    compute; empty without mixtures. fed_L1T: bool, the tokens that the MLP computed; empty if no activation is a
+    mixture and no MLP chooses neurons. score_LN: fp32, the scores of the neuron groups: for a block of n groups, the
+    first T n entries are a [T, n] array, undefined for tokens that the MLP did not compute. mark_2LN: bool, in the same
+    layout, which groups were tried and which were kept.
     """
 
     x_1TD: Tensor
@@ -112,8 +115,8 @@ def run(
 ) -> Ran:
     """Run all blocks of a program for T tokens of one row, in one compiled call.
 
-    x_1TD: the stream before the blocks, fp32. program: the tables of the blocks. memory_LM: int64, for each block the
-    addresses and lengths of its cache, as `decode_stack_native` lists them. slot_1T: int64, slots of the tokens.
+    x_1TD: the stream before the blocks, fp32. program: the description of the blocks. memory_LM: int64, for each block
+    the addresses and lengths of its cache, in the order of `decode_frame.py`. slot_1T: int64, slots of the tokens.
     state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None if there are none.
     recorded: whether the decisions of mechanisms and mixtures are returned.
     """
@@ -150,9 +153,9 @@ def run(
 
 
 def prepare(program: Program) -> tuple[int, ...]:
-    """Return the addresses of the compiled parts that a program's calls need, 0 for others, compiling them at first.
+    """Compile the functions that a program's calls need, unless they are on disk, and return their addresses.
 
-    What has been compiled is kept on disk, in the folder `kept`.
+    A function that the program does not need has the address 0. What has been compiled is kept in the folder `kept`.
     """
     return _units(program.rounded, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
@@ -176,9 +179,9 @@ def kept() -> Path:
 
 @torch.inference_mode(False)
 def lay(x: Tensor, turned: bool) -> Tensor:
-    """Return x with the memory layout of its contiguous transpose if `turned`, else contiguous.
+    """Return the matrix x, laid out in memory as its contiguous transpose if `turned`, else as a contiguous matrix.
 
-    x: a matrix, which is returned unchanged if it already has that layout.
+    The shape stays the same, and x itself is returned if it already has that layout.
     """
     if turned:
         return x if x.t().is_contiguous() else x.t().contiguous().t()
@@ -216,7 +219,7 @@ def _native() -> Any:
 
 @cache
 def _units(*needed: bool) -> tuple[int, ...]:
-    """Return the compiled parts of a step, which numba compiles if it finds nothing on disk.
+    """Return the addresses of a step's compiled functions, which numba compiles if they are not on disk.
 
     needed: the arguments of `decode_stack_native.units`. If compiling takes long, a line is logged.
     """

@@ -2,9 +2,9 @@
 
 Weights are read as they are stored, fp32 or int8, and once for all tokens; those that no token needs are not read.
 Several threads share the rows of every matrix; they wait for each other six times a block. Norms and roundings, which
-take no time, are repeated by each. The parts of a block are compiled each by itself, and only those that a model needs.
+take no time, are repeated by each. The functions of a step are compiled one by one, and only those that a model needs.
 
-Shape letters: L blocks, T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
+Shape letters: T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UNITS = (*ALWAYS, *INT8, *MIXES, *CHOOSES, *GATES)  # in the order of the frame
 
 
 def units(rounded: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
-    """Return the addresses of the compiled parts of a step, 0 for those that are not needed, after compiling them.
+    """Compile the functions of a step that a model needs, and return the addresses of all, 0 for those not needed.
 
     rounded: whether any weights are int8. mixes: whether any activation is a mixture. chooses: whether any MLP chooses
     its neurons. gated: whether there are depth mechanisms.
@@ -51,9 +51,10 @@ def units(rounded: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, 
 
 @team
 def crew(packet: int) -> None:
-    """Add the updates of all blocks to the stream x [T, D], for one thread's share of the rows of all matrices.
+    """Run all blocks of a decoder as one of several threads, adding their updates to the stream x [T, D] in place.
 
-    Compiled by numba. packet: the address of the arguments (`workers.share`), with which a frame begins.
+    Compiled by numba. Each thread computes its share of the rows of every matrix. packet: address of the arguments
+    (`workers.share`): the numbers with which a frame begins (`decode_frame.py`).
     """
     part, parts, given = part_of(packet), parts_of(packet), _lying(packet + PACKET, (of.GIVEN,), 0)
     frame_at = given[of.WORK] + 8 * of.FRAME * part
@@ -81,7 +82,7 @@ def crew(packet: int) -> None:
                 kind[site, n], gain[site, n], factor[site, n] = kind[outer, n], gain[outer, n], WHOLE
             frame[of.ACTS + site] = 0
             if row[of.OF_SEGMENT + 2 * (site - SEGMENT) + 1]:
-                call(frame[of.DECIDE], (frame_at, site, outer))
+                call(frame[of.DECIDE], (frame_at, site))
             if site == SEGMENT:
                 outer_acts = frame[of.ACTS + site]
             elif site == OF_ATTENTION:
@@ -99,7 +100,11 @@ def crew(packet: int) -> None:
 
 @inner
 def _place(frame: Array) -> None:
-    """Write down the addresses of working memory, shared by all threads up to the up matrix's outputs."""
+    """Write the addresses of the thread's working memory into its frame.
+
+    All threads share the memory of intermediate results; each has its own for a list of neurons and for normalised and
+    rounded tokens.
+    """
     T, D, F, H, G = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.HEADS], frame[of.GROUPS]
     E, wide = frame[of.HEAD_SIZE], frame[of.WIDEST]
     frame[of.HIDDEN_AT] = frame[of.WORK] + 8 * T * D  # after the stream where a segment and a block began

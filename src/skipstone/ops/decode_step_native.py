@@ -61,7 +61,11 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
 
 @inner
 def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
-    """Apply rotary embedding to rows [H, E], or copy them; the first half of sin is negated."""
+    """Apply rotary position embedding to the rows of x [H, E], or copy them, and write the result to `out`.
+
+    cos_at, sin_at: addresses of the token's cosines and sines [E]; the first half of the sines is already negated. With
+    cos_at 0, rows are copied.
+    """
     width = x.shape[1]
     half = width // 2
     for h in range(x.shape[0]):
@@ -78,10 +82,11 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
 
 @inner
 def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, out: Array) -> None:
-    """Attend to the first `count` keys, one query head after the other.
+    """Attend with each query head to the first `count` keys, and write the weighted values to `out` [H, E].
 
-    The arrays may be parts of larger ones, but the numbers of a head lie one after the other. Rows are given by address
-    to tell this to the compiler, which otherwise reads their numbers one by one.
+    query: [H, E]. key, value: [C, G, E]. scaling: factor on the scores. The arrays may be parts of larger ones, but the
+    numbers of a head lie one after the other. Rows are given by address to tell this to the compiler, which otherwise
+    reads their numbers one by one.
     """
     each, width = query.shape[0] // key.shape[1], query.shape[1]
     weight = np.empty(count, np.float32)
@@ -105,7 +110,10 @@ def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, 
 
 @inner
 def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
-    """Compute the product of x with each row, four at a time; the rows are `step` bytes apart."""
+    """Write the inner product of x with each of `len(out)` rows to `out`, four rows at a time.
+
+    rows_at: address of the first row. step: bytes from one row to the next.
+    """
     width, whole = len(x), len(out) - len(out) % 4
     for c in range(0, whole, 4):
         at = rows_at + c * step
@@ -127,7 +135,10 @@ def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
 
 @inner
 def _sum(factor: Array, rows_at: int, step: int, out: Array) -> None:
-    """Compute the sum of all rows, each with its factor, four at a time."""
+    """Write the sum of factor[c] times row c to `out`, four rows at a time.
+
+    rows_at: address of the first row. step: bytes from one row to the next.
+    """
     width, whole = len(out), len(factor) - len(factor) % 4
     for e in range(width):
         out[e] = 0

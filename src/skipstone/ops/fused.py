@@ -65,7 +65,11 @@ def _grid(gate: Tensor) -> tuple[int, int, int]:
 
 
 def _sizes(gate: Tensor, static: Tensor, dynamic: Tensor) -> dict[str, int]:
-    """Return lengths and strides; a part shared by all rows, or by all tokens, has stride 0."""
+    """Return the arguments of the kernels that are numbers: lengths, strides in elements, and the shape of a tile.
+
+    gate: [B, T, F]. static: logits of neurons, [1 or B, A, F]. dynamic: logits of tokens, [B, A, 1 or T]. An axis of
+    size 1 that stands for all rows, or all tokens, has stride 0.
+    """
     _, T, width = gate.shape
     return {
         "T": T,
@@ -81,7 +85,11 @@ def _sizes(gate: Tensor, static: Tensor, dynamic: Tensor) -> dict[str, int]:
 
 
 def _whole(parts_BP3X: Tensor, like_BAX: Tensor) -> Tensor:
-    """Return the gradient of a logit part from each tile's partial sums of its first three logits."""
+    """Return the gradient of the neurons' or of the tokens' logits, from the partial sums of all P tiles.
+
+    parts_BP3X: the sums for the first three activations; the fourth gradient is the negative sum of these. X is F or T.
+    like_BAX: the logits, whose shape the result has.
+    """
     first_B3X = parts_BP3X.sum(1)
     d_BAX = torch.cat((first_B3X, -first_B3X.sum(1, keepdim=True)), dim=1)
     return d_BAX.sum_to_size(like_BAX.shape)
@@ -89,7 +97,7 @@ def _whole(parts_BP3X: Tensor, like_BAX: Tensor) -> Tensor:
 
 @triton.jit
 def _place(T, F, TOKENS: tl.constexpr, NEURONS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return row, tokens and neurons of this program, and masks of those that exist."""
+    """Return this program's row, the indices of its tile's tokens and neurons, and masks of those that exist."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     f = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     return tl.program_id(2), t, f, t < T, f < F
@@ -97,7 +105,11 @@ def _place(T, F, TOKENS: tl.constexpr, NEURONS: tl.constexpr):  # type: ignore[n
 
 @triton.jit
 def _powers(static, dynamic, b, t, f, there_t, there_f, F, static_row, dynamic_row, dynamic_part, dynamic_token):  # type: ignore[no-untyped-def]
-    """Return exp of the four logits less their maximum, and the sum of the four."""
+    """Return exp(z - largest of the four z) for the logits z = static + dynamic of a tile, and the sum of the four.
+
+    static, dynamic: pointers to the logits. b, t, f: row, tokens and neurons of the tile. there_t, there_f: masks of
+    those that exist. The other arguments are those of `_sizes`. Each result is fp32 [TOKENS, NEURONS].
+    """
     s = static + b * static_row + f
     c = dynamic + b * dynamic_row + t * dynamic_token
     z0 = tl.load(c, there_t, 0.0)[:, None] + tl.load(s, there_f, 0.0)[None, :]
@@ -111,7 +123,7 @@ def _powers(static, dynamic, b, t, f, there_t, there_f, F, static_row, dynamic_r
 
 @triton.jit
 def _values(g):  # type: ignore[no-untyped-def]
-    """Return ReLU, tanh, SiLU and GELU by erf, and the sigmoid and normal distribution function that the slopes use."""
+    """Return ReLU, tanh, SiLU and GELU (by erf) of g, then sigmoid(g) and the normal distribution function of g."""
     tanh = 2 * tl.sigmoid(2 * g) - 1
     sigmoid = tl.sigmoid(g)
     normal = 0.5 * (1 + tl.erf(g * SQRT_HALF))

@@ -52,13 +52,17 @@ def apply_experts(
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype that F.linear would compute in; autocast does not cover grouped products."""
+    """Return the dtype in which F.linear would multiply with `weight`; autocast does not cover grouped products."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _at(x_SD: Tensor, place_NC: Tensor, idle_NC: Tensor | None) -> Tensor:
-    """Return x of each choice [N, C, D]; 0 for idle ones, whose rows the products leave uninitialised."""
+    """Return the rows of x_SD that belong to each token's choices, [N, C, D]; 0 for idle choices.
+
+    place_NC: int64, the place of each choice in sorted order. idle_NC: bool, or None; the products leave the rows of
+    idle choices uninitialised.
+    """
     x_NCD = x_SD.index_select(0, place_NC.flatten()).view(*place_NC.shape, -1)
     return x_NCD if idle_NC is None else x_NCD.masked_fill_(idle_NC[..., None], 0.0)
 

@@ -157,7 +157,7 @@ class _Teacher:
         self.x_NE, self.weight_VE = distillation.hidden_BTE.flatten(0, 1).to(dtype), distillation.head_VE.to(dtype)
 
     def log_odds(self, at: slice) -> Tensor:
-        """Return the teacher's log-probabilities [C, V] at the temperature, fp32."""
+        """Return the teacher's log-probabilities at the temperature for the tokens of the range `at`, fp32 [C, V]."""
         logits_CV = _capped(wide(F.linear(self.x_NE[at], self.weight_VE)), self.distillation.soft_cap)[0]
         return F.log_softmax(logits_CV.div_(self.distillation.temperature), dim=-1)
 
@@ -170,7 +170,12 @@ def _forward(
     how: tuple[int, float | None],
     wanted: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
-    """Return both sums and the requested gradients: of x in x's dtype, of the weight in fp32."""
+    """Return cross-entropy and T^2 KL, summed over tokens, and the gradients of their weighted sum, chunk by chunk.
+
+    teacher: with None, the second sum is 0 and the gradients are those of the cross-entropy. how: tokens of a chunk,
+    and the soft cap or None. wanted: whether the gradients of x and of the weight are needed; those that are not are
+    None. The gradient of x has its dtype, that of the weight is fp32.
+    """
     nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
     d_weight_VD = torch.zeros_like(weight_VD, dtype=wide_dtype(weight_VD)) if wanted[1] else None
@@ -201,7 +206,10 @@ def _forward(
 
 
 def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Return the logits after the soft cap and its slope; without a cap, the logits as they are and None."""
+    """Return the logits after a soft cap (`Distillation`), and the cap's derivative at each; None for None.
+
+    logits_CV: overwritten. soft_cap: c, or None, for which the logits stay as they are.
+    """
     if soft_cap is None:
         return logits_CV, None
     share_CV = logits_CV.div_(soft_cap).tanh_()
@@ -210,7 +218,10 @@ def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor |
 
 
 def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the chunk's cross-entropy and the gradient of its logits, which overwrites them."""
+    """Return the cross-entropy in nats, summed over a chunk's tokens, and its gradient of the logits.
+
+    logits_CV: fp32; the gradient is written in their place. target_C: int64, -100 for tokens without a target.
+    """
     real_C = target_C != IGNORED
     token_C, at_C = torch.arange(len(target_C), device=target_C.device), torch.where(real_C, target_C, 0)
     largest_C1 = logits_CV.amax(1, keepdim=True)
@@ -225,7 +236,10 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
 def _distillation_chunk(
     logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the chunk's T^2 KL and the gradient of its logits, which are left unchanged."""
+    """Return T^2 KL(teacher || student) in nats, summed over a chunk, and its gradient of the student's logits.
+
+    The student's logits are left unchanged. teacher_CV: the teacher's log-probabilities, which are overwritten.
+    """
     real_C1 = (target_C != IGNORED)[:, None]
     ours_CV = F.log_softmax(logits_CV / temperature, dim=-1)
     odds_CV = teacher_CV.exp()
@@ -235,7 +249,7 @@ def _distillation_chunk(
 
 
 def _add_product(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
-    """Add a b to the sum in place; in fp32 without a second [V, D] tensor."""
+    """Add the matrix product of a_VC and b_CD to sum_VD in place; in fp32, no second [V, D] tensor is needed."""
     if a_VC.dtype == torch.float32:
         torch.addmm(sum_VD, a_VC, b_CD, out=sum_VD)
     else:

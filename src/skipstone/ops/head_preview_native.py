@@ -63,7 +63,12 @@ def logits(
 
 @inner
 def _run(addresses: Array, sizes: Array, part: int, parts: int, barrier: int) -> None:
-    """Preview a part of the vocabulary, choose, and compute a part of the candidates."""
+    """Compute the logits as one of several threads: preview a share of the vocabulary, then compute a share exactly.
+
+    In between, the first thread chooses the candidates. addresses, sizes: the twelve addresses and the five numbers (V,
+    D, K, M, scales per row) that `logits` collects. part, parts: index and number of threads. barrier: address of the
+    barrier at which they wait for each other.
+    """
     V, _, _, M, _ = sizes
     each = -(-V // (GROUP * parts)) * GROUP
     _preview(addresses, sizes, min(part * each, V), min((part + 1) * each, V))
@@ -95,13 +100,17 @@ def _preview(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @inner
 def _ordered(bits: Array) -> Array:
-    """Return an integer that is ordered as the fp32 number with these bits is."""
+    """Return an int32 that sorts as the fp32 number does whose bits are given as an int32."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @inner
 def _choose(bits: Array, chosen: Array, count: int) -> None:
-    """Write the indices of the `count` largest numbers to the front of `chosen`, in ascending order."""
+    """Write the indices of the `count` largest numbers to the front of `chosen`, in ascending order.
+
+    Of equal numbers, the first are chosen. bits: the fp32 numbers, as int32. chosen: int32, as long as `bits`; what
+    follows the first `count` is undefined.
+    """
     found = np.zeros(TOP, np.int32)
     for v in range(len(bits)):
         found[(_ordered(bits[v]) >> 20) + TOP // 2] += 1
@@ -133,7 +142,11 @@ def _choose(bits: Array, chosen: Array, count: int) -> None:
 
 @inner
 def _edge(found: Array, count: int, above: int) -> Array:
-    """Return the value that the `count`-th largest number has, and how many numbers are above that value."""
+    """Return the index of the bin that holds the `count`-th largest number, and how many numbers lie above that bin.
+
+    found: histogram, how many numbers lie in each bin, in ascending order. above: how many lie above all bins; they are
+    counted, too.
+    """
     at = len(found) - 1
     while at > 0 and above + found[at] < count:
         above += found[at]
@@ -143,7 +156,11 @@ def _edge(found: Array, count: int, above: int) -> Array:
 
 @inner
 def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
-    """Compute the whole products of candidates, with the sums that the whole head has."""
+    """Write the exact logits of the candidates from `first` to `last` - 1 of the list of chosen tokens.
+
+    An int8 head is summed in the order of a product with all of it, so that the logits are the same. addresses, sizes:
+    as in `_run`.
+    """
     x_at, _, _, _, _, weight_at, scale_at, y_at, chosen_at, _, whole_at, unit_at = addresses
     V, D, _, _, scales = sizes
     y, chosen = _lying(y_at, (V,), SINGLE), _lying(chosen_at, (V,), INTEGER)

@@ -97,7 +97,7 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _in_parts(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """Return the same product by ordinary ones; only a part of the weights at a time is held in the dtype of x."""
+    """Return x (scale * weight)^T by ordinary products, each of which restores a part of the rows in the dtype of x."""
     rows = max(PART // weight_OI.shape[1], 1)
     parts = [
         _part(x, weight_OI[at : at + rows].to(x.dtype), scale[at : at + rows].to(x.dtype))

@@ -24,11 +24,13 @@ ADDRESS = types.int64
 
 
 def _dots(tokens: int, ahead: int = AHEAD) -> Any:
-    """Return an intrinsic that multiplies one row of weights with so many tokens.
+    """Return a numba intrinsic that computes the inner products of one row of int8 weights with `tokens` int16 tokens.
 
-    Its arguments are addresses and counts: of int8 weights, of fp32 scales, bytes from one group's scale to the next (0
-    if the row has one scale), of int16 tokens, bytes from one token to the next, and the number of groups. It returns a
-    tuple of fp32. ahead: bytes from a weight to the memory that is asked for; 0 where the next row is not read next.
+    The intrinsic takes six int64: the address of the weights; the address of their fp32 scales; the bytes from one
+    group's scale to the next (0 if the row has one scale); the address of the tokens; the bytes from one token to the
+    next; and the number of groups of 64 inputs. It returns a tuple of fp32, one for each token. ahead: how many bytes
+    beyond the weights in use memory is prefetched; 0 means no prefetching, for rows that are not read one after the
+    other.
     """
 
     @intrinsic
@@ -68,12 +70,12 @@ def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, alignment: in
 
 
 def _weights(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    """Load int8 weights and widen them to int16."""
+    """Load 32 int8 weights from an address and widen them to int16."""
     return builder.sext(_load(builder, address, ir.VectorType(I8, HALF), 1), ir.VectorType(I16, HALF))
 
 
 def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Multiply int16 vectors and add neighbouring products, int32."""
+    """Multiply two vectors of int16 and add neighbouring products: an int32 vector of half as many numbers."""
     wide = ir.VectorType(I32, HALF)
     product = builder.mul(builder.sext(a, wide), builder.sext(b, wide), flags=("nsw",))
     even, odd = (
@@ -91,7 +93,10 @@ def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
 
 
 def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> list[ir.Value]:
-    """Return the sum of each vector: pairs are folded into one, so that several cost little more than one."""
+    """Return the sum of the numbers of each vector.
+
+    Vectors are folded into each other in pairs, so that several sums cost little more than one.
+    """
     tokens, width = len(sums), SINGLES.count
     piece = width  # neighbouring numbers of a vector that belong to the same sum
     while len(sums) > 1:
@@ -106,7 +111,10 @@ def _totals(builder: ir.IRBuilder, sums: list[ir.Value]) -> list[ir.Value]:
 
 
 def _folded(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, width: int, piece: int) -> ir.Value:
-    """Add the halves of every piece of a, and of b as far as the `width` numbers of the result reach."""
+    """Return a vector of `width` numbers: the two halves of each piece added, first those of a's pieces, then of b's.
+
+    piece: how many neighbouring numbers of a vector belong to one sum.
+    """
     starts = [at + i for at in range(0, 2 * SINGLES.count, piece) for i in range(piece // 2)][:width]
     low, high = (
         builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, width), [at + shift for at in starts]))
@@ -116,7 +124,7 @@ def _folded(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, width: int, piece: 
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for memory that is needed soon: with several tokens, the processor does not look ahead far enough."""
+    """Prefetch the memory at an address: with several tokens, the processor alone does not look ahead far enough."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
     builder.call(function, [builder.inttoptr(address, I8.as_pointer()), I32(0), I32(NEAR), I32(1)])

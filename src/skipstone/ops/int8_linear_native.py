@@ -1,7 +1,7 @@
 """A linear layer with int8 weights for few tokens, by the kernels that numba compiles.
 
-Weights usually lie output by output (`int8_native.py`); those whose neurons are chosen in a compiled step of all blocks
-lie input by input (`neuron_rows_native.py`).
+Weights are usually stored output by output (`int8_native.py`). Those of a down projection whose neurons are chosen in a
+compiled step of all blocks are stored input by input (`neuron_rows_native.py`).
 """
 
 from __future__ import annotations
@@ -47,13 +47,19 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
 
 def _by_input(weight_OI: Tensor, scale: Tensor) -> bool:
-    """Return whether the numbers of an input lie next to each other, as a compiled step of all blocks stores some."""
+    """Return whether an int8 weight [O, I] and its scales are stored input by input, as contiguous transposes.
+
+    scale: [O], for which only the weight counts, or [O, I / 64].
+    """
     scales_lie = scale.dim() == 1 or scale.t().is_contiguous()
     return not weight_OI.is_contiguous() and weight_OI.t().is_contiguous() and scales_lie
 
 
 def _summed(x: Tensor, weight_OI: Tensor, scale: Tensor, y: Tensor) -> None:
-    """Compute the product with a weight that lies input by input."""
+    """Write x (scale * weight)^T to y for a weight that is stored input by input (`_by_input`).
+
+    x: fp32 [..., I], contiguous, few tokens. y: fp32 [..., O].
+    """
     (outputs, inputs), tokens, rows = weight_OI.shape, y.numel() // weight_OI.shape[0], np.arange(weight_OI.shape[1])
     rounded, factor = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
     places = (rounded.ctypes.data, factor.ctypes.data)

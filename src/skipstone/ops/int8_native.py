@@ -107,7 +107,7 @@ def single_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that groups do not divide.
+    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that is no multiple of 64.
 
     Compiled by numba. x_at: the address of the fp32 tokens. There is one scale for each row.
     """
@@ -134,7 +134,10 @@ def single_rows(
 
 @inner
 def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int) -> None:
-    """Multiply one token, row after row: one stream in the order of memory, more than twice as fast as four at once."""
+    """Write the products of one token x [I] with the int8 rows `first` to `last` - 1 to y [O], in fp32.
+
+    Rows are read one after the other, as they lie in memory: more than twice as fast as four at once.
+    """
     for o in range(first, last):
         total = np.float32(0)
         for i in range(len(x)):
@@ -144,7 +147,10 @@ def _one(weight: Array, scale: Array, x: Array, y: Array, first: int, last: int)
 
 @inner
 def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int) -> None:
-    """Compute two rows for four tokens, so that each weight is converted once for the four."""
+    """Write the products of the int8 rows o and o + 1 with the tokens n to n + 3 to y [N, O], in fp32.
+
+    Each weight is converted to fp32 once for the four tokens. scale: fp32 [O]. x: fp32 [N, I].
+    """
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     for i in range(x.shape[1]):
         v, w = np.float32(weight[o, i]), np.float32(weight[o + 1, i])

@@ -108,7 +108,7 @@ def interrupted_later() -> Iterator[None]:
 
 @cache
 def sources() -> str:
-    """Return a checksum of the files that match `SOURCES`."""
+    """Return a checksum of the source files that compiled functions consist of (`SOURCES`)."""
     total = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern)}):
         total.update(path.read_bytes())

@@ -135,12 +135,15 @@ def _kernels() -> ModuleType | None:
 
 
 def _listed(on_11G: Tensor, count: int) -> Tensor:
-    """Return the groups that are on, int64 [K], ascending: this order copies four times as fast as any other."""
+    """Return the indices of the groups that are on, int64 [K], ascending, which copies four times as fast as others.
+
+    on_11G: bool. count: how many are on, K, which is known without waiting for the device.
+    """
     return torch.nonzero_static(on_11G[0, 0], size=count)[:, 0]
 
 
 def _neurons(group_K: Tensor, size: int) -> Tensor:
-    """Return the indices of the neurons of these groups, int64 [J]."""
+    """Return the indices of the neurons of some groups, int64 [J]. group_K: the groups. size: neurons of a group."""
     if size == 1:
         return group_K
     return (group_K[:, None] * size + torch.arange(size, device=group_K.device)).flatten()

@@ -68,7 +68,7 @@ def transposed(weight_DF: Tensor) -> Tensor:
 
 @compiled
 def _turn(x: Array, y: Array) -> None:
-    """Transpose in squares that fit the processor's caches: a quarter of the time of a plain loop."""
+    """Write the transpose of x to y, in squares that fit the processor's caches: a quarter of a plain loop's time."""
     for i in range(0, x.shape[0], SQUARE):
         for j in range(0, x.shape[1], SQUARE):
             for b in range(j, min(j + SQUARE, x.shape[1])):
@@ -105,7 +105,11 @@ def _one_token(addresses: Array, sizes: Array, kind: Array) -> None:
 
 @inner
 def _keep(h: Array, row: Array, kept: int, size: int, left: Array) -> Array:
-    """Return the largest entries of h with their rows, and mark their groups."""
+    """Return the entries of h in the `kept` groups with the largest sums of |h|, and the indices of their neurons.
+
+    h: a number for each neuron that was tried, in groups of `size`. row: the indices of these neurons. left: bool, one
+    for each group of the MLP, set True for the groups that are kept.
+    """
     magnitude, chosen = np.empty(len(h) // size, np.float32), np.zeros(len(h) // size, np.bool_)
     for k in range(len(magnitude)):
         total = np.float32(0)
@@ -129,7 +133,10 @@ def _largest(score_at: int, on_at: int, total: int, width: int, count: int) -> N
 
 @inner
 def _mark(score: Array, count: int, on: Array) -> None:
-    """Set True at the `count` largest scores. Non-negative floats sort like their bits, NaN above all others."""
+    """Set `on` True at the `count` largest scores; of equal scores, at the first.
+
+    score: fp32, not negative; such floats sort like their bits, NaN above all others.
+    """
     bits, least, places = score.view(np.int32), np.int32(0), count
     for power in range(30, -1, -1):  # find the largest number that at least `count` scores reach
         more, reached = least | np.int32(1 << power), np.int32(0)
@@ -148,7 +155,7 @@ def _mark(score: Array, count: int, on: Array) -> None:
 
 @inner
 def _list(on: Array, size: int, row: Array) -> None:
-    """Write the indices of the neurons whose groups are on, ascending."""
+    """Write the indices of the neurons whose groups are on to `row`, ascending. on: bool by group. size: of a group."""
     count = 0
     for g in range(len(on)):
         if on[g]:
@@ -159,7 +166,7 @@ def _list(on: Array, size: int, row: Array) -> None:
 
 @inner
 def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
-    """Compute out[j] = weight[row[j]] x."""
+    """Compute out[j] = weight[row[j]] . x, the products of a token x with the listed rows of a matrix."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
         r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
@@ -184,7 +191,7 @@ def _products(x: Array, weight: Array, row: Array, out: Array) -> None:
 
 @inner
 def _total(h: Array, weight: Array, row: Array, out: Array) -> None:
-    """Add h weight[row] to out."""
+    """Add the sum over j of h[j] weight[row[j]] to out, for the listed rows of a matrix."""
     whole = len(row) - len(row) % AT_ONCE
     for j in range(0, whole, AT_ONCE):
         r0, r1, r2, r3, r4, r5, r6, r7 = _eight(row, j)
@@ -221,7 +228,7 @@ def _fp32_of(number):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _lying(context, address, shape, kind):  # type: ignore[no-untyped-def]
-    """Return the array at an address, with numbers like `kind`.
+    """Return the contiguous array of this shape that lies at an address, with the dtype of the number `kind`.
 
     Numba's own `carray` would be compiled anew, as a function, for each kind and number of dimensions.
     """

@@ -1,7 +1,7 @@
-"""Products with the rows of some neurons of an MLP: of the up matrix, and of the down matrix, which lies by neuron.
+"""Products with the weight rows of listed neurons: of the up matrix, and of the down matrix, stored neuron by neuron.
 
-Reading all rows or some gives the same numbers, to the last bit: each neuron's product is computed alike, and the sums
-over neurons are chains in their order.
+Reading all rows or some gives the same numbers, to the last bit: each neuron's product is computed alike, and sums over
+neurons follow the order of the list.
 
 Shape letters: K tokens, D width, F neurons, M groups of 64 neurons that share int8 scales.
 """
@@ -33,11 +33,11 @@ one_apart, two_apart, four_apart, eight_apart = (_dots(tokens, 0) for tokens in 
 
 @inner
 def multiplied_single(weight_at: int, x_at: int, width: int, rows: Array, h: Array, single: int) -> None:
-    """Multiply tokens with the rows of listed neurons, four rows at a time; compiled by numba.
+    """Multiply tokens with the fp32 rows of listed neurons, four rows at a time; compiled by numba.
 
     The last rows are repeated, so that each product is computed alike. weight_at, x_at: addresses of the fp32 weight
-    [F, width] and of the tokens [K, width]. rows: indices of the neurons. h: [K, F], where the products are written.
-    single: the address of `decode_products_native.single_rows`.
+    [F, width] and of the tokens [K, width]. rows: indices of the neurons. h: fp32 [K, F], where the products are
+    written. single: the address of `decode_products_native.single_rows`, which multiplies four tokens or more.
     """
     (K, F), count = h.shape, len(rows)
     weight, x = _lying(weight_at, (F, width), ONE), _lying(x_at, (K, width), ONE)
@@ -58,11 +58,11 @@ def multiplied_single(weight_at: int, x_at: int, width: int, rows: Array, h: Arr
 
 @inner
 def multiplied_int8(matrix: Array, places: Array, width: int, rows: Array, h: Array) -> None:
-    """Multiply tokens with the int8 rows of listed neurons, while the rows after the next are asked for.
+    """Multiply tokens with the int8 rows of listed neurons, while the row after the next is prefetched.
 
     Compiled by numba. matrix: addresses of weight [F, width], scales and bias, and number of scales per row. places:
-    addresses of the tokens rounded to int16 and of the factors that restore them. rows: indices of the neurons. h:
-    [K, F], where the products are written.
+    addresses of the tokens rounded to int16 and of the factors that restore them. width: inputs of the matrix. rows:
+    indices of the neurons. h: fp32 [K, F], where the products are written.
     """
     weight_at, scale_at, scales, (x_at, unit_at) = matrix[0], matrix[1], matrix[3], places
     K, groups, stride, row = h.shape[0], width // GROUP, 4 if scales > 1 else 0, 2 * width
@@ -109,11 +109,12 @@ def summed(
     first: int,
     last: int,
 ) -> None:
-    """Multiply the listed neurons by the down matrix, for the outputs from `first` to `last` - 1; compiled by numba.
+    """Compute the down projection from listed neurons only, for its outputs `first` to `last` - 1; compiled by numba.
 
-    weight_at: address of the fp32 weight, which lies neuron by neuron, [F, D]. h_at: that of fp32 tokens [K, F].
-    tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at: address of the result
-    [K, D]. first, last: multiples of 16, or D. The other arguments are those of int8 weights.
+    weight_at: address of the fp32 weight, stored neuron by neuron, [F, D]. h_at: address of the down projection's
+    inputs, fp32 [K, F]. tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at:
+    address of the result, fp32 [K, D]. first, last: multiples of 16, or D. The other arguments are those of int8
+    weights.
     """
     y, rows, K, F, D = _lying(y_at, (tokens, width), ONE), _lying(rows_at, (count,), 0), tokens, neurons, width
     _clear(y, first, last)
@@ -169,8 +170,9 @@ def summed_int8(
 ) -> None:
     """Compute what `summed` does from int8 weights: rows of 64 neurons that share scales are summed as integers.
 
-    Compiled by numba. scale_at: address of fp32 scales [M, D]; scales: M, or 1. rounded_at, unit_at: addresses of the
-    tokens rounded to int16, and of the factors that restore them.
+    Compiled by numba. weight_at: address of the int8 weight [F, D]. scale_at: address of fp32 scales [M, D], or [1, D].
+    scales: M, or 1. rounded_at, unit_at: addresses of the inputs rounded to int16, and of the K factors that restore
+    them.
     """
     y, rows, K, F, D = _lying(y_at, (tokens, width), ONE), _lying(rows_at, (count,), 0), tokens, neurons, width
     _clear(y, first, last)
@@ -208,10 +210,12 @@ def _clear(y: Array, first: int, last: int) -> None:
 
 @inner
 def _ask(weight_at: int, where: Array, count: int, cursor: Array, part: Array, size: int) -> Array:
-    """Ask for so many more bytes of a part of each row, in the order of memory; return the new cursor.
+    """Prefetch the next `size` bytes of the listed rows, in the order of memory, and return the new cursor.
 
-    cursor: a place in the list of rows, and a byte of that row. Asked for in the order of use, a part of each row after
-    the other, memory is a third slower.
+    Only bytes part[0] to part[1] of a row are prefetched: those that this thread reads. weight_at: address of the
+    matrix. where: offset of each of `count` rows, in bytes. cursor: how far memory has been prefetched, as an index in
+    the list and a byte of that row. In the order of use, which is a part of each row after the other, memory is a third
+    slower.
     """
     row, byte = cursor
     for _ in range(-(-size // LINE)):
@@ -225,10 +229,12 @@ def _ask(weight_at: int, where: Array, count: int, cursor: Array, part: Array, s
 
 @inner
 def _paired(rows: Array, x: Array, pitch: int, where: Array, factor: Array, ends: Array) -> None:
-    """List the places of rows in bytes, in pairs of the same group, and pairs of factors of each token.
+    """Arrange the listed rows in pairs within each group of 64 neurons, and write their offsets and factors.
 
-    Where a group has an odd number, its last row is repeated with a factor of 0. ends [M]: pairs up to each group's
-    end.
+    If a group has an odd number of rows, its last one is repeated with a factor of 0. rows: indices of the neurons,
+    ascending. x: int16 [K, F]. pitch: bytes of a row. where: int64, the offsets of the two rows of each pair in bytes.
+    factor: int32 [K, pairs], two int16 numbers of x for each pair. ends: int64 [M], the number of pairs up to the end
+    of each group.
     """
     j, p = 0, 0
     for m in range(len(ends)):
@@ -247,7 +253,11 @@ def _paired(rows: Array, x: Array, pitch: int, where: Array, factor: Array, ends
 
 @inner
 def _added(given: Array, where: Array, factor: Array, sums: Array, first: int, last: int, cursor: Array) -> Array:
-    """Add some pairs of rows to the integer sums [K, D] of all tokens; return the cursor of `_ask`."""
+    """Add some pairs of int8 rows, times their factors, to the integer sums [K, D], and return the cursor of `_ask`.
+
+    given: address of the weight, number of pairs to add, index of the first of these, and number of rows of all pairs.
+    where, factor: as `_paired` wrote them. first, last: the range of outputs. cursor: as in `_ask`.
+    """
     (weight_at, pairs, p, count), (K, D), apart, n = given, sums.shape, 4 * factor.shape[1], 0
     where_at, factor_at = where.ctypes.data + 16 * p, factor.ctypes.data + 4 * p
     while n < K:

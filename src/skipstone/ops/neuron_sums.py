@@ -1,11 +1,11 @@
-"""Sums of weight rows, each with its factor, as LLVM operations inside numba's functions.
+"""Sums of weight rows, each times its factor, as LLVM operations inside numba's functions.
 
     y[o] += factor[j] * weight[row[j], o]        for the rows of a list, one after the other
 
 A matrix whose inputs are neurons is stored neuron by neuron for this, so that only the rows of some of them are read.
-Some outputs stay in registers while the list is read. Every output is one chain of sums in the order of the list, so
-rows whose factor is 0 may be left out without any change of the result, to the last bit. Rows of int8 are read in
-pairs, whose products are summed as integers, exactly.
+Some outputs stay in registers while the list is read. Every output is summed in the order of the list, so rows whose
+factor is 0 may be left out without any change of the result, to the last bit. Rows of int8 are read in pairs, whose
+products are summed as integers, exactly.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ HALVES = ir.VectorType(I16, 2 * EIGHT)
 
 
 def _single_sums(tokens: int, width: int) -> Any:
-    """Return an intrinsic that adds fp32 rows to `width` outputs of so many tokens.
+    """Return a numba intrinsic that adds fp32 weight rows, times their factors, to `width` outputs of `tokens` tokens.
 
-    Its arguments are addresses and counts: of the first of these weights in row 0, of a list of the places of rows in
-    bytes, int64, and their number, of their factors, fp32, bytes from one token's factors to the next, of the outputs,
-    and bytes from one token's outputs to the next.
+    The intrinsic takes seven int64: the address of the first of these outputs' weights in row 0; the address of the
+    rows' offsets in bytes, int64; the number of rows; the address of their factors, fp32; the bytes from one token's
+    factors to the next token's; the address of the outputs, fp32; and the bytes from one token's outputs to the next
+    token's.
     """
 
     @intrinsic
@@ -61,9 +62,10 @@ def _single_sums(tokens: int, width: int) -> Any:
 
 
 def _int8_sums(tokens: int, width: int) -> Any:
-    """Return an intrinsic that adds pairs of int8 rows to `width` int32 sums of so many tokens.
+    """Return a numba intrinsic that adds pairs of int8 weight rows to `width` int32 sums of `tokens` tokens.
 
-    Its arguments are those of `_single_sums`, with the number of pairs, pairs of int16 factors, and sums as outputs.
+    It takes the arguments of `_single_sums`, except that it counts pairs of rows, that factors are pairs of int16, and
+    that the outputs are int32.
     """
 
     @intrinsic
@@ -96,7 +98,11 @@ def _int8_sums(tokens: int, width: int) -> Any:
 
 
 def _places(builder: ir.IRBuilder, y: ir.Value, apart: ir.Value, tokens: int, width: int) -> list[ir.Value]:
-    """Return the addresses of the outputs, register by register, for all tokens of each."""
+    """Return the addresses of the outputs, eight outputs at a time, and for these one address for each token.
+
+    y: address of the first token's outputs. apart: bytes from one token's outputs to the next token's. width: number of
+    outputs.
+    """
     starts = [builder.add(y, builder.mul(apart, I64(n))) for n in range(tokens)]
     return [builder.add(at, I64(4 * EIGHT * i)) for i in range(width // EIGHT) for at in starts]
 
@@ -112,7 +118,7 @@ def _spread(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
 
 
 def _woven(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> list[ir.Value]:
-    """Load 16 numbers of two rows; return them alternating, as int16 in two registers."""
+    """Load 16 int8 numbers of each of two rows and return them alternating, as int16 in two vectors of 16."""
     a, b = (_load(builder, at, BYTES, 1) for at in (one, other))
     found = []
     for first in (0, EIGHT):
@@ -123,7 +129,7 @@ def _woven(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> list[ir.Val
 
 
 def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Multiply int16 vectors and add neighbouring products, int32."""
+    """Multiply two vectors of int16 and add neighbouring products: an int32 vector of half as many numbers."""
     wide = ir.VectorType(I32, 2 * EIGHT)
     product, nothing = builder.mul(builder.sext(a, wide), builder.sext(b, wide), flags=("nsw",)), ir.Undefined
     even, odd = (

@@ -110,7 +110,7 @@ def mix_kept(
 
 
 class _IntoNeurons(torch.autograd.Function):
-    """The product whose outputs are neurons: gate and up."""
+    """The product of tokens with a weight whose outputs are neurons (gate or up), for the neurons that are on."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_FI: Tensor, runs: Runs) -> Tensor:
@@ -135,7 +135,7 @@ class _IntoNeurons(torch.autograd.Function):
 
 
 class _OutOfNeurons(torch.autograd.Function):
-    """The product whose inputs are neurons: down."""
+    """The product of neurons with a weight whose inputs are neurons (down), for the neurons that are on."""
 
     @staticmethod
     def forward(ctx: Any, x_NJ: Tensor, weight_OF: Tensor, runs: Runs) -> Tensor:
@@ -160,12 +160,12 @@ class _OutOfNeurons(torch.autograd.Function):
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Return zeros to sum products in, at least fp32, so that a sum over many runs is not rounded for each of them."""
+    """Return zeros shaped as `like`, in fp32 at least, so that a sum over many runs is not rounded after each."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b in place."""
+    """Add the matrix product of a and b to `into`, in place."""
     if into.dtype == a.dtype:
         torch.addmm(into, a, b, out=into)
     else:

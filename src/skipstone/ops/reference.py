@@ -97,7 +97,7 @@ def select_top(score_BT: Tensor, capacity: float, group_BT: Tensor | None = None
 
 
 def _runs(sorted_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return start and length of the run of equal values that each entry belongs to."""
+    """Return start and length of the run of equal values around each entry of sorted rows, int64 [B, T] each."""
     T = sorted_BT.shape[1]
     at_T = torch.arange(T, device=sorted_BT.device)
     change_BT = sorted_BT[:, 1:] != sorted_BT[:, :-1]
@@ -134,12 +134,18 @@ def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def under_autocast(device: str) -> bool:
-    """Return whether autocast is on for devices of this type; torch cannot answer that for `meta`."""
+    """Return whether autocast is on for a device type such as "cuda"; torch cannot answer that for "meta".
+
+    device: the type of the device.
+    """
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Return a context in which products on devices of this type compute in their operands' dtype."""
+    """Return a context manager in which products on a type of device compute in their operands' dtype.
+
+    device: the type, such as "cuda".
+    """
     return torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext()
 
 

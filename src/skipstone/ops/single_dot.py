@@ -21,11 +21,11 @@ SINGLES = ir.VectorType(F32, WIDTH)
 
 
 def _dots(tokens: int) -> Any:
-    """Return an intrinsic that multiplies one row of weights with so many tokens.
+    """Return a numba intrinsic that computes the inner products of one row of fp32 weights with `tokens` tokens.
 
-    Its arguments are addresses and counts: of fp32 weights, of fp32 tokens, bytes from one token to the next, and the
-    number of steps of 32 inputs. It returns a tuple of fp32. Each token's sum is added up in the same order, whatever
-    the number of tokens.
+    The intrinsic takes four int64: the address of the weights, the address of the fp32 tokens, the bytes from one token
+    to the next, and the number of steps of 32 inputs. It returns a tuple of fp32, one for each token, summed in an
+    order that does not depend on the number of tokens.
     """
 
     @intrinsic
@@ -53,7 +53,7 @@ def _dots(tokens: int) -> Any:
 
 
 def _total(builder: ir.IRBuilder, sums: ir.Value) -> ir.Value:
-    """Return the sum of a vector, by halves."""
+    """Return the sum of the numbers of a vector, by adding its halves until one number is left."""
     width = WIDTH
     while width > 1:
         width //= 2

@@ -47,7 +47,7 @@ _forked = False
 
 
 def _forget() -> None:
-    """Drop what a fork has copied: the threads are not there."""
+    """Forget the threads of the parent process after a fork, which copies none of them."""
     global _lock, _forked
     _lock, _forked = threading.Lock(), True
     _pools.clear()
@@ -90,7 +90,7 @@ class Unit:
 
     @property
     def ctypes(self) -> Any:
-        """The function as Python calls it, without the interpreter's lock."""
+        """The function in a form that Python can call, which releases the interpreter's lock."""
         return self.compiled.ctypes
 
 
@@ -99,15 +99,15 @@ inner = njit(fastmath=FAST, error_model="numpy", nogil=True, no_cpython_wrapper=
 
 
 def unit(count: int) -> Callable[[Callable[..., None]], Unit]:
-    """Return a decorator that makes a function a `Unit` of so many arguments."""
+    """Return a decorator that makes a function a `Unit`. count: number of the function's arguments."""
     return lambda function: Unit(function, count)
 
 
 def team(function: Callable[[int], None]) -> Unit:
     """Compile a function, when it is first used, so that `share` can run it in several threads.
 
-    function: is given the address of a packet (its arguments in memory), calls `part_of` once for the index of its
-    part, and reads the packet with `parts_of`, `integers` and `doubles`.
+    function: takes the address of a packet (its arguments in memory), calls `part_of` once for the index of its part,
+    and reads the packet with `parts_of` and `integers`.
     """
     return Unit(function, 1)
 
@@ -140,9 +140,9 @@ def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
 
 @cache
 def _openmp() -> tuple[Any, int]:
-    """Return GOMP_parallel of the OpenMP that torch is linked to, and where its omp_get_num_threads is.
+    """Return GOMP_parallel of the OpenMP library that torch is linked to, and the address of its omp_get_num_threads.
 
-    LLVM's and Intel's have both, too. Returns None and 0 where there is none.
+    LLVM's and Intel's OpenMP have both, too. Returns None and 0 if there is none.
     """
     for path in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
         try:
@@ -195,7 +195,11 @@ def parts_of(context, packet):  # type: ignore[no-untyped-def]
 
 
 def _tuple(kind: Any, lower: Any) -> Any:
-    """Return an intrinsic that reads so many arguments of a packet, from the one with this index on, as a tuple."""
+    """Return a numba intrinsic `read(packet, first, count)` that reads arguments of a packet (see `share`) as a tuple.
+
+    first, count: index of the first argument and number of arguments, constants. kind, lower: numba's and LLVM's type
+    of an argument.
+    """
 
     @intrinsic(prefer_literal=True)
     def read(context, packet, first, count):  # type: ignore[no-untyped-def]
@@ -217,7 +221,7 @@ integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleTyp
 def call(context, address, given):  # type: ignore[no-untyped-def]
     """Call a `Unit` by its address; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. given: its arguments, a tuple of int64.
+    context: supplied by numba, not by the caller. address: the unit's. given: its arguments, a tuple of int64.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -275,7 +279,10 @@ def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
 
 
 def _system(builder: ir.IRBuilder, operation: int, place: ir.Value, value: ir.Value) -> None:
-    """Sleep while a number has this value, or wake who sleeps there; without futexes, offer the processor to others."""
+    """Sleep while the number at `place` has this value, or wake all that sleep there, by a futex of Linux.
+
+    operation: SLEEP or WAKE. Without futexes, SLEEP offers the processor to other threads and WAKE does nothing.
+    """
     number = FUTEX.get(platform.machine())
     if number is not None:
         zero = I64(0)
