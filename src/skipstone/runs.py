@@ -191,9 +191,9 @@ class Run:
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def kept_view(self) -> PlainDict | None:
-        """Return the figures about the model that `keep_view` saved for reports.
+        """Return what `keep_view` saved for reports: the model's mechanisms as text, and its decisions on a few rows.
 
-        Returns None if there are none, or if the recipe or the weights have changed since they were saved.
+        Returns None if there is nothing, or if the recipe or the weights have changed since it was saved.
         """
         try:
             values = read_object(self.folder / VIEW)
@@ -203,9 +203,9 @@ class Run:
             return None
 
     def keep_view(self, view: PlainMapping) -> None:
-        """Save figures about the model in view.json, so that later reports need not compute them again.
+        """Save what reports show of the trained model in view.json, so that they need not run the model.
 
-        view: a JSON object. If the folder cannot be written, nothing happens.
+        view: a JSON object, that of `measure.token_trace.ModelView`. If the folder cannot be written, nothing happens.
         """
         try:
             values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}

@@ -31,8 +31,8 @@ class OperatingPoint:
     """A set of thresholds, and the share of the dense model's FLOPs that the model executes with it.
 
     share: forward FLOPs per token as a share of the dense model's, measured with these thresholds. thresholds: one
-    score per entry of `BudgetTable.handles`; tokens above it are kept. kept: the share of tokens that each threshold
-    keeps, from 0 to 1.
+    score per entry of `BudgetTable.handles`; tokens above it are kept. kept: for each threshold, the share that it
+    keeps of the tokens that reach its blocks, from 0 to 1.
     """
 
     share: float

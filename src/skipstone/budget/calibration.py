@@ -82,9 +82,11 @@ def meet(
 
 
 class _Path:
-    """The path from no token kept, through the model as trained, to every token kept.
+    """The path of thresholds from u = 0, no token kept, through the model as trained to u = 1, every token kept.
 
-    seen: the decisions at the present thresholds. trained: the operating point of the model before.
+    u is the variable of the formula at the head of this file. model: the model. handles: its thresholds. rows: the
+    calibration batches. seen: the decisions at the present thresholds. base: the share of tokens that each threshold
+    kept as trained. trained: the operating point as trained.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class _Path:
         return self._here(self.go(place))
 
     def go(self, place: float) -> Seen:
-        """Set the thresholds for one u and return the decisions."""
+        """Set the thresholds for a place u on the path, from 0 to 1, and return the decisions on the rows."""
         before = math.inf
         for _ in range(SETTINGS):
             for handle, base, score_N in zip(self.handles, self.base, self.seen.scores, strict=True):
@@ -121,7 +123,11 @@ class _Path:
 def _between(
     path: _Path, low: float, one: OperatingPoint, high: float, other: OperatingPoint, depth: int = 0
 ) -> list[tuple[float, OperatingPoint]]:
-    """Return operating points between two, so close that their thresholds can be interpolated linearly."""
+    """Return operating points between two, with their places u, so close that thresholds can be interpolated linearly.
+
+    low, high: the places u of the two points, `one` and `other`, which are not returned. depth: how often the range was
+    halved.
+    """
     if other.share <= one.share * STEP or depth == HALVINGS:
         advance(UNIT, round(PARTS * high) - round(PARTS * low), f"thresholds for {other.share:.1%} of the dense FLOPs")
         return []

@@ -70,7 +70,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, path: Path) -> str | None:
-    """Return the reason in words if the error comes from a full or failing disk, else None."""
+    """Return the reason in words if the error comes from a full or failing disk, else None. path: what was written."""
     if isinstance(error, OSError) and error.errno in TEXT_OF:
         return TEXT_OF[error.errno]
     text = str(error)
@@ -102,7 +102,7 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write or replace a text file atomically: after a crash, it holds the old or the new text, never a part.
+    """Write or replace the text file `path` atomically: after a crash, it holds the old or the new text, never a part.
 
     text: the new content, written in UTF-8. Missing parent folders are created. Raises `WriteError` if the disk is full
     or fails.
@@ -122,7 +122,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: PlainMapping) -> None:
-    """Write or replace a JSON file atomically, as `write_whole` does, with an indent of 2.
+    """Write or replace the JSON file `path` atomically, as `write_whole` does, with an indent of 2.
 
     value: the object to write. Raises `WriteError` if the disk is full or fails.
     """

@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache keeps; window: the attention window in tokens, or None."""
+    """Return how many of a row's `entries` are held: all without a window or up to window + 128, else window + 64."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -86,7 +86,7 @@ class RaggedStore:
         return self.width - count
 
     def _append_ragged(self, real_BT: Tensor | None, entries: dict[str, Tensor]) -> None:
-        """Append different numbers of tokens to the rows."""
+        """Append different numbers of tokens to the rows; arguments as in `append`, with "slot" among the entries."""
         slot_BT = entries["slot"]
         real_BT = torch.ones_like(slot_BT, dtype=torch.bool) if real_BT is None else real_BT.expand_as(slot_BT)
         before_B = self.row_lengths(slot_BT.shape[0], slot_BT.device)
@@ -101,7 +101,7 @@ class RaggedStore:
         self._settle(lengths)
 
     def _append_one(self, real_B1: Tensor | None, rows: RowSubset | None, entries: dict[str, Tensor]) -> None:
-        """Append at most one token to each row, as in decoding; rows without a real token are not touched."""
+        """Append at most one token to each row, as in decoding; arguments as in `append`, "slot" among the entries."""
         given = entries["slot"].shape[0]
         if real_B1 is not None:
             real = RowSubset.from_mask(real_B1[:, 0].expand(given))  # the host waits here
@@ -118,7 +118,7 @@ class RaggedStore:
         self._settle(lengths)
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
-        """Make room for `width` columns, allocating or growing the tensors."""
+        """Make room for `width` columns in `total` rows, with the trailing axes and dtypes of the tensors in `like`."""
         if like.keys() <= self.entries.keys() and self.entries["slot"].shape[1] >= width:  # all are equally wide
             return
         for name, new in like.items():
@@ -132,12 +132,12 @@ class RaggedStore:
                 self.entries[name] = F.pad(have, pad, value=EMPTY if name == "slot" else 0)
 
     def _settle(self, lengths: list[int]) -> None:
-        """Store the new row lengths."""
+        """Set `lengths` and `width` from the number of entries of each row."""
         self.width = max(lengths, default=0)
         self.lengths = None if min(lengths, default=0) == self.width else lengths
 
     def _places(self, at: list[tuple[int, int]]) -> Tensor:
-        """Return the int64 indices of (row, column) pairs in the entries with their first two axes flattened."""
+        """Return the int64 indices of the (row, column) pairs `at` in entries with their first two axes flattened."""
         slot = self.entries["slot"]
         return torch.tensor([row * slot.shape[1] + column for row, column in at], device=slot.device)
 
@@ -207,7 +207,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop entries of tokens from index `slots` on; ValueError if `window` reaches entries dropped earlier."""
+        """Drop tokens from index `slots` on; ValueError if a window of `window` tokens would need forgotten entries."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -245,12 +245,12 @@ class RaggedStore:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Return a view [B C, ...] in the same memory; `flatten` may copy, and writes into the copy would be lost."""
+    """Return a view [B C, ...] of x [B, C, ...]; `flatten` may copy, and writes into the copy would be lost."""
     return x.view(-1, *x.shape[2:])
 
 
 def _not_ours_alone(tensors: list[Tensor]) -> bool:
-    """Return whether an in-place write would corrupt what a backward pass saved, or is forbidden by inference mode."""
+    """Return whether in-place writes to `tensors` would corrupt a backward pass's memory or break inference mode."""
     if any(x.requires_grad for x in tensors):
         return True
     return not torch.is_inference_mode_enabled() and any(x.is_inference() for x in tensors)

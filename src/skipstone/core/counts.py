@@ -23,10 +23,10 @@ class TokenCounts:
     rows: float | Fraction = 1
 
     def restricted_to(self, kept: TokenCounts | float) -> TokenCounts:
-        """Return the counts after a mechanism has kept some of the tokens.
+        """Return the counts after a mechanism has kept some of these tokens.
 
-        kept: the counts themselves if they were measured, or the number of kept tokens; a number is split between query
-        tokens and others in the proportion of these counts.
+        kept: the new counts, returned as they are, or the number of kept tokens per row, from which counts are made
+        with the same share of query tokens as here.
         """
         if isinstance(kept, TokenCounts):
             return kept
@@ -43,10 +43,10 @@ Amount: TypeAlias = TokenCounts | float | Fraction  # Fraction: an exact mean ov
 
 
 def number(amount: Amount) -> float | Fraction:
-    """Return an amount as a plain number.
+    """Return the number of tokens per row that an amount stands for.
 
-    amount: a number, returned as it is, or `TokenCounts`, whose number of query tokens is returned as a mean over all
-    rows.
+    amount: a number, returned as it is, or `TokenCounts`, whose query tokens are returned as a mean over all rows of
+    the batch.
     """
     if not isinstance(amount, TokenCounts):
         return amount

@@ -59,7 +59,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _release(file: int, path: Path, made: list[Path]) -> None:
-    """Remove and close the lock file, and remove the folders in `made` that are still empty."""
+    """Delete the lock file and close it, which ends the lock; also delete the folders in `made` that are still empty.
+
+    file: its descriptor. path: its path.
+    """
     with suppress(OSError):
         path.unlink()  # while still locked, so that a waiting process notices that the file is gone
     os.close(file)
@@ -69,7 +72,11 @@ def _release(file: int, path: Path, made: list[Path]) -> None:
 
 
 def _acquire(path: Path, folder: Path, wait: bool) -> int:
-    """Open and lock the lock file; returns its descriptor."""
+    """Open and lock the lock file at `path`, and return its descriptor.
+
+    folder: what the lock protects, named in the error. wait: whether to wait while another process holds the lock; if
+    False, `Busy` is raised then.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -49,7 +49,10 @@ def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
 
 
 def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
-    """Return one hash per row, int64 [B], from seed, key and the row's index in the batch (`Tokens.first_row`)."""
+    """Return one hash for each row of the batch, int64 [B], from the pass's seed, `key` and the index of the row.
+
+    tokens, key and rows are as in `token_noise`; a row's index counts from `Tokens.first_row`.
+    """
     device = tokens.slot_BT.device
     seed = draw_seed(device) if tokens.noise_seed is None else tokens.noise_seed
     row_B = torch.arange(rows, device=device) if tokens.rows is None else tokens.rows.index_R
@@ -59,14 +62,17 @@ def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
 
 
 def _mixed(hash_: Tensor) -> Tensor:
-    """Return the hash after two rounds of mixing, int64 of 32 bits."""
+    """Return hashes with their bits mixed, so that close ones become unrelated; int64, of which 32 bits are used."""
     for shift, factor in ROUNDS:
         hash_ = ((hash_ ^ (hash_ >> shift)) * factor) & BITS
     return hash_ ^ (hash_ >> LAST_SHIFT)
 
 
 def _uniform(hash_: Tensor, channels: tuple[int, ...]) -> Tensor:
-    """Turn hashes into uniform fp32 numbers, one for each channel."""
+    """Return uniform fp32 numbers in (0, 1), in the shape of `hash_` with the axes `channels` appended.
+
+    hash_: int64 of 32 bits, one for each token or row; a number depends on it and on the index of its channel.
+    """
     count = torch.Size(channels).numel()
     channel = torch.arange(count, device=hash_.device) * 0x1F123BB5 & BITS
     hash_ = _mixed(hash_[..., None] ^ channel).view(*hash_.shape, *channels)

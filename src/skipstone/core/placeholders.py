@@ -67,7 +67,7 @@ def _is_ours_or_heavy(name: str) -> bool:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds a placeholder for every heavy module."""
+    """An import hook that finds a placeholder for every module of a heavy library."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -78,7 +78,7 @@ class _Finder(MetaPathFinder, Loader):
         return _Module(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute nothing."""
+        """Do nothing: a placeholder has no code to run."""
 
 
 class _Module(ModuleType):
@@ -113,7 +113,7 @@ class _Placeholder:
         return self
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Set nothing."""
+        """Do nothing."""
 
     def __or__(self, other: object) -> _Placeholder:
         return self

@@ -20,7 +20,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises ValueError, naming the file, if it is not UTF-8."""
+    """Return the text of the UTF-8 file `path`. Raises ValueError, naming the file, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> PlainDict:
-    """Return the JSON object that a UTF-8 file contains.
+    """Return the JSON object that the UTF-8 file `path` contains.
 
     Raises ValueError, naming the file, if its text is not JSON, is nested too deeply or is no object, and OSError if
     the file cannot be opened.
@@ -68,7 +68,11 @@ def check_yaml(text: str) -> None:
 
 
 def _nodes(node: Any, known: dict[int, int]) -> int:
-    """Return the number of values that a YAML node stands for. known: those that were counted, 0 while they are."""
+    """Return the number of values in a YAML node with all aliases expanded.
+
+    known: results by `id` of the nodes that were counted before, 0 for those that are still being counted. Raises
+    ValueError for a node that contains itself.
+    """
     if id(node) in known:
         if not known[id(node)]:
             raise ValueError("an alias contains itself")

@@ -118,7 +118,11 @@ class ProgressBar:
 
 
 class _Begun:
-    """A piece of work that has begun. bar: None if it is part of a larger one, which has the bar."""
+    """A `work` block that has begun.
+
+    unit: plural name of what it counts. bar: its bar; None if it shows none, because it is nested in another block or
+    nothing is shown. done: number of units that are done.
+    """
 
     def __init__(self, unit: str, bar: ProgressBar | None) -> None:
         self.unit, self.bar, self.done = unit, bar, 0

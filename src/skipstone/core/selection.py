@@ -56,11 +56,17 @@ class Selection:
         raise NotImplementedError
 
     def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
-        """Return the N selected tokens of all rows concatenated, [1, N, ...]; as `gather` without `unpadding`."""
+        """Return the N selected tokens of all rows concatenated, [1, N, ...]; as `gather` if `unpadding` is None.
+
+        x_BTD: [B, T, ...].
+        """
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] with y at the selected tokens and 0 at all others; inverse of `gather_unpadded`."""
+        """Return [B, T, ...] with y at the selected tokens and 0 at all others; inverse of `gather_unpadded`.
+
+        y: [1, N, ...], or [B, K, ...] if `unpadding` is None.
+        """
         return self.scatter(y)
 
     def and_mask(self, kept_BT: Tensor) -> Tensor:
@@ -223,7 +229,7 @@ class WholeRows(Selection):
 
 
 def _where(valid_BK: Tensor, y_BKD: Tensor, fill: float) -> Tensor:
-    """Return y at valid columns and `fill` at the others.
+    """Return y_BKD with `fill` in place of the columns where valid_BK is False.
 
     The device makes `fill`: a number copied from the host would make it wait, and no CUDA graph could hold the copy.
     """

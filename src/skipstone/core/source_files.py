@@ -97,7 +97,7 @@ def read_tokenizer(source: str | Path, **options: object) -> PreTrainedTokenizer
 
 
 def _why_unreadable(path: Path) -> str | None:
-    """Return why the tokenizers library cannot read this tokenizer.json; None if it can."""
+    """Return why the tokenizers library cannot read the file `path`, a tokenizer.json; None if it can."""
     from tokenizers import Tokenizer
 
     try:

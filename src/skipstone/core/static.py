@@ -58,14 +58,20 @@ class StaticStore(RaggedStore):
         self.lengths_B.add_(slot_BT.shape[1] if real_BT is None else real_BT.sum(1))
 
     def _columns(self, T: int, real_BT: Tensor | None) -> Tensor:
-        """Return the column that each token is written to, int64 [B, T]."""
+        """Return the column that each token is written to, int64 [B, T]; 0 for padding.
+
+        T: tokens of the call. real_BT: bool, False for padding, or None.
+        """
         before_B1 = self.lengths_B[:, None]
         if real_BT is None:
             return before_B1 + torch.arange(1, T + 1, device=before_B1.device)
         return torch.where(real_BT, before_B1 + real_BT.cumsum(1), 0)
 
     def _allocate(self, like: dict[str, Tensor]) -> None:
-        """Allocate the tensors at the first call, or reuse those of an earlier prompt."""
+        """Allocate the tensors at the first call, or reuse those of an earlier prompt if shapes and dtypes are equal.
+
+        like: tensors [B, T, ...] of the call, by name. Raises ValueError if the cache holds another number of rows.
+        """
         rows, device = like["slot"].shape[0], like["slot"].device
         if self.width:
             if rows != self.lengths_B.shape[0]:
@@ -139,7 +145,10 @@ class StaticStore(RaggedStore):
 
 
 def _buffer(shape: tuple[int, ...], like: Tensor, fill: int) -> Tensor:
-    """Return a filled tensor that may be written in any later call, also outside of inference mode."""
+    """Return a new tensor of this shape, filled with `fill`, which may be written later outside of inference mode, too.
+
+    like: a tensor with its dtype and device.
+    """
     if torch.compiler.is_compiling():  # the calls below cannot be traced; a first call should not be compiled
         return like.new_full(shape, fill)
     with torch.inference_mode(False):

@@ -158,7 +158,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _items(hint: Any, values: Iterable[Any], where: str) -> list[Any]:
-    """Convert every item, reporting the mistakes of all of them together."""
+    """Convert every one of `values` to the type hint, reporting the mistakes of all of them together.
+
+    where: the path shown in errors, to which the index of the item is added.
+    """
     found, lines = [], []
     for i, value in enumerate(values):
         try:
@@ -170,7 +173,10 @@ def _items(hint: Any, values: Iterable[Any], where: str) -> list[Any]:
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Convert to the first alternative of a union that accepts the value."""
+    """Convert a value to the first type of a union that accepts it.
+
+    options: the types. where: the path shown in errors.
+    """
     if value is None and type(None) in options:
         return None
     errors = []
@@ -194,7 +200,11 @@ def _meant(hint: Any, value: Any) -> bool:
 
 
 def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
-    """Convert to a type that is not generic."""
+    """Convert a value to a type that is no union, literal or list, such as int, str, dict or a dataclass.
+
+    hint: the type. origin: the type without parameters if it has some (dict for `dict[str, int]`), else None. where:
+    the path shown in errors.
+    """
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)

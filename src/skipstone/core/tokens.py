@@ -261,7 +261,7 @@ def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
 
 
 def _by_row(kept_B1: Tensor) -> Selection:
-    """Return a selection of whole rows, for calls with one token per row."""
+    """Return the selection that keeps some rows whole, for calls with one token per row. kept_B1: bool, which rows."""
     total = len(kept_B1)
     if total == 1:
         count = int(kept_B1.item())  # the host waits here, or for the rows
@@ -274,7 +274,7 @@ def _by_row(kept_B1: Tensor) -> Selection:
 
 
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor inside it moved."""
+    """Return a copy of a value with `move` applied to every tensor inside it (in tuples, mappings and dataclasses)."""
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, tuple):

@@ -76,7 +76,7 @@ def warn_of_uncounted(layers: nn.Module) -> None:
 
 
 def _uncounted(linear: nn.Module) -> str | None:
-    """Return the class of an active adapter that is not counted.
+    """Return the class of an active adapter beside a linear layer that is not counted; None if there is none.
 
     Scaling vectors (IA3) need no products, and low-rank matrices are counted; DoRA also computes the norms of weights.
     """
@@ -90,7 +90,7 @@ def _uncounted(linear: nn.Module) -> str | None:
 
 
 def _active(linear: nn.Module) -> list[str]:
-    """Return the names of the adapters that PEFT computes beside a layer; none where they are merged or disabled."""
+    """Return the names of the adapters that PEFT computes beside a linear layer; none if merged or disabled."""
     if getattr(linear, "merged", False) or getattr(linear, "disable_adapters", False):
         return []
     return list(getattr(linear, "active_adapters", ()))

@@ -48,9 +48,9 @@ class Activation(nn.Module):
         """Return the activations, shaped as `gate_BTF`, and the records of the decisions made, by name.
 
         gate_BTF: pre-activations of the MLP's F neurons. x_BTD: the MLP's input. tokens: the tokens of this call.
-        cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: the neuron
-        groups that are on, if not all are; gate_BTF then holds the neurons of these groups only, and x_BTD stays
-        padded.
+        cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: which neuron
+        groups are on for which tokens (`ops/neurons.py`); None means that all are. If given, gate_BTF holds the neurons
+        of these groups only, and x_BTD stays padded.
         """
         raise NotImplementedError
 
