@@ -92,7 +92,7 @@ def generate(
 ) -> Tensor:
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
 
-    The arguments are those of `stream`.
+    The arguments and the errors raised are those of `stream`.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -173,9 +173,11 @@ def drafting_of(
 
 @dataclass
 class _Text:
-    """Rows that are continued: tokens that the cache does not hold, their mask and positions, and who has not ended.
+    """The state of the rows that are being continued.
 
-    new: tokens of plain steps between drafts. ended: whether every row has.
+    unread_BT: int64, tokens that the cache does not hold yet. mask_BT: their attention mask, None without padding.
+    position_BT: their positions, None if these are indices in the row. live_B: bool, rows that have not ended. cache:
+    the model's cache. new: tokens [B, 1] of the plain steps since the last draft. ended: whether every row has ended.
     """
 
     unread_BT: Tensor
@@ -190,7 +192,8 @@ class _Text:
 class Decoder:
     """A checked prompt, and the loop that continues it: calling a decoder yields a `DecodingPass` for each new token.
 
-    The arguments are those of `stream`; invalid ones raise ValueError.
+    The arguments are those of `stream`; invalid ones raise ValueError. drafting: the draft and the rule for the number
+    of guesses, from `drafting_of`; None means no drafts.
     """
 
     def __init__(
@@ -215,7 +218,12 @@ class Decoder:
         self.ends_E = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
 
     def __call__(self, sample: Sampler, setting: Setting, logits_to_keep: int = 1) -> Iterator[DecodingPass]:
-        """Yield every pass. logits_to_keep: as in forward, 0 for every token."""
+        """Yield a `DecodingPass` for each new token.
+
+        sample: draws tokens from logits. setting: returns a context manager that sets the model's budget while it
+        generates. logits_to_keep: at how many of the last positions a pass computes logits, as in forward; 0 means at
+        all.
+        """
         with setting():
             yield from (
                 self._passes(sample, logits_to_keep) if self.drafting is None else self._drafted(sample, logits_to_keep)
@@ -234,7 +242,11 @@ class Decoder:
     def _plain(
         self, text: _Text, sample: Sampler, count: int, logits_to_keep: int, length: Length | None = None
     ) -> Iterator[DecodingPass]:
-        """Yield `count` tokens, one for each pass, or fewer if the text ends; `length` learns how long a step takes."""
+        """Yield the passes of `count` tokens, one for each, or fewer if all rows end.
+
+        text: the rows, brought up to date. sample, logits_to_keep: as in `__call__`. length: the rule that is told how
+        long each step takes, if drafts are used.
+        """
         for _ in range(count):
             began = time.perf_counter()
             out = self.model(
@@ -262,16 +274,17 @@ class Decoder:
                 length.learn(0, 0, 0.0, seconds + time.perf_counter() - began)
 
     def _ends(self, text: _Text, token_B: Tensor) -> bool:
-        """Return whether every row has ended with these tokens."""
+        """Mark the rows of `text` that end with the tokens token_B, int64, and return whether every row has ended."""
         text.live_B = text.live_B & ~torch.isin(token_B, self.ends_E)
         text.ended = bool(len(self.ends_E)) and not bool(text.live_B.any())
         return text.ended
 
     @torch.no_grad()
     def _drafted(self, sample: Sampler, logits_to_keep: int) -> Iterator[DecodingPass]:
-        """Yield every token of passes that check drafted tokens; logits_to_keep holds for the pass over the prompt.
+        """Yield a `DecodingPass` for each new token, by passes that each check several drafted tokens.
 
-        All rows advance by the number of tokens that every row accepts.
+        All rows advance by the number of tokens that every row accepts. sample, logits_to_keep: as in `__call__`, the
+        latter for the pass over the prompt only.
         """
         assert self.drafting is not None
         (draft, length), text = self.drafting, self._begin(0)
@@ -335,7 +348,12 @@ class Decoder:
         hidden_BTD: Tensor | None = None,
         mask_BT: Tensor | None = None,
     ) -> tuple[float, Tensor, int]:
-        """Return the seconds that guesses have taken, the guesses for the next pass, and their kind."""
+        """Draft what the next pass checks; return the seconds spent, the guesses, int64 [B, K], and their kind.
+
+        draft, length: the draft and the rule for the number of guesses. whole: all tokens so far, [B, T]. text: the
+        rows. end: largest number of tokens per row. hidden_BTD: the hidden states of the last pass for a draft that
+        reads them, or None. mask_BT: their attention mask, or None.
+        """
         began, most = time.perf_counter(), max(end - whole.shape[1] - 1, 0)
         if hidden_BTD is not None:
             draft.see(hidden_BTD, mask_BT)
@@ -346,7 +364,10 @@ class Decoder:
 
 
 def _on(position_BT: Tensor | None, steps: int, count: int) -> Tensor | None:
-    """Return the positions of `count` tokens, the first of which is `steps` after the last of these."""
+    """Return the positions [B, count] of neighbouring tokens, or None for position_BT None.
+
+    The first of them lies `steps` after the last of position_BT [B, T].
+    """
     if position_BT is None:
         return None
     return position_BT[:, -1:] + steps + torch.arange(count, device=position_BT.device)

@@ -65,7 +65,10 @@ class HeadDraft(Draft):
         return torch.cat(found, 1)
 
     def _read(self, ids_BT: Tensor) -> Tensor:
-        """Read the states that are new, and return the guess of the next one, [B, 1, D]."""
+        """Let the head read the hidden states that are new, and return its guess of the next one, [B, 1, D].
+
+        ids_BT: all tokens so far, int64.
+        """
         assert self.state_BSD is not None
         states = self.state_BSD
         if self.unread > WINDOW or self.cache.get_seq_length() + self.unread > MOST:
@@ -80,7 +83,11 @@ class HeadDraft(Draft):
         return hidden_BTD[:, -1:]
 
     def _guess(self, hidden_BTD: Tensor, token_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Return guesses of the hidden states one token later; token: those after the ones of `hidden`."""
+        """Return the head's guesses of the hidden states one token later, [B, T, D], and extend its cache.
+
+        hidden_BTD: hidden states. token_BT: int64, the token that follows each of them. mask_BT: 0 for padding, or
+        None.
+        """
         return self.ready(hidden_BTD, self.model.decoder.embed_tokens(token_BT), self.cache, mask_BT)
 
 

@@ -1,4 +1,4 @@
-"""Checks of what generation is given: the prompt, its mask, and the ids that pad and end a text."""
+"""Checks of the inputs of generation: the prompt, its mask, and the ids that pad and end a text."""
 
 from __future__ import annotations
 

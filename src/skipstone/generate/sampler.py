@@ -33,9 +33,10 @@ class Sampler:
             self.generator.manual_seed(seed)
 
     def __call__(self, logits_BV: Tensor, guess_B: Tensor | None = None) -> Tensor:
-        """Draw a token of each row.
+        """Return one token for each row, int64 [B], drawn from its logits.
 
-        guess_B: the drafted tokens; they are returned exactly as often as they would be drawn without a draft.
+        logits_BV: the logits. guess_B: int64, a drafted token for each row; it is returned exactly as often as it would
+        be drawn without a draft. None means no draft.
         """
         if self.temperature == 0:
             return logits_BV.argmax(-1)
@@ -50,7 +51,10 @@ class Sampler:
         return (drawn_B1 if index_BK is None else index_BK.gather(1, drawn_B1))[:, 0]
 
     def _candidates(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the logits to draw from, by temperature, and their tokens; None for the whole vocabulary."""
+        """Return the top_k largest logits divided by the temperature, and their tokens, [B, K] each.
+
+        Without top_k, these are the logits of the whole vocabulary, [B, V], and None. logits_BV: the logits.
+        """
         logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
         if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
             return logits_BV, None

@@ -85,9 +85,10 @@ class Length:
         return max(possible, key=lambda n: self._speed(n, max(share, HOPED)))
 
     def rest(self) -> int:
-        """Return how many plain steps to take before guesses are thought of again.
+        """Return how many plain steps to take before the next attempt to draft.
 
-        0 where that costs next to nothing, as beside a large model, or as long as there is time to lose for a try.
+        The result is 0 if attempts cost next to nothing, as beside a large model, or while the bound on lost time
+        allows one.
         """
         if self.fixed is not None or len(self.check[0]) < KNOWN or self._watching() <= FREE:
             return 0
@@ -95,21 +96,28 @@ class Length:
         return min(max(math.ceil((least - self.allowed) / SHARE), 0), MOST_REST)
 
     def _watching(self) -> float:
-        """Return what a step that looks for guesses and finds none takes more than a plain one, in plain steps."""
+        """Return the extra time of a step that looks for guesses and finds none, in times of a plain step."""
         return max(min(self.watch) / min(self.check[0]) - 1, 0.0) if self.watch else 0.0
 
     def _speed(self, count: int, share: float) -> float:
-        """Return the expected tokens in the time of a plain step, with so many drafted tokens."""
+        """Return the expected number of tokens from a pass with `count` drafted tokens, per time of a plain step.
+
+        share: the probability that a guess is right.
+        """
         return sum(share**i for i in range(count + 1)) / self._steps(count)
 
     def _steps(self, count: int) -> float:
-        """Return the time of a pass with so many drafted tokens, in plain steps."""
+        """Return the time of drafting and checking `count` tokens, in times of a plain step."""
         plain = min(self.check[0])
         guess = min(self.guess) / plain if self.guess else max(self.cost, self.seconds / plain)
         return self._checking(count) / plain + count * guess
 
     def _checking(self, count: int) -> float:
-        """Return the seconds of checking `count` tokens, measured, or on a line between or through measured ones."""
+        """Return the seconds that a pass with `count` drafted tokens takes.
+
+        The figure is measured, or interpolated linearly between measured numbers of tokens, or extrapolated beyond the
+        largest.
+        """
         known = {n: min(times) for n, times in self.check.items() if times}
         if count in known:
             return known[count]
@@ -141,9 +149,10 @@ class Length:
             self.allowed = min(self.allowed + SHARE * (stood + 1) + gained, CREDIT)
 
     def _begun(self, guesses: int, guessing: float) -> float:
-        """Return what guesses took beyond their usual time, in plain steps, as of a draft that had to read up.
+        """Return by how much drafting took longer than usual, in times of a plain step, such as to read what is new.
 
-        At most `AT_FIRST`: a process that lost its processor has lost nothing by drafting.
+        guesses: number of guesses, at least 1. guessing: seconds that they took. At most `AT_FIRST` is returned: if the
+        system suspended the process, drafting is not to blame.
         """
         return min((guessing - guesses * min(self.guess)) / min(self.check[0]), AT_FIRST)
 

@@ -56,7 +56,7 @@ class RoutingCallback(TrainerCallback):
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def forget(self) -> None:
-        """Discard the statistics accumulated in the current optimizer step, because the step is skipped."""
+        """Discard the statistics of the present optimizer step, because the step is skipped."""
         self._sums = {}
 
     def on_train_begin(
@@ -78,7 +78,7 @@ class RoutingCallback(TrainerCallback):
             warnings.warn(NOTHING_SEEN, stacklevel=2)
 
     def _warn_of_adapters(self, model: Any) -> None:
-        """Warn once when a buffer has moved that a saved adapter or its checkpoint would not contain."""
+        """Warn once if a buffer has changed that neither a saved adapter (PEFT) nor its checkpoint would contain."""
         moved = [n for n, value in _outside_adapters(model) if n in self._before and not value.equal(self._before[n])]
         if moved:
             self._before = {}
@@ -116,12 +116,16 @@ def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _waiting(mechanism: RoutingModule) -> bool:
-    """Return whether the mechanism has a threshold that never moved."""
+    """Return whether the mechanism has a threshold that should follow its scores but has never moved."""
     return mechanism.follows_scores and mechanism.not_ready_reason() is not None
 
 
 def _means(sums: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
-    """Return means over micro-batches and processes, leaving out statistics without values. At most one host sync."""
+    """Return the mean of each statistic over micro-batches and processes, by (index of the block, mechanism's name).
+
+    sums: for each key, fp32 [2, N] sums of N statistics, and of how many were finite. Keys are left out if a statistic
+    has no finite value. There is at most one host sync.
+    """
     if not sums:
         return {}
     total = torch.cat(list(sums.values()), dim=1)

@@ -91,7 +91,7 @@ def _look_at(checkpoint: Path) -> None:
 
 
 def _open(path: Path) -> None:
-    """Read enough of a file to see that it is complete; raises whatever its library raises."""
+    """Read enough of the file `path` to see that it is complete; raises whatever its library raises."""
     if path.suffix == ".json":
         read_object(path)
     elif path.suffix == ".safetensors":

@@ -46,7 +46,10 @@ def check(
 
 
 def _surroundings(recipe: Recipe, out: Path | None, resume: bool, writes: bool) -> Iterator[str]:
-    """Yield mistakes outside of a valid recipe: loggers, run folder, corpus."""
+    """Yield mistakes outside of a valid recipe: missing packages of loggers, its run folder, files of its corpus.
+
+    out, resume, writes: as in `check`.
+    """
     checks: list[Callable[[], object]] = [
         lambda: check_loggers(recipe.train),
         lambda: _check_corpus(recipe.data.corpus),
@@ -61,7 +64,7 @@ def _surroundings(recipe: Recipe, out: Path | None, resume: bool, writes: bool) 
 
 
 def _corpus_of(data: object) -> list[str]:
-    """Return mistakes in the files of the corpus of an otherwise invalid recipe."""
+    """Return mistakes in the files of the corpus that a recipe's section `data` names; none if it is invalid."""
     try:
         _check_corpus(from_dict(DataConfig, data).corpus)  # type: ignore[arg-type]
     except OSError as error:
@@ -85,7 +88,7 @@ def _check_folder(recipe: Recipe, out: Path | None, resume: bool) -> None:
 
 
 def _check_corpus(name: str) -> None:
-    """Raise an error if files of a user's corpus are missing; published files are looked for when they are read."""
+    """Raise an error if files of the user's own corpus `name` are missing; published corpora are not looked for."""
     entry, argument = find_entry(name)
     if name.partition(":")[0] in ("text", "jsonl"):
         load_corpus(name)

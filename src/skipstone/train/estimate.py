@@ -174,10 +174,10 @@ def passing(config: SkipstoneConfig, recipe: Recipe) -> dict[str, float | None]:
 
 
 def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
-    """Return bytes that the blocks save for the backward pass: a constant, and bytes per token.
+    """Return the bytes that blocks save for the backward pass: a constant, and bytes per token of a row.
 
     They are measured in two short passes of the model on a CPU with fake tensors. Masks of packed rows, which grow with
-    the square of the row, are left out.
+    the square of the row, are left out. config: the model's configuration. recipe: the recipe, for the precision.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -190,7 +190,11 @@ def _kept(config: SkipstoneConfig, recipe: Recipe) -> tuple[float, float]:
 
 
 def _bytes(decoder: Any, tokens: int, bf16: bool) -> int:
-    """Return the bytes of tensors saved for the backward pass over `tokens` tokens."""
+    """Return the bytes of the tensors that a forward pass of one row saves for the backward pass.
+
+    decoder: the model without its head, in a mode of fake tensors. tokens: tokens of the row. bf16: whether autocast is
+    on.
+    """
     own = {tensor.untyped_storage()._cdata for tensor in (*decoder.parameters(), *decoder.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 

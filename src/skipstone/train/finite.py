@@ -148,7 +148,10 @@ class FiniteGuard:
 
 
 def _joined(firsts: list[int], rows: int) -> list[tuple[int, int]]:
-    """Return the ranges of rows [start, end) from sorted starts of micro-batches, adjacent ones joined."""
+    """Return the ranges [start, end) of rows that micro-batches of `rows` rows cover, adjacent ones joined.
+
+    firsts: the first row of each micro-batch, ascending.
+    """
     found: list[tuple[int, int]] = []
     for first in firsts:
         if found and found[-1][1] == first:

@@ -66,7 +66,12 @@ class RoutingMixin:
     def _losses_left_out(
         self, model: nn.Module, passes: list[SeenPass], target_BT: Tensor | None, items: Tensor | int | None
     ) -> Tensor | None:
-        """Return the auxiliary losses of passes whose loss is computed outside the model, scaled as Trainer's loss."""
+        """Return the mean auxiliary loss of passes that do not add it to their loss themselves; None if there is none.
+
+        Passes add it if the model computes their loss. passes: the micro-batch's passes. target_BT: int64, the label of
+        each position's next token, or None. items: number of labels in the whole optimizer step, or None. The result is
+        scaled as Trainer scales the loss.
+        """
         outside = self.label_smoother is not None or self.compute_loss_func is not None  # type: ignore[attr-defined]
         records = [seen.records for seen in passes if outside or not seen.in_forward]
         over = getattr(inner(model).config, "auxiliary_loss_over", "all")
@@ -81,7 +86,10 @@ class RoutingMixin:
         return added * accelerator.num_processes if args.average_tokens_across_devices else added
 
     def _micro_batches(self, items: Tensor | int | None) -> int:
-        """Return by how many micro-batches a mean has to be divided, because Trainer will not do it."""
+        """Return the number of micro-batches by which a mean loss has to be divided; 1 if Trainer divides it by itself.
+
+        items: number of labels in the whole optimizer step; None if Trainer does not know it.
+        """
         scaled = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]
         if scaled is None:
             accepts = self.model_accepts_loss_kwargs and items is not None  # type: ignore[attr-defined]
@@ -90,7 +98,10 @@ class RoutingMixin:
         return steps if scaled and steps else 1
 
     def _warn_of_losses_that_rest(self, model: nn.Module, passes: list[SeenPass]) -> None:
-        """Warn once if a mechanism that learns by an auxiliary loss gets none, as in passes that decide causally."""
+        """Warn once if a mechanism that learns by its auxiliary loss got none, because the passes decide causally.
+
+        passes: the passes of a micro-batch.
+        """
         if self._has_looked or not passes:
             return
         self._has_looked = True
@@ -115,7 +126,10 @@ def _rests(mechanism: RoutingModule, passes: list[SeenPass]) -> bool:
 
 
 def _targets(inputs: PlainDict) -> Tensor | None:
-    """Return the label of each position's next token, None where the loss is not that of labels."""
+    """Return the label of each position's next token, int64 [B, T]; None if the inputs have no labels of this shape.
+
+    inputs: the micro-batch, by name.
+    """
     if inputs.get("shift_labels") is not None:
         return inputs["shift_labels"]  # type: ignore[no-any-return]
     labels = inputs.get("labels")

@@ -193,7 +193,10 @@ def _touch_blocks(model: SkipstoneForCausalLM) -> None:
 
 
 def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
-    """Give every parameter of the block a gradient; a hook before its forward."""
+    """Return the block's arguments unchanged, so marked that every parameter of the block will get a gradient.
+
+    This is a hook that runs before the block's forward. given: the arguments; the first is its input.
+    """
     parameters = [p for p in block.parameters() if p.requires_grad]
     if not parameters or not torch.is_grad_enabled():
         return given

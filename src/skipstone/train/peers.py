@@ -63,14 +63,17 @@ def _others() -> list[int]:
 
 
 def _machine() -> str:
-    """Return what is equal in the processes that see each other's numbers."""
+    """Return a string that is equal in processes that can see each other's process ids: host name and PID namespace."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"
 
 
 @contextmanager
 def _watched(others: list[int]) -> Iterator[None]:
-    """End this process `GRACE` seconds after one of `others` has ended, unless it leaves the `with` block before."""
+    """End this process `GRACE` seconds after one of `others` has ended, unless it leaves the `with` block before.
+
+    others: a file descriptor for each of the other processes, closed at the end.
+    """
     left, leave = os.pipe()
     thread = threading.Thread(target=_watch, args=(others, left), daemon=True)
     thread.start()

@@ -169,7 +169,11 @@ class ParameterCounts:
 
 
 def _state(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float | None]:
-    """Bytes of weights, gradients and optimizer on each GPU, and of what is gathered or reduced of them."""
+    """Return the bytes on each GPU by purpose: weights, gradients, optimizer state, and temporary copies.
+
+    sizes: numbers of parameters of the model. gpus: number of GPUs. train: the training options, for `parallel` and
+    `gradient_accumulation`.
+    """
     share = gpus if train.parallel == "fsdp2" else 1
     found: dict[str, float | None] = {name: size * sizes.total / share for name, size in STATE.items()}
     if train.parallel == "fsdp2":

@@ -86,7 +86,10 @@ class RouterWatch:
         self.seconds += time.perf_counter() - began
 
     def _hold(self, inputs: PlainDict, records: Sequence[Records]) -> None:
-        """Keep a few rows and the decisions on them, for a comparison of one block in turn."""
+        """Keep some rows of a micro-batch and the masks of kept tokens, to compare one block with chance later.
+
+        Blocks take turns. inputs: the micro-batch. records: what each mechanism decided, one dict for each block.
+        """
         self._held, masks, several = None, {}, False
         rows = max(1, len(inputs["input_ids"]) // 8)
         for module in self.model.routing_modules():
@@ -127,7 +130,11 @@ class RouterWatch:
 
     @torch.no_grad()
     def _gain(self, inputs: PlainDict, masks: dict[int, Tensor], layer: int, step: int) -> Tensor:
-        """Return by how much the mean token loss rises when the block keeps as many tokens, drawn at random."""
+        """Return by how much the tokens' mean loss rises, in nats, if one block keeps random tokens instead, fp32 [].
+
+        It keeps as many in each row as the router did. inputs: the rows. masks: bool [B, T] by block, the tokens kept
+        by the routers. layer: index of the block. step: seed of the random tokens.
+        """
         random = {**masks, layer: shuffled(masks[layer], inputs.get("attention_mask"), step)}
         with _evaluating(self.model), _uncompiled(self.model):
             kept, drawn = (self._loss(inputs, routing) for routing in (masks, random))
@@ -178,7 +185,7 @@ def _evaluating(model: SkipstoneForCausalLM) -> Iterator[None]:
 
 
 def _uncompiled(model: SkipstoneForCausalLM) -> AbstractContextManager[object]:
-    """Return what keeps compiled blocks from being compiled anew for these passes (the first call takes seconds)."""
+    """Return a context manager in which compiled blocks run uncompiled, as compiling for these passes takes seconds."""
     compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in model.decoder.layers)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()  # type: ignore[no-untyped-call]
 

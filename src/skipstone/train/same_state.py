@@ -1,4 +1,4 @@
-"""`SameState` compares what every process holds whole, and stops a training whose processes have parted."""
+"""`SameState` compares what every process holds whole, and stops a training whose processes hold different values."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _replicated(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _hash(value: Tensor) -> Tensor:
-    """Return a hash of all bits of a tensor, int64 []; sums wrap around, so their order does not matter."""
+    """Return a hash of all bits of a tensor, int64 scalar; sums wrap around, so their order does not matter."""
     words = value.contiguous().view(torch.uint8).flatten() if value.dim() else value.reshape(1).view(torch.uint8)
     size = {0: torch.int32, 2: torch.int16}.get(words.numel() % 4, torch.uint8)
     words = words.view(size).long()

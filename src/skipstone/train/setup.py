@@ -152,7 +152,10 @@ def arguments(train: TrainConfig, folder: Path) -> TrainingArguments:
 
 
 def _checkpointing(wanted: bool) -> PlainDict:
-    """Return Trainer's switch for activation checkpointing, which transformers 5.23 has renamed."""
+    """Return the keyword argument of Trainer for activation checkpointing, which transformers 5.23 has renamed.
+
+    wanted: whether it is switched on.
+    """
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}

@@ -60,7 +60,7 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and saved buffers by name, tied ones once."""
+    """Return a model's parameters and saved buffers by name; of tied ones, only the first."""
     state, seen = {}, set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
@@ -76,7 +76,7 @@ def _optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 
 def _flat(value: Tensor) -> Tensor:
-    """Return a tensor with a dimension, which the format needs."""
+    """Return a tensor unchanged, or as [1] if it is a scalar, because the file format holds no scalars."""
     return value if value.dim() else value.reshape(1)
 
 

@@ -128,7 +128,7 @@ class RunTrainer(RoutingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _look_at(self, loss: Tensor, inputs: PlainDict, records: Any) -> None:
-        """Show a micro-batch to those who watch the numbers and the routers."""
+        """Show a micro-batch to the check for numbers that are not finite, and to the router watch."""
         step = self.state.global_step + 1
         begins = self.looked_at != step
         if begins:
@@ -139,9 +139,10 @@ class RunTrainer(RoutingTrainer):
             self.routers.see(step, inputs, records)
 
     def _noise_of_step(self, rows: int) -> contextlib.AbstractContextManager[None]:
-        """Let a row's random numbers follow from its place in the optimizer step, however the step is cut into parts.
+        """Return a context manager for a micro-batch whose random numbers depend on rows' places in the optimizer step.
 
-        With one part and one process the model draws the seed itself, and dropout draws after it.
+        They are then the same however a step is divided into micro-batches and processes. rows: rows of the
+        micro-batch. With one micro-batch and one process, nothing is changed: the model draws its own seed.
         """
         count = self.accelerator.num_processes
         if count == 1 and self.recipe.gradient_accumulation == 1:
@@ -185,7 +186,7 @@ class RunTrainer(RoutingTrainer):
         return parallel.full(super()._clip_grad_norm(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm; None if the step is skipped because its numbers are not finite (`FiniteGuard`)."""
+        """Return the gradient norm; None if the step is skipped because its numbers are not finite (`FiniteGuard`)."""
         norm = parallel.full(super()._get_grad_norm(model, grad_norm))
         self.guard.add_gradient(norm)
         waits = self.args.device.type != "cpu" and not self.recipe.max_skipped_steps
@@ -197,7 +198,7 @@ class RunTrainer(RoutingTrainer):
         return None
 
     def _forget_step(self, model: nn.Module) -> None:
-        """Undo what the present step has left in sums, thresholds and gradients, so that it changes nothing."""
+        """Drop the present step's gradients, log sums and routing statistics, so that it changes nothing."""
         for parameter in model.parameters():
             parameter.grad = None  # the optimizer passes over parameters without a gradient
         self.routing.forget()
@@ -205,7 +206,7 @@ class RunTrainer(RoutingTrainer):
         self.window.skip_step()
 
     def _tokens(self, inputs: PlainDict) -> int:
-        """Return the tokens of a micro-batch over all processes, which have rows of equal length."""
+        """Return the number of tokens of a micro-batch over all processes, which have rows of equal length."""
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
@@ -231,7 +232,7 @@ class RunTrainer(RoutingTrainer):
         return self.alone
 
     def _forced(self, batch: Row) -> dict[int, Tensor]:
-        """Return masks that keep exactly the tokens known to need depth, for every block that routes."""
+        """Return bool masks [B, T] by block that keep exactly the tokens known to need depth (`difficulty` >= 0)."""
         return forced_routing(self._plain, batch["difficulty"] >= 0)
 
     def _logs_this_step(self) -> bool:
@@ -278,7 +279,7 @@ class RunTrainer(RoutingTrainer):
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _summed(self, values: Tensor) -> Tensor:
-        """Return the sums over all processes that train together; a process that works alone keeps its own."""
+        """Return values summed over all processes that train together; a process that works alone keeps its own."""
         return values if self.alone is not None else self.accelerator.reduce(values, "sum")
 
     # --- validation
@@ -388,7 +389,7 @@ class RunTrainer(RoutingTrainer):
             rotate_checkpoints(str(folder), self.recipe.keep_checkpoints)
 
     def _close_checkpoint(self, partial: Path, final: Path, sums: Tensor) -> None:
-        """Add what Trainer does not save and the hashes of all files, then rename."""
+        """Add what Trainer does not save and all files' hashes to the folder `partial`, and rename it to `final`."""
         (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle that we never read
         self.window.save(partial, sums, count_lines(final.parent.parent / METRICS))
         if self.average is not None:

@@ -121,7 +121,12 @@ def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
 
 
 def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:
-    """Return the rows for training and validation; a resumed run keeps its tokenizer."""
+    """Return the rows for training and validation.
+
+    recipe: the recipe. run: the run that is resumed, whose tokenizer is used; None for a new one. ready: the recipe's
+    rows if they were prepared before; None means that they are prepared now. Raises ValueError if recipe or rows differ
+    from those of the run or recipe.
+    """
     if run is not None:
         saved = run.config()
         folders.check_same(
@@ -187,7 +192,10 @@ def fit(
 
 
 def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
-    """Print how to resume the run and raise `Interrupted`."""
+    """Print how to resume the run in `folder`, and raise `Interrupted`.
+
+    stop: the signal handler, which knows the signal. step: the last finished optimizer step.
+    """
     assert stop.received is not None
     name = signal.Signals(stop.received).name
     print(  # noqa: T201
@@ -239,7 +247,10 @@ def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object
 
 
 def _keep_view(folder: Path, model: SkipstoneForCausalLM, data: PreparedData, forced: bool) -> None:
-    """Save a report's view of the model, from one pass over a few rows, so that reports need no pass."""
+    """Save what reports show of the trained model (`Run.keep_view`), from one pass over a few validation rows.
+
+    folder: the run folder. data: the rows. forced: whether training imposed the known difficulty on the mechanisms.
+    """
     try:
         with torch.compiler.set_stance("force_eager"):
             view = view_model(model, data, forced)

@@ -200,7 +200,9 @@ class StopSignals(TrainerCallback):
 def _agreed(received: int | None, due: bool, device: torch.device, step: int) -> tuple[int | None, bool]:
     """Return the signal that any process has received, and whether a checkpoint is due on any of them.
 
-    On an accelerator the host waits for the answer, so processes agree at every tenth step only.
+    On an accelerator the host waits for the answer, so processes agree at every tenth step only. received: this
+    process's signal, or None. due: whether a checkpoint is due here. device: where the processes exchange them. step:
+    the optimizer step.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return received, due
