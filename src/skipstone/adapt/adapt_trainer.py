@@ -115,9 +115,9 @@ class AdaptTrainer(RunTrainer):
         return total * torch.nan_to_num(scale, nan=1.0)
 
     def _ask(self, teacher: SkipstoneForCausalLM, inputs: PlainDict) -> PlainDict:
-        """Run the teacher on a micro-batch and keep its output for `objective`.
+        """Run the teacher on a micro-batch, keep its output for `objective`, and return arguments for the student.
 
-        Returns the arguments that the student's pass needs for it.
+        inputs: the micro-batch. The student's forward gets these arguments: none, `loss_chunk`, or `distillation`.
         """
         wanted = self.adapt.loss
         given: PlainDict = inputs_of(inputs)
@@ -138,7 +138,10 @@ class AdaptTrainer(RunTrainer):
         return {"distillation": distillation}
 
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
-        """Return (share of tokens with a gain above the threshold - allowed share)^2, with the mean gain's gradient."""
+        """Return (share of tokens with a gain above the threshold - allowed share)^2, with the mean gain's gradient.
+
+        records: what each mechanism decided, one dict for each block.
+        """
         passed, means = [], []
         for mechanism in soft_gates(self._plain):
             record = expect(records[mechanism.placement.layer][mechanism.placement.name], DepthRecord)

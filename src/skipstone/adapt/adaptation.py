@@ -61,7 +61,10 @@ def adapt(
 
 
 def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> AdaptPlan:
-    """Prepare everything up to the first step, and write the folder of a new run."""
+    """Prepare an adaptation up to its first step, and write the folder of a new run; return the plan.
+
+    source, recipe: as in `prepare_plan`. folder: the run folder. run: the run that is resumed; None means a new one.
+    """
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
     arguments = setup.arguments(recipe.train, folder)
@@ -86,7 +89,10 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> A
 
 
 def _fingerprint(source: str, plan: AdaptPlan) -> str:
-    """Return a hash of the data and, if the source is a folder, of its weights: a resumed run needs the same."""
+    """Return a hash of the data and, if the source is a folder, of its weights; a resumed run must have the same.
+
+    plan: provides the data.
+    """
     files = sorted(Path(source).glob("*.safetensors"))
     parts = [str(plan.data.fingerprint), *(f"{path.name} {checksums.file_sha256(path)}" for path in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -124,7 +130,11 @@ def _train(
 
 
 def _finish(plan: AdaptPlan, tuner: Any, folder: Path, trainer: RunTrainer) -> None:
-    """Merge adapters, set thresholds to the budget, measure once more, and close the run."""
+    """Merge adapters, set thresholds to the budget, measure what is executed, and save model and summary.
+
+    plan: the prepared adaptation. tuner: PEFT's, which holds the adapters; None without any. folder: the run folder.
+    trainer: after its last step.
+    """
     assert trainer.alone is not None  # the trainer has left the rest to this process
     model = trainer.alone.requires_grad_(True)
     if tuner is not None:
@@ -151,7 +161,11 @@ def _finish(plan: AdaptPlan, tuner: Any, folder: Path, trainer: RunTrainer) -> N
 
 
 def _reached(plan: AdaptPlan, model: SkipstoneForCausalLM) -> float:
-    """Return the FLOPs counted on validation rows, one at a time, as a share of the dense source's at that length."""
+    """Return the FLOPs per token that are executed on validation rows, as a share of the dense source's.
+
+    Rows run one at a time. They have data.context tokens, as those for which the source's FLOPs are counted, unless all
+    rows are shorter. plan: provides rows and the source's FLOPs. model: the adapted model.
+    """
     data, context = plan.data, plan.recipe.data.context
     count = min(COUNTED_ROWS, len(data.validation))
     rows = [on_device(data.collate([data.validation[i]]), model.device) for i in range(count)]

@@ -119,7 +119,10 @@ def _check(ids_NT: Tensor, steps: int | None, minutes: float, shortlist: int) ->
 
 
 def _affordable(teacher: _Teacher, ids_NT: Tensor, minutes: float, shortlist: int) -> int:
-    """Return the number of steps in so many minutes, from the times of the first rows."""
+    """Return the number of training steps that take `minutes`, judged by the time of the first rows.
+
+    teacher: the model. ids_NT: token ids of the text. shortlist: number of tokens among which the head guesses.
+    """
     seconds, began = [], monotonic()
     features = teacher.features(ids_NT[:ROWS])
     seconds.append((monotonic() - began) / REUSE)
@@ -132,7 +135,7 @@ def _affordable(teacher: _Teacher, ids_NT: Tensor, minutes: float, shortlist: in
 
 
 class _Teacher:
-    """The model, with its head as a plain matrix."""
+    """The model whose tokens a draft head learns to guess."""
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:
         self.model = model
@@ -140,7 +143,10 @@ class _Teacher:
 
     @torch.no_grad()
     def features(self, ids_NT: Tensor) -> Features:
-        """Return the hidden states of all rows, and the probabilities of all tokens summed over them."""
+        """Return the model's hidden states on rows of text, and each token's probability summed over all positions.
+
+        ids_NT: token ids, int64.
+        """
         states, mass_V = [], torch.zeros(len(self.every), device=self.model.device)
         for ids_BT in ids_NT.to(self.model.device).split(ROWS):
             hidden_BTD = self.model.model(ids_BT, use_cache=False, routing="causal", noise=False).last_hidden_state
@@ -156,7 +162,7 @@ class _Teacher:
 
 
 class _Learner:
-    """A head in training."""
+    """A draft head in training, with its optimizer's data."""
 
     def __init__(self, teacher: _Teacher, shortlist_R: Tensor, seed: int) -> None:
         model = teacher.model
@@ -168,7 +174,10 @@ class _Learner:
         self.rows_RD = rows_of_head(model, self.head.shortlist_R) * model.config.logit_scale
 
     def train(self, ids_NT: Tensor, hidden_NTD: Tensor, steps: int) -> None:
-        """Train on rows in random order, all of them before any twice."""
+        """Train the head for `steps` optimizer steps on rows in random order, all of them once before any twice.
+
+        ids_NT: token ids. hidden_NTD: the model's last hidden states.
+        """
         rate = [min((i + 1) / WARMUP, 1) * (1 - (1 - LEAST_RATE) * i / steps) for i in range(steps)]
         largest = min(RATE / hidden_NTD.shape[-1], MOST_RATE)
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=largest, betas=(0.9, 0.95), weight_decay=0.01)
@@ -206,7 +215,11 @@ class _Learner:
 
     @torch.no_grad()
     def right(self, ids_NT: Tensor, hidden_NTD: Tensor) -> tuple[float, ...]:
-        """Return the share of the model's likeliest tokens that are guessed, one token ahead, two, and so on."""
+        """Return the share of positions at which the head guesses the model's most probable token, for each distance.
+
+        The first share is for one token ahead, the next for two, and so on. ids_NT: token ids of held-out rows.
+        hidden_NTD: the model's last hidden states.
+        """
         found = torch.zeros(AHEAD)
         total = 0
         for ids_T, hidden_TD in zip(ids_NT, hidden_NTD.float(), strict=True):

@@ -93,7 +93,10 @@ def _context(folder: Path, context: int | None) -> int:
 
 
 def _rows(loaded: LoadedRun, seed: int) -> Tensor:
-    """Return rows of the training text, spread over all of it, in random order, int64 [N, T]."""
+    """Return rows of a run's training text, spread over all of it, in random order, int64 [N, T].
+
+    loaded: the run with its data. seed: seed of the order.
+    """
     batches = [batch["input_ids"] for batch in spread(loaded, "train", MOST_ROWS)]
     whole = [batch for batch in batches if batch.shape[1] == batches[0].shape[1]]
     ids_NT = torch.cat(whole)
@@ -101,7 +104,11 @@ def _rows(loaded: LoadedRun, seed: int) -> Tensor:
 
 
 def _own_text(loaded: LoadedRun, tokens: int, seed: int, rows: int, seconds: float) -> Tensor:
-    """Return rows that the model writes at temperature 1, int64 [N, T], as many as it writes in so many seconds."""
+    """Return rows that the model writes at temperature 1, int64 [N, T], in batches until there are enough.
+
+    loaded: the run or saved model. tokens: largest number of tokens per row. seed: seed of the draws. rows: how many
+    rows are enough. seconds: time after which no further batch begins. Raises ValueError without a tokenizer.
+    """
     model, tokenizer = loaded.model, loaded.run.load_tokenizer()
     if tokenizer is None:
         raise ValueError(f"{loaded.run.folder} has no tokenizer to begin a text with; name a corpus")

@@ -35,9 +35,9 @@ def export(
 
     folder: the folder of the run or saved model. dtype: dtype of the written weights; None keeps the dtype as loaded.
     corpus: name of the corpus to measure on (as in data.corpus); None means the run's own (a saved model has none).
-    require: raises ValueError for a model that cannot be changed. change: called with the model, the kind of pass to
-    measure with, and up to 64 training rows in batches of 8; returns the new model. Raises ValueError without a corpus,
-    and FileExistsError if `out` is not empty.
+    require: raises ValueError for a model that cannot be changed. change: a function of the model, of the way to run it
+    (`measure.passes.Pass`), and of up to 64 training rows in batches of 8; it returns the new model. Raises ValueError
+    without a corpus, and FileExistsError if `out` is not empty.
     """
     with stages("reading the run and its text", "measuring on training rows", "writing the model") as stage:
         next(stage)

@@ -76,7 +76,12 @@ def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def _calibration(model: SkipstoneForCausalLM, tokenizer: Any, head: HeadCandidates, source: str) -> Tensor:
-    """Return int64 [rows, tokens] of the given text, evenly spread, or of text that the model writes itself."""
+    """Return rows of token ids on which a preview is fitted, int64 [rows, tokens].
+
+    They are evenly spread over the text of `head`, or written by the model if it names none. tokenizer: the model's, or
+    None. source: the model's name, for errors. Raises ValueError without a tokenizer, and for a text that is shorter
+    than one row.
+    """
     tokens = min(head.tokens, model.config.max_position_embeddings)
     if head.text is None:
         if tokenizer is None:

@@ -1,4 +1,4 @@
-"""The budget of executed FLOPs: capacities that promise it, thresholds that meet it (package `budget`), FLOPs reached.
+"""A budget of executed FLOPs: choose capacities for it, set thresholds to it (package `budget`), count what is run.
 
 A budget is a share of the dense source's forward FLOPs per token, at rows of one length, one row at a time; in a batch,
 rows that keep fewer tokens are padded, which costs more.

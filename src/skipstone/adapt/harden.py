@@ -76,8 +76,9 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
 def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return the PolyGLU router's mean logits over all tokens, fp32 [A] for each layer; A is the number of activations.
 
-    model: the model to measure. forward: the kind of pass to measure. batches: the input tensors of each pass, by name.
-    A layer that no token reached has zeros.
+    model: the model to measure. forward: how to run it: whether decisions may look at later tokens, and whether skipped
+    tokens are computed (`measure.passes.Pass`). batches: the input tensors of each pass, by name. A layer that no token
+    reached has zeros.
     """
     activations = model.modules_of(PolyGLU)
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in activations]

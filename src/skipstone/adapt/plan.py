@@ -35,7 +35,9 @@ class AdaptPlan:
     recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
     term. model: the student, routed, with the source's weights. data: rows for training and validation. rows:
     calibration data, one row per batch. dense: the source's forward FLOPs per token. passing: the share of tokens that
-    gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json.
+    gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json: the
+    source with its FLOPs, the mechanisms, the influence of blocks, what the budget led to, and how far the first logits
+    are from the source's.
     """
 
     recipe: AdaptRecipe
@@ -119,9 +121,10 @@ def _teacher(
 
 
 def _data(recipe: AdaptRecipe, source: str, model: SkipstoneForCausalLM, run: Run | None) -> PreparedData:
-    """Return the rows of the recipe's data, tokenised by the source's own tokenizer.
+    """Return the rows of the recipe's data, tokenised by the source's tokenizer unless the recipe names another.
 
-    Raises ValueError for data that cannot be.
+    model: the source's model. run: the run that is resumed, whose tokenizer is used; None means a new one. Raises
+    ValueError for a corpus, a tokenizer or a number of tokens per row that does not fit the source.
     """
     corpus, named = recipe.data.corpus, recipe.data.tokenizer
     kind = find_entry(corpus)[0].kind
@@ -151,7 +154,10 @@ def _scores(recipe: AdaptRecipe, model: SkipstoneForCausalLM, rows: Sequence[Row
 def _dropped(
     recipe: AdaptRecipe, source: SkipstoneForCausalLM, scores: Sequence[float] | None
 ) -> tuple[SkipstoneForCausalLM, list[int]]:
-    """Return the source without the blocks that the recipe drops, and their indices."""
+    """Return the source without the blocks that the recipe drops, and their indices.
+
+    scores: the influence of each block; None if the recipe chooses none by it.
+    """
     wanted = recipe.model.get("drop_layers")
     if wanted is None:
         return source, []
@@ -169,7 +175,12 @@ def _layers(wanted: Any, scores: Sequence[float] | None, count: int, where: str)
 def _config(
     recipe: AdaptRecipe, base: SkipstoneForCausalLM, scores: Sequence[float] | None, flops: float, tokenizer: Any
 ) -> tuple[SkipstoneConfig, float | None, float | None]:
-    """Return the student's configuration, and what holds the budget: a capacity, or the share that gates let pass."""
+    """Return the student's configuration, and what meets the budget: a capacity, or the share that gates let pass.
+
+    At most one of the two is not None. recipe: the adaptation's recipe. base: the dense source, after blocks were
+    dropped. scores: the influence of each block; None if the recipe chooses none by it. flops: the source's FLOPs for a
+    row. tokenizer: the source's, from which the ids at which words begin are found.
+    """
     entries = with_boundary_ids(student.with_defaults(student.mechanisms_of(recipe.model)), tokenizer)
     for i, entry in enumerate(entries):
         if influence.wants_score(entry.get("layers")):

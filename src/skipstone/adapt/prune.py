@@ -69,7 +69,8 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
     """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
 
     A neuron group is a set of adjacent MLP neurons that are switched together. model: the model to measure. forward:
-    the kind of pass to measure. batches: the input tensors of each pass, by name.
+    how to run it: whether decisions may look at later tokens, and whether skipped tokens are computed
+    (`measure.passes.Pass`). batches: the input tensors of each pass, by name.
     """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]

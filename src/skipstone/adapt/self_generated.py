@@ -73,7 +73,11 @@ def write(
 def _fill(
     folder: Path, batches: Iterator[list[tuple[str, int]]], tokens: int, report: Callable[[int], None], empty: str
 ) -> None:
-    """Write batches of texts until there are so many tokens. empty: the error where a batch has none."""
+    """Append generated texts to the two files in `folder`, batch by batch, until there are enough tokens.
+
+    batches: lists of texts with their numbers of tokens. tokens: how many tokens are enough. report: called after each
+    batch with the number so far. empty: the message of the ValueError that is raised for a batch without texts.
+    """
     done = number = 0
     for texts in batches:
         if not texts:
@@ -108,7 +112,11 @@ def begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) ->
 def _batches(
     model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase, begun_BT: Tensor, length: int, seed: int
 ) -> Iterator[list[tuple[str, int]]]:
-    """Yield, without end, batches of generated texts with their numbers of tokens; empty texts are left out."""
+    """Yield, without end, batches of generated texts with their numbers of tokens; empty texts are left out.
+
+    begun_BT: int64, the ids with which every text begins, one row for each text. length: largest number of tokens of a
+    text. seed: seed from which the batches' seeds are drawn.
+    """
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, *ends_of(model)} - {None}
     seeds = Random(seed)  # not seed + 1, + 2: the next seed would write the same texts
     while True:
@@ -120,5 +128,5 @@ def _batches(
 
 
 def _until(row: list[int], ends: set[int]) -> list[int]:
-    """Return the ids before the first of `ends`."""
+    """Return the token ids of `row` before the first that is one of `ends`."""
     return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]

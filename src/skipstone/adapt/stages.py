@@ -1,4 +1,4 @@
-"""The stages of an adaptation: parameters by role, learning rates by stage, adapters added and merged."""
+"""The stages of an adaptation: the parameters that each trains, their learning rates, and LoRA adapters for some."""
 
 from __future__ import annotations
 

@@ -96,7 +96,10 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
 
 
 def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int, int, str]:
-    """Return the first and the last block that the mechanism is around, and its site's name in `site_streams`."""
+    """Return the first and the last block that a mechanism is around, and the site that it wraps.
+
+    The site is a key of the result of `site_streams`: "block", also for segments, "attention" or "mlp".
+    """
     layer, name = mechanism.placement.layer, mechanism.placement.name
     if name in model.decoder.layers[layer].sites[SEGMENT]:
         return layer, layer + model.decoder.layers[layer].span - 1, "block"
@@ -132,7 +135,10 @@ def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
 
 
 def _least_squares(x_ND: Tensor, y_NK: Tensor) -> Tensor:
-    """Return the ridge solution [D, K], fp64; the ridge keeps features that hardly vary from large weights."""
+    """Return the matrix W [D, K], fp64, for which x_ND W is closest to y_NK, by ridge regression.
+
+    The ridge keeps features that hardly vary from getting large weights.
+    """
     x_ND, y_NK = x_ND.double(), y_NK.double()
     square_DD = x_ND.T @ x_ND
     square_DD.diagonal().add_(RIDGE * square_DD.diagonal().mean())

@@ -124,7 +124,10 @@ def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> Skipstone
 
 
 def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
-    """Return the options for windows and rotary positions with layers numbered among those that are kept."""
+    """Return the options that number layers (attention windows, rotary positions), with the kept layers' new numbers.
+
+    config: the configuration of the whole model. kept: indices of the layers that are kept, ascending.
+    """
     windowed, rotary = config.windowed_layers(), config.rotary_layers()
     patterns: PlainDict = {}
     if config.window_layers is not None:
