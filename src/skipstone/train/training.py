@@ -124,8 +124,8 @@ def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> Prepar
     """Return the rows for training and validation.
 
     recipe: the recipe. run: the run that is resumed, whose tokenizer is used; None for a new one. ready: the recipe's
-    rows if they were prepared before; None means that they are prepared now. Raises ValueError if recipe or rows differ
-    from those of the run or recipe.
+    rows if they were prepared before; None means that they are prepared now. Raises ValueError if the recipe differs
+    from that of the run, or if `ready` was prepared for another one.
     """
     if run is not None:
         saved = run.config()
