@@ -142,7 +142,7 @@ def claims(out: Path) -> str:
 def claims_section(found: Iterable[Judged]) -> Section:
     """Return a table with a row for each claim: verdicts by arm, seeds, model size, FLOPs, and what could change it.
 
-    found: as `judged` returns them.
+    found: the claims of all studies, as `judged` returns them.
     """
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])
@@ -201,7 +201,10 @@ def write(out: Path) -> Path:
 
 
 def by_study(found: Iterable[Judged]) -> dict[str, list[Claim]]:
-    """Return the claims of each study that has any, by its name. found: as `judged` returns them."""
+    """Return the claims of each study that has any, by its name.
+
+    found: the claims of all studies, as `judged` returns them.
+    """
     of: dict[str, list[Claim]] = {}
     for one in found:
         of.setdefault(one.study, []).extend(one.claims)

@@ -25,8 +25,9 @@ from skipstone_studies.timing import training_speeds
 def standard(folder: Path) -> PlainDict:
     """Return the usual figures of a finished run: the summary that its training wrote, and its evaluation.
 
-    folder: the run folder. The keys are `training`, the content of result.json, and `evaluation`, the losses,
-    capacities and FLOPs that `skipstone eval` measures.
+    folder: the run folder. Keys: `training`, the content of result.json; `evaluation`, what `skipstone eval --json`
+    writes: `ways` (loss, accuracy and the mechanisms' figures of each kind of pass), `main` (the kind that represents
+    the model), `flops_per_token`.
     """
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
@@ -34,8 +35,8 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm. The result has for each arm the keys `training_speed` (see
-    `timing.training_speeds`) and `comparison`, the arm's figures of `skipstone compare`.
+    runs: the run folder of each arm. The result has for each arm: `training_speed`, its training tokens per second and
+    their spread (`timing.training_speeds`); `comparison`, its figures of `skipstone compare`.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]

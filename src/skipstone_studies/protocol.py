@@ -188,9 +188,9 @@ def tuned_run(
     """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
     If another study has finished a run of the same recipe, it is copied instead. The rates are stored in the folder
-    `rates/` beside the run folders. recipe: the arm's recipe, as `planned` returns it, with a seed. folder: the run
-    folder. resume: whether to continue an interrupted run. callbacks: those of the trainer. blocks: as in
-    `SharedStart`.
+    `rates/` beside the run folders. recipe: that of `planned`, with a seed. folder: the run folder. resume: whether to
+    continue an interrupted run. callbacks: those of the trainer. blocks: blocks of the model that gives all arms their
+    first weights.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return

@@ -30,7 +30,10 @@ def write(path: Path, study: Study, records: Sequence[Record]) -> None:
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Write `text` into a README between the marks of `name` (see `check`), and change nothing else."""
+    """Write `text` into a README between the marks `<!-- NAME:begin -->` and `<!-- NAME:end -->`; change nothing else.
+
+    name: the name in the marks. Raises ValueError unless both occur once.
+    """
     before, after = _cut(path.read_text(encoding="utf-8"), path, name)
     write_whole(path, f"{before}\n{text}\n{after}")
 

@@ -63,7 +63,10 @@ def folder(out: Path, name: str) -> Path:
 
 
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
-    """Return the path of a record's file; the arguments are those of `find`."""
+    """Return the path of the file of a run's record.
+
+    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm and seed of the run.
+    """
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
 

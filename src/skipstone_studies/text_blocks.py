@@ -16,17 +16,18 @@ RECORDED = "stretches"  # name of the losses by block in records, kept from earl
 
 
 def block_losses(folder: Path) -> list[float]:
-    """Return the validation loss of each block of text (64 neighbouring windows) in nats, in the order of the text.
+    """Return the validation loss of each block of text (64 neighbouring windows), in nats per token, in order.
 
-    folder: the run folder. The loss is that of `of_loaded`.
+    folder: the run folder. The loss is that of the pass that really skips, if the model can decide without later
+    tokens.
     """
     return list(of_loaded(load_run(folder)))
 
 
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
-    """Yield the validation loss of each block of text (64 neighbouring windows) in nats, for a loaded run.
+    """Yield the validation loss of each block of text (64 neighbouring windows) in nats per token, for a loaded run.
 
-    The loss is that of its primary pass: the one that skips, if the model can decide without later tokens.
+    The loss is that of its primary pass: the one that really skips, if the model can decide without later tokens.
     """
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):

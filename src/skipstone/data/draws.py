@@ -34,6 +34,7 @@ def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np
 def integers(seed: int, stream: int, rows: ArrayLike, columns: int, below: int) -> NDArray[np.int64]:
     """Return uniform random integers in [0, below), int64 [R, columns], functions of seed, stream, row and column.
 
-    seed, stream, rows and columns are as in `uniform`. below: the upper bound, exclusive, at most about 2^53.
+    seed, stream: two numbers that select the draws; different streams of a seed are independent. rows: R row indices,
+    int, or a single one. columns: numbers per row. below: the upper bound, exclusive, at most about 2^53.
     """
     return (uniform(seed, stream, rows, columns) * below).astype(np.int64)

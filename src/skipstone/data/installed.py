@@ -35,7 +35,8 @@ def python_stdlib(argument: str) -> Corpus:
 def python_packages(argument: str) -> Corpus:
     """Return the corpus of the standard library, torch and transformers (over 100 MB); each .py file is a document.
 
-    argument: the shares of the splits, as in `python_stdlib`.
+    argument: per cent of the documents for train, validation and test, such as "99-0.5-0.5"; "" means "90-5-5".
+    Documents are assigned by hash of their text.
     """
     return Corpus(
         name="python-packages",

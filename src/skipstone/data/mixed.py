@@ -75,7 +75,10 @@ class MixedWindows(RowDataset):
         return self.text.lengths(index_B)
 
     def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of the rows `index_B` contain a span, bool [B]; a row shorter than the context never does."""
+        """Return which of the rows `index_B` contain a span of Switched-S3, bool [B].
+
+        A row that is shorter than the context never does.
+        """
         drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
         lengths_B = self.lengths(index_B)
         return drawn_B if lengths_B is None else drawn_B & (lengths_B == self.text.context)
@@ -108,7 +111,7 @@ class MixedWindows(RowDataset):
 
 
 def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the 15 tokens of spans (see `MixedWindows`) to the tokenizer, unless it has them; return the id of the first.
+    """Add the 15 symbols of Switched-S3 to the tokenizer as tokens, unless it has them; return the id of the first.
 
     Their ids are consecutive. Raises ValueError if the tokenizer has one of these tokens at another place.
     """

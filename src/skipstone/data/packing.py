@@ -88,8 +88,9 @@ class RandomWindows(_Windows):
 class WindowsOnce(_Windows):
     """A dataset of training rows that reads no token twice: windows side by side, in an order shuffled by `seed`.
 
-    rows: number of rows. ids, context and document_starts are as in `RandomWindows`. Raises ValueError if `rows` is
-    larger than the number of windows.
+    rows: number of rows. ids: token ids of the split. context: tokens per row. document_starts: index of each
+    document's first token, for rows with document_ids and position_ids; None means rows without these fields. Raises
+    ValueError if `rows` is larger than the number of windows.
     """
 
     seed: int
@@ -143,9 +144,10 @@ class CoveringWindows(_Windows):
     """A dataset of evaluation rows: consecutive windows, each beginning with the last token of the one before.
 
     Together they predict every token exactly once, except for the first one and, if `document_starts` is given, the
-    first one of each document. The last row may be shorter; `collate` pads it. With fewer `rows`, they cover the
-    beginning of the text. ids, context and document_starts are as in `RandomWindows`. Raises ValueError for fewer than
-    two tokens, or more rows than are needed.
+    first one of each document. The last row may be shorter; `collate` pads it. rows: number of rows; fewer than are
+    needed cover the beginning of the text. ids: token ids of the split. context: tokens per row. document_starts: index
+    of each document's first token, for rows with document_ids and position_ids; None means rows without these fields.
+    Raises ValueError for fewer than two tokens, or more rows than are needed.
     """
 
     def __post_init__(self) -> None:

@@ -70,7 +70,8 @@ def _lines(files: list[Path], field: str) -> Iterator[str]:
 def _dataset(argument: str, field: str | None) -> Source:
     """Open a Hugging Face dataset: its own splits if it has train and validation, else train as a single stream.
 
-    argument, field: as in `open_source`, after `hf:`.
+    argument: `NAME`, `OWNER/NAME`, `OWNER/NAME/CONFIG` or a folder. field: the column with the text; None means "text"
+    or the only column of strings.
     """
     loaded = users.load_dataset(argument, streaming=True)
     found = {split: next((n for n in names if n in loaded), None) for split, names in users.OWN_SPLITS.items()}

@@ -40,9 +40,11 @@ VOCAB_SIZE = len(NAMES)
 class SwitchedS3(RowDataset):
     """A dataset for Switched-S3: rows of symbols that are operations or fillers, depending on the last switch.
 
-    After a switch `on`, symbols are operations on a state as in `ResetS3`; after `off` they are fillers, so that a
-    symbol alone does not show whether it needs depth. seed, stream: row i is a function of (seed, stream, i). context:
-    tokens per row, T. Rows have input_ids, shift_labels, labels and difficulty, int64 (T,), as in `ResetS3`.
+    After a switch `on`, symbols are operations on a state, a permutation of three things; after `off` they are fillers,
+    so that a symbol alone does not show whether it needs depth. seed, stream: row i is a function of (seed, stream, i).
+    context: tokens per row, T. Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same
+    place (the state after an operation, else the symbol itself); labels, the same targets one place later; and
+    difficulty, the number of operations since the last reset (-1 for fillers and switches).
     """
 
     seed: int

@@ -104,9 +104,9 @@ def kl_run(
 ) -> KlBudget:
     """Choose the settings (`KlBudget`) that read the fewest bytes with KL(source || model) <= limit, and write them.
 
-    folder: the run or saved model. source: folder or Hub name; None means the model as trained. corpus, context, rows:
-    as in `calibrate_run`. Writes the candidates' number to the configuration, and `budget.json` if there are thresholds
-    and no table. Raises ValueError for nothing to set, a limit that nothing meets, and a source of another vocabulary.
+    folder: the run or saved model. limit: nats per token. source: folder or Hub name; None: the model as trained.
+    corpus, context, rows: as in `calibrate_run`. Writes the candidates to the configuration, thresholds to
+    `budget.json` unless it exists. Raises ValueError for nothing to set, a limit out of reach, another vocabulary.
     """
     if not limit > 0:
         raise ValueError(f"kl must be above 0 nats a token, got {limit:g}")

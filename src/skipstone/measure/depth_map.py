@@ -1,7 +1,7 @@
 """The depth map: the decision of each depth mechanism for each token of a text, and the loss of its prediction.
 
-`DepthMap` is a table with one line for each token, block and mechanism. `skipstone trace` writes it, and the live page
-reads the same decisions (`read_decisions`) token by token.
+It is a table with one line for each token, block and mechanism; a `DepthMap` is some rows of text of it. `skipstone
+trace` writes it, and the live page reads the same decisions (`read_decisions`) token by token.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -114,7 +114,7 @@ def _numbers(x_BT: Tensor) -> list[list[float | None]]:
 def depth_maps(
     model: SkipstoneForCausalLM, ids: Sequence[int], context: int, done: Callable[[int], None] | None = None
 ) -> Iterator[DepthMap]:
-    """Yield the depth map of a text in parts of at most 8 rows.
+    """Yield which blocks update each token of a text (its depth map), in parts of at most 8 rows.
 
     ids: token ids of the text, cut into rows of `context` tokens; the last row may be shorter. done: called after each
     part with the number of tokens processed so far. Decisions look at no later token and blocks are really skipped, as

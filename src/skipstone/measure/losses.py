@@ -160,9 +160,11 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 
 
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
-    """Return `headroom_captured` for each bin of difficulty ("0-3", "4-7", "8-15", "16+") and for "all operations".
+    """Return (learned - dense) / (forced - dense) for each bin of difficulty, as `headroom_captured` does.
 
-    learned, dense, forced: accuracies by the same names, as `Accuracy.by_bin` returns them.
+    learned: accuracies with the model's own router. dense: those of a dense model. forced: those with routing by the
+    known difficulty. All are dicts as `Accuracy.by_bin` returns them, with the keys "0-3", "4-7", "8-15", "16+" and
+    "all operations".
     """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 
@@ -228,8 +230,8 @@ def measure_hard_mix(
 ) -> LossResult | None:
     """Measure the loss with each neuron's strongest activation alone, instead of its learned mix of activations.
 
-    model, forward, batches: as in `measure_loss`. Returns None for a model that does not mix activations. Activation
-    mechanisms are not summarised.
+    forward: the kind of pass. batches: dicts of tensors on the model's device, with `input_ids` and `labels` or
+    `shift_labels`. Returns None for a model that does not mix activations. Activation mechanisms are not summarised.
     """
     if not mixes_activations(model):
         return None

@@ -115,8 +115,9 @@ class Pass:
     def run(self, model: SkipstoneForCausalLM, batch: Batch, **more: object) -> CausalLMOutput:
         """Run the model on a batch without gradients and return its output.
 
-        batch: tensors on the model's device, as in `arguments`. more: further keyword arguments of forward, such as
-        `output_records=True`. Raises ValueError for a model that is not a Skipstone model.
+        batch: the input tensors by name on the model's device, and `difficulty` if `routing` is "forced". more: further
+        keyword arguments of forward, such as `output_records=True`. Raises ValueError for a model that is not a
+        Skipstone model.
         """
         require_ours(model)
         return model(**self.arguments(model, batch), **more)

@@ -56,7 +56,7 @@ def _of_today(point: PlainMapping) -> PlainDict:
 def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
     """Draw each run's loss over the executed share of the dense FLOPs; None if nothing was measured.
 
-    budgets: measured points by name of the run, as `read_budgets` returns them.
+    budgets: for each name of a run, its losses at several FLOP budgets, as `read_budgets` returns them.
     """
     series = [
         Series(
@@ -84,8 +84,8 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
     """Return the rows of a table of measured budgets: pairs of a run and the row's cells.
 
-    The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. budgets: measured points by name of
-    the run, as `read_budgets` returns them.
+    The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. budgets: for each name of a run,
+    its losses at several FLOP budgets, as `read_budgets` returns them.
     """
     return [
         (

@@ -34,8 +34,8 @@ class Place:
 def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
     """Draw loss against executed FLOPs of runs and budgets, with the Pareto frontier; None for fewer than two points.
 
-    budgets: measured points by name of the run, as `read_budgets` returns them. Runs that cannot decide without later
-    tokens are left out.
+    budgets: for each name of a run, its losses at several FLOP budgets, as `read_budgets` returns them. Runs that
+    cannot decide without later tokens are left out.
     """
     places = [place for run in runs for place in _places(run, budgets.get(run.name, ()))]
     if len(places) < 2:

@@ -43,7 +43,8 @@ def drawing(width: float, height: float, children: Iterable[Markup], title: str)
 def text(x: float, y: float, content: str, class_: str = "", **attributes: str | float | None) -> Markup:
     """Build an SVG text element at (x, y).
 
-    class_: its CSS class, "" for none. attributes: further attributes, as in `element`.
+    content: the text. class_: its CSS class, "" for none. attributes: further attributes of the element; underscores in
+    their names become hyphens.
     """
     return element("text", content, x=x, y=y, class_=class_ or None, **attributes)
 
@@ -56,10 +57,10 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 def rectangle(
     x: float, y: float, width: float, height: float, hover: str = "", **attributes: str | float | None
 ) -> Markup:
-    """Build an SVG rectangle with its upper left corner at (x, y).
+    """Build an SVG rectangle with its upper left corner at (x, y), of size `width` by `height`.
 
-    hover: text that a browser shows when the pointer rests on it; "" for none. attributes: further attributes, as in
-    `element`.
+    hover: text that a browser shows when the pointer rests on it; "" for none. attributes: further attributes of the
+    element; underscores in their names become hyphens.
     """
     inside = [element("title", hover)] if hover else []
     return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), **attributes)

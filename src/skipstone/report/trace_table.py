@@ -1,6 +1,7 @@
-"""A depth map that `skipstone trace` has written, read back as what a report shows of a model's decisions.
+"""A file that `skipstone trace` has written, read back as what a report shows of a model's decisions.
 
-Shape letters: B rows of the text, T tokens of the longest row, L layers.
+The file is a depth map: which blocks update each token of a text. Shape letters: B rows of the text, T tokens of the
+longest row, L layers.
 """
 
 from __future__ import annotations

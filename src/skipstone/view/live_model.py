@@ -125,11 +125,12 @@ class LiveModel:
         return encode(self.tokenizer, prompt)
 
     def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
-        """Return for each block the attention weights of the last of `ids` to all of them, as `attention_of_last` does.
+        """Return for each block the attention weights of the last of `ids` to all of them, averaged over heads.
 
-        ids: token ids of one text. budget: share of the dense FLOPs that the model is set to during the pass; None
-        means the model as it was trained. Raises ValueError for ids outside the vocabulary, for none or more than the
-        context holds, and for a budget that the model cannot meet.
+        An entry is None for a block whose attention the last token skips. ids: token ids of one text. budget: share of
+        the dense FLOPs that the model is set to during the pass; None means the model as it was trained. Raises
+        ValueError for ids outside the vocabulary, for none or more than the context holds, and for a budget that the
+        model cannot meet.
         """
         if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
             raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")

@@ -113,7 +113,7 @@ def attention_events(models: Sequence[LiveModel], request: AttentionRequest) -> 
     """Yield the one event that answers a request for attention weights.
 
     models: all loaded models. The event has `type` "attention", `model` (its index), `at` (index of the token) and
-    `layers`, the weights of each block as `LiveModel.attention` returns them.
+    `layers`, for each block the weights of the tokens up to this one, or None if the token skips its attention.
     """
     found = models[request.model].attention(request.tokens, request.budget)
     yield {"type": "attention", "model": request.model, "at": len(request.tokens) - 1, "layers": found}

@@ -186,9 +186,10 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 
 
 def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """Build a specification as `make_spec` does, after checking its recipe and the models of all arms and sizes.
+    """Build a specification from a recipe and the values that the user gave, after checking all of its models.
 
-    Raises ValueError with one line for each mistake, without loading torch. Whether the corpus exists is not checked.
+    recipe, scale, given: as in `make_spec`. Raises ValueError with one line for each mistake in the recipe and in the
+    models of all arms and sizes, without loading torch. Whether the corpus exists is not checked.
     """
     lines: list[str] = []
     own = {key: value for key, value in recipe.items() if key != "arms"}

@@ -1,9 +1,9 @@
 """The loss of a pretrained model that is adapted to compute less, by four methods at equal FLOPs.
 
 The methods are Mixture-of-Depths, random skipping, fewer blocks, and neurons by magnitude, at the FLOPs of the
-checkpoint without six of its 30 blocks. All arms learn from the same rows, from text and source alike (or from the
-source alone), and are evaluated by the executed pass on the first rows of three texts, two of which no arm is trained
-on.
+checkpoint (the source) without six of its 30 blocks. All arms are trained on the same rows, with cross-entropy and
+distillation from the source, or with distillation alone, and are evaluated by the executed pass on the first rows of
+three texts, two of which no arm is trained on.
 """
 
 from __future__ import annotations

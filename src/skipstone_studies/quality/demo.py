@@ -135,9 +135,10 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `measure.standard`, and as `sample` those of `measure.sample`.
+    """Return the figures of one run folder: those of `measure.standard`, and `sample`, a text that its model generated.
 
-    These are the summary of the training, the evaluation, and a text that the model generated.
+    The former are the summary of the training and the evaluation. The sample has its prompt, and pieces of text with
+    the share of the blocks that each took.
     """
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}

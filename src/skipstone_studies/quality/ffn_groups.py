@@ -68,11 +68,11 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `measure.standard`, the MLPs' FLOPs, and TEAL's losses.
+    """Return the figures of one run folder: training, evaluation, the MLPs' FLOPs, and TEAL's losses.
 
-    Keys: `mlp_flops`, the MLPs' forward FLOPs per token; for models without neuron groups, `teal`, by the share of the
-    MLPs' inputs that TEAL does not set to 0: as `loss` that of the model in nats per token, as `executed` the share of
-    the MLPs' multiplications whose input is not 0.
+    Keys: `training` and `evaluation` (`measure.standard`); `mlp_flops`, the MLPs' forward FLOPs per token; for models
+    without neuron groups, `teal`, by the share of the MLPs' inputs that TEAL does not set to 0: as `loss` that of the
+    model in nats per token, as `executed` the share of the MLPs' multiplications whose input is not 0.
     """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)

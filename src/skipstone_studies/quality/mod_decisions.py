@@ -72,11 +72,11 @@ def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | 
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with the gap between training and executed loss and the realised capacity.
 
-    Keys besides those of `measure.standard`: `gap`, the executed loss relative to the loss with the decisions of
-    training, minus 1; and for routed models: `capacity`, the share of its tokens that each routed block keeps;
-    `overshoot`, the 99th percentile over rows of the kept share, relative to the configured capacity, minus 1, largest
-    over blocks; `precision`, `recall` and `f1` of the executed decisions against the row's top tokens by score, mean
-    over routed blocks.
+    Keys: `training` and `evaluation` (`measure.standard`); `gap`, the executed loss relative to the loss with the
+    decisions of training, minus 1; and for routed models: `capacity`, the share of its tokens that each routed block
+    keeps; `overshoot`, the 99th percentile over rows of the kept share, relative to the configured capacity, minus 1,
+    largest over blocks; `precision`, `recall` and `f1` of the executed decisions against the row's top tokens by score,
+    mean over routed blocks.
     """
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]

@@ -68,11 +68,12 @@ def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, and for PolyGLU how its neurons choose their activations.
 
-    Keys besides those of `measure.standard`: `diversity`, the share of neurons whose strongest activation is not the
-    most common one of their layer; `dynamic_entropy` and `static_entropy`, mean entropies in nats of a neuron's softmax
-    over activations, with all logits and with its learned preferences alone; these are means over layers. `hardened`:
-    by how many nats the loss rises if each neuron keeps one activation, chosen on training rows. `neurons`: for each
-    layer, the share of neurons whose strongest activation is each of the functions. `course`: the result of `course`.
+    Keys: `training` and `evaluation` (`measure.standard`); `diversity`, the share of neurons whose strongest activation
+    is not the most common one of their layer; `dynamic_entropy` and `static_entropy`, mean entropies in nats of a
+    neuron's softmax over activations, with all logits and with its learned preferences alone; these are means over
+    layers. `hardened`: by how many nats the loss rises if each neuron keeps one activation, chosen on training rows.
+    `neurons`: for each layer, the share of neurons whose strongest activation is each of the functions. `course`: the
+    first three figures during training, {percentage of the steps: {name: value}}.
     """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]

@@ -89,7 +89,8 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 def _options(weights: str, group: int) -> PlainDict:
     """Return the arguments of `from_pretrained` that quantise linear layers by torchao (weights only).
 
-    weights: "as trained" (no arguments), "int8" or "int4". group: as in `arms`. Raises ValueError without torchao.
+    weights: "as trained" (no arguments), "int8" or "int4". group: number of weights in a matrix row that share an int4
+    scale; 0 means the whole row. Raises ValueError without torchao.
     """
     if weights == "as trained":
         return {}

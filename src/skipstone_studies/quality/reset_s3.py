@@ -113,10 +113,11 @@ def recipe(
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `measure.standard`, `accuracy` and `flops`.
+    """Return the figures of one run folder: training, evaluation, and accuracy and FLOPs of the executed pass.
 
-    accuracy: share of correct operations by bin of difficulty (operations since the last reset). flops: counted per
-    token. Both are those of the model's main pass, which skips as generation does.
+    Keys: `training` and `evaluation` (`measure.standard`); `accuracy`, the share of correct operations by bin of
+    difficulty (operations since the last reset); `flops`, counted per token. The pass is the model's main one, which
+    skips as generation does.
     """
     figures = measure.standard(folder)
     evaluation = figures["evaluation"]

@@ -35,7 +35,7 @@ def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest of ours / theirs, as `spread` does.
+    """Return {"median", "min", "max"} of ours / theirs.
 
     ours, theirs: values of the same rounds, in order; each quotient is taken within a round.
     """

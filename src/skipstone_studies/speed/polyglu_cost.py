@@ -104,9 +104,10 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 
 
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
-    """Return the bytes of the tensors that an MLP's forward pass keeps for the backward pass.
+    """Return the bytes of the tensors that an MLP's forward pass on `x_BTD` keeps for the backward pass.
 
-    Parameters and their copies in bf16 do not count. x_BTD, tokens and bf16 are as in `step`.
+    Parameters and their copies in bf16 do not count. tokens: slots and positions of these tokens, and whether Gumbel
+    noise is added. bf16: whether the pass runs under autocast.
     """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}

@@ -49,8 +49,9 @@ def measured(recipe: RecipeDict) -> Figures:
     """Time a gated model in turns with the dense model, in prefill or in decoding.
 
     recipe: an entry of `arms`. Keys of the result: `skipped`, the share of pairs of a token and a gated block that were
-    skipped; for prefill those of `prefill_figures`; for decoding `dense_seconds` (seconds per step of the dense model)
-    and `speed` (tokens per second relative to it, as {"median", "min", "max"} over turns).
+    skipped. For prefill also `flops` and `time`, relative to the dense model's, and `over`, their ratio; for decoding
+    `dense_seconds` (seconds per step of the dense model) and `speed` (tokens per second relative to it). Time and speed
+    are {"median", "min", "max"} over turns.
     """
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])

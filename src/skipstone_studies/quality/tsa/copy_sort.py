@@ -69,9 +69,10 @@ def _data(task: str, symbols: int) -> PlainDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `measure.standard` and `gates.savings`, and `variants`.
+    """Return the figures of one run folder: training, evaluation, savings, and losses of other passes.
 
-    variants: losses of the gated model when it is run in other ways, as `gates.variants` returns them.
+    Keys: `training` and `evaluation` (`measure.standard`); those of `gates.savings`, such as `claimed` and `skipped`;
+    `variants`, losses of the gated model when it is run in other ways (`gates.variants`).
     """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}

@@ -87,7 +87,8 @@ def _exit_points(figures: Figures) -> list[Point]:
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
     """Return by how much an arm's losses differ from a rival's on each block of the text, one list for each seed.
 
-    seeds: the arm's figures by seed, as `at_equal_flops` returns them for an arm. rival: a key of `RIVALS`.
+    seeds: the arm's figures by seed, with those of `at_equal_flops`. rival: the kind, such as "over_dense" (a key of
+    `RIVALS`).
     """
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 

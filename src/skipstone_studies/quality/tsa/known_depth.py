@@ -45,7 +45,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `reset_s3.measured` and of `gates.savings`."""
+    """Return the figures of one run folder: accuracy by difficulty, FLOPs, and claimed and realised savings.
+
+    Keys: those of `reset_s3.measured`, such as `accuracy` and `flops`, and of `gates.savings`, such as `claimed` and
+    `skipped`.
+    """
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}
 

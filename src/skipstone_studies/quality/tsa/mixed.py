@@ -61,9 +61,9 @@ def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None 
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with losses and depths of the executed pass by kind of token.
 
-    Keys besides those of `reset_s3.measured` and `gates.savings`: `kinds`, {"text", "operations" or "fillers": {"loss"
-    in nats per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of operations
-    divided by that of text.
+    Keys: those of `reset_s3.measured`, such as `accuracy` and `flops`, and of `gates.savings`, such as `claimed` and
+    `skipped`; `kinds`, {"text", "operations" or "fillers": {"loss" in nats per prediction, "depth": mean number of
+    blocks that update a token}}; `deeper`, the depth of operations divided by that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]

@@ -21,8 +21,9 @@ from skipstone_studies.timing import forward_speeds
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with savings and losses of further ways to execute the model.
 
-    Keys besides those of `measure.standard` and `gates.savings`: `variants` and `exits`, the results of these functions
-    of `gates`; the losses by block of text (`text_blocks`); and the course of the losses during training
+    Keys: `training` and `evaluation` (`measure.standard`); those of `gates.savings`, such as `claimed` and `skipped`;
+    `variants`, losses of gates that are executed in other ways, and `exits`, figures of early exit by threshold
+    (functions of `gates`); the losses by block of text (`text_blocks`); and the course of the losses during training
     (`overfitting.measured`).
     """
     figures = measure.standard(folder)

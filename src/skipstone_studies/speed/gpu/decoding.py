@@ -20,7 +20,8 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 def measure(bench: Bench) -> None:
     """Time decoding steps of a dense and a Mixture-of-Depths model for several numbers of rows.
 
-    bench: stores the figures of `beside` for each number of rows, and those of `fixed` for some of them.
+    bench: stores milliseconds, tokens per second and further figures (`beside`) for each number of rows, and the
+    milliseconds with a cache of fixed size (`fixed`) for some of them.
     """
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:

@@ -15,7 +15,7 @@ from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
 def measure(bench: Bench) -> None:
     """Time training steps for several numbers of rows, the largest also with compiled blocks.
 
-    bench: stores the figures of `steps_of` for each.
+    bench: stores milliseconds, tokens and FLOPs per second and further figures (`steps_of`) for each.
     """
     for rows in bench.sizes["of_rows"]:
         bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", steps_of, rows, False)

@@ -71,9 +71,11 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 
 
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
-    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, and return what `compared` returns.
+    """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
 
-    The temperature is .5. dtype, per_row and per_token are those of `mixture_inputs`. Raises ValueError without Triton.
+    dtype: that of the gate values. per_row: whether static logits differ between rows. per_token: whether dynamic
+    logits differ between tokens. Returns the errors of the result and of every gradient (`compared`). Raises ValueError
+    without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
@@ -83,9 +85,10 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
 
 
 def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
-    """Compare a mixture of experts by grouped products with the reference, and return what `compared` returns.
+    """Compare a mixture of experts by grouped products with the reference.
 
-    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: the dtype of inputs and matrices.
+    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: that of inputs and matrices. Returns
+    the errors of the result and of every gradient (`compared`).
     """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
@@ -109,7 +112,7 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 def head(bench: Bench) -> PlainDict:
     """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
 
-    The result is that of `compared`, for the loss and its gradients.
+    Returns the errors of the loss and of its gradients (`compared`).
     """
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
@@ -123,7 +126,7 @@ def head(bench: Bench) -> PlainDict:
 def scores(bench: Bench) -> PlainDict:
     """Compare the router's score function that saves less for the backward pass with the reference.
 
-    The result is that of `compared`, for the scores and their gradients.
+    Returns the errors of the scores and of their gradients (`compared`).
     """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)

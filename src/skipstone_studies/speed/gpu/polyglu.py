@@ -18,7 +18,7 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 def measure(bench: Bench) -> None:
     """Time a PolyGLU and a SwiGLU MLP: with the device's kernels, with the reference implementation, and compiled.
 
-    bench: stores the figures of `beside` for each.
+    bench: stores milliseconds, their ratio and the ratio of saved bytes (`beside`) for each.
     """
     bench.measure("eager, kernels of the device", beside)
     bench.measure("eager, reference", with_reference)

@@ -38,7 +38,7 @@ ADAPTED: dict[str, PlainDict] = {
 def measure(bench: Bench) -> None:
     """Time the prefill of each adapted model in turns with the dense model's.
 
-    bench: stores the figures of `prompts_of` by name of the mechanism.
+    bench: stores milliseconds by length of the prompt (`prompts_of`), by name of the mechanism.
     """
     for name, options in ADAPTED.items():
         bench.measure(name, prompts_of, options)

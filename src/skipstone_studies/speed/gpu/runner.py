@@ -57,7 +57,7 @@ def measured(recipe: RecipeDict) -> Figures:
 def _run(recipe: RecipeDict, out: Path) -> str:
     """Run the part until it ends or reaches its time limit; return "" if it ended well, else what ended it.
 
-    recipe: as in `measured`. out: the file into which the part writes its measurements.
+    recipe: an entry of `parts.arms` with a key "seed". out: the file into which the part writes its measurements.
     """
     environment = dict(os.environ)
     if recipe["device"] == "cpu":  # a rehearsal: kernels are interpreted

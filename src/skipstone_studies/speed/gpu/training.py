@@ -18,7 +18,8 @@ Step = Callable[[], object]
 def measure(bench: Bench) -> None:
     """Time training steps (forward, backward, AdamW) of a dense and a routed model, run in three ways.
 
-    bench: stores the figures of `both` for "eager", "compiled" and, not on a CPU, "CUDA graph".
+    bench: stores milliseconds, FLOPs and further figures (`both`) for "eager", "compiled" and, not on a CPU, "CUDA
+    graph".
     """
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":

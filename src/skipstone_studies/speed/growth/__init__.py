@@ -35,9 +35,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def details(figures: ByArm) -> str:
-    """Return the text and tables below the main table: which exponents agree, every curve in seconds, imports.
+    """Return the text and tables below the main table: every curve in seconds, and imports.
 
-    figures: the figures of each arm by seed.
+    The text says how many curves grow in time with the exponent of their FLOPs. figures: the figures of each arm by
+    seed.
     """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     lines = {arm: one for arm, one in found.items() if "points" in one}

@@ -91,7 +91,10 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _expected(recipe: RecipeDict, size: int) -> dict[str, float]:
-    """Return the size, FLOPs and bytes of a curve's point (see `with_exponents`), computed and not measured."""
+    """Return what the cost model expects of a point: `size`, `flops` and `bytes` of the largest tensors of a pass.
+
+    recipe: that of the curve, set to this size.
+    """
     model = model_of(recipe)
     tokens = recipe["rows"] * recipe["context"]
     widest = max(
