@@ -78,7 +78,7 @@ def cost(params: dict[str, Any]) -> float:
 
 
 def cover(file: str, runs: dict[str, dict[str, Any]]) -> set[str]:
-    """Return a small set of a file's runs that together reach all goals, chosen greedily by new goals for their cost.
+    """Return a small set of a file's runs that cover what all cover, chosen greedily by what is new for its cost.
 
     file: name of the file, which decides ties. runs: the parameters of each run by its id.
     """
@@ -96,7 +96,7 @@ def cover(file: str, runs: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def leave_out(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow the runs of laws that the quick suite leaves out, because others cover their goals."""
+    """Mark as slow the runs of laws that the quick suite leaves out, because what they cover is covered by others."""
     files: dict[str, dict[str, pytest.Function]] = defaultdict(dict)
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}

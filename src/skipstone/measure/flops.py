@@ -178,7 +178,7 @@ def _grouped(
 
 
 def _magnitude(*args: Any, **kwargs: object) -> int:
-    """Return the FLOPs of an MLP whose neurons are chosen by magnitude, called with the arguments of `ops.magnitude`.
+    """Return the FLOPs of an MLP whose neurons are chosen by magnitude, from the arguments of its operation.
 
     The up projection is multiplied for the neuron groups that were tried, the down projection for those that are kept.
     """

@@ -231,7 +231,7 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
 
 
 class ActivationReader(Reader[MixFigures, ActivationRecord]):
-    """Accumulates figures of an activation mechanism (PolyGLU) over the tokens and neurons of the first rows.
+    """Accumulates figures of an activation mechanism (PolyGLU) over the first `activation_rows` rows.
 
     `shares`: mean share of each activation function in the mix. `neurons`: share of neurons in which each function is
     the strongest. `diversity`: share of neurons whose strongest function is not the most common one. `entropy`: mean

@@ -106,11 +106,12 @@ def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[obj
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with shares of neurons that are not 0 and bytes read in decoding.
 
-    Keys besides those of `protocol.measured`: `on`, the share of neurons that are not 0 by block, None if all are read;
-    `mlp_read` and `read`, the bytes of the MLPs' and of all matrices that a decoded token reads, relative to those of
-    the arm "swiglu". For that arm, `teal` shows small inputs of MLPs set to 0 after training, by share of the inputs:
-    as `loss` its increase in nats, as `mlp_read` the share of bytes left. PolyGLU is measured with one fixed activation
-    per neuron; `mixed_loss` is its loss before that, and `relu` the share of neurons with ReLU by block.
+    Keys: those of `protocol.measured`, such as `loss` and `training_flops`; `on`, the share of neurons that are not 0
+    by block, None if all are read; `mlp_read` and `read`, the bytes of the MLPs' and of all matrices that a decoded
+    token reads, relative to those of the arm "swiglu". For that arm, `teal` shows small inputs of MLPs set to 0 after
+    training, by share of the inputs: as `loss` its increase in nats, as `mlp_read` the share of bytes left. PolyGLU is
+    measured with one fixed activation per neuron; `mixed_loss` is its loss before that, and `relu` the share of neurons
+    with ReLU by block.
     """
     figures = protocol.measured(folder)
     recipe, model = protocol.recipe_of(folder), Run(folder).load_model().eval()

@@ -38,7 +38,7 @@ ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """Return the recipes by name: SwiGLU, and PolyGLU with preferences of three scales, with and without Gumbel noise.
+    """Return the recipes by name: SwiGLU, and PolyGLU with and without Gumbel noise at three preference scales.
 
     scale: "laptop" or "paper". corpus: the text.
     """
