@@ -76,7 +76,8 @@ def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     wrong = sorted(found.keys() ^ expected.keys())
     wrong += [name for name, value in expected.items() if name in found and found[name].shape != value.shape]
     if wrong:
-        raise ValueError(f"{str(path)!r} does not fit this model: {wrong[0]} and {len(wrong) - 1} more differ")
+        differ = f"{wrong[0]} differs" if len(wrong) == 1 else f"{wrong[0]} and {len(wrong) - 1} more differ"
+        raise ValueError(f"{str(path)!r} does not fit this model: {differ}")
     for name, value in expected.items():
         value.data.copy_(found[name])
 

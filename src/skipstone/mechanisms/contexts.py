@@ -181,14 +181,20 @@ def _running_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, last_B1S: Tensor
 def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, last_B1S: Tensor | None) -> Tensor:
     """Return `_running_sum` with weights: a token n tokens back has the weight decay^n, padding not counted."""
     x_BTS, real_BT1 = _counted(z_BTR, tokens), _real(z_BTR, tokens)
-    total_BTS = _scan(x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None])
+    total_BTS = linear_scan(
+        x_BTS, torch.where(real_BT1 > 0, decay, 1.0) * ~_begins(tokens.document_BT, x_BTS)[..., None]
+    )
     if last_B1S is not None:
         total_BTS = total_BTS + last_B1S * decay ** real_BT1.cumsum(1) * memory.here()
     return total_BTS
 
 
-def _scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
-    """Return total_t = keep_t * total_(t-1) + x_t for every t, [B, T, S], in log2 T steps and without divisions."""
+def linear_scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
+    """Return total_t = keep_t * total_(t-1) + x_t over the second axis, [B, T, S], from 0.
+
+    x_BTS: the terms. keep_BT1: the share of the earlier total that each position keeps, [B, T, 1]. It takes log2 T
+    steps and no division.
+    """
     step = 1
     while step < x_BTS.shape[1]:
         x_BTS = torch.cat((x_BTS[:, :step], x_BTS[:, step:] + keep_BT1[:, step:] * x_BTS[:, :-step]), dim=1)

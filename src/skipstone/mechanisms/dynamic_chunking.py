@@ -33,7 +33,7 @@ from skipstone.core.seam import Update
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
-from skipstone.mechanisms.contexts import Memory
+from skipstone.mechanisms.contexts import Memory, linear_scan
 from skipstone.ops import reference as ops
 from skipstone.ops import score_linear
 
@@ -176,7 +176,7 @@ class DynamicChunking(DepthMechanism):
         before_BT = kept_BT.long().cumsum(1) == 0
         first_BKD = ops.gather_rows(start_BTD, index_BK[:, :1]) * decay_BK[:, :1, None]
         u_BKD = torch.cat((u_BKD[:, :1] + first_BKD, u_BKD[:, 1:]), 1)
-        smoothed_BTD = ops.gather_rows(_scan(decay_BK, u_BKD), at_BT)
+        smoothed_BTD = ops.gather_rows(linear_scan(u_BKD, decay_BK[..., None]), at_BT)
         return torch.where(before_BT[..., None], start_BTD, torch.where(holds_BT[..., None], smoothed_BTD, 0.0))
 
     def _ratio_loss(self, p_BT: Tensor, kept_BT: Tensor, reached_BT: Tensor, tokens: Tokens) -> Tensor | None:
@@ -240,18 +240,6 @@ def _before(key_BTD: Tensor, tokens: Tokens, memory: Memory) -> tuple[Tensor, Te
         return before_BTD, has_BT
     known_BT = (seen_B11 * memory.here()).expand(B, T, 1).squeeze(-1) > 0
     return torch.where(leads_BT[..., None], last_B1D, before_BTD), torch.where(leads_BT, known_BT, has_BT)
-
-
-def _scan(decay_BK: Tensor, u_BKD: Tensor) -> Tensor:
-    """Return h_k = decay_k h_(k-1) + u_k over the second axis, from 0, in log2 K steps."""
-    shift = 1
-    while shift < u_BKD.shape[1]:
-        earlier_BKD, earlier_BK = u_BKD[:, :-shift], decay_BK[:, :-shift]
-        later = u_BKD[:, shift:] + decay_BK[:, shift:, None] * earlier_BKD
-        u_BKD = torch.cat((u_BKD[:, :shift], later), 1)
-        decay_BK = torch.cat((torch.zeros_like(decay_BK[:, :shift]), decay_BK[:, shift:] * earlier_BK), 1)
-        shift *= 2
-    return u_BKD
 
 
 class ChunkThreshold(ScoreThreshold):

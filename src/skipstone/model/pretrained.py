@@ -234,7 +234,7 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
     return model
 
 
-def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a checkpoint by transformers' AutoTokenizer; None if it has none.
 
     source and gguf_file are as in `load_pretrained`. For an adapter without a tokenizer, its base model's is loaded.
