@@ -140,7 +140,7 @@ class AdaptTrainer(RunTrainer):
     def _excess(self, records: tuple[Records, ...]) -> Tensor:
         """Return (share of tokens with a gain above the threshold - allowed share)^2, with the mean gain's gradient.
 
-        records: what each mechanism decided, one dict for each block.
+        The result is a scalar tensor. records: what each mechanism decided, one dict for each block.
         """
         passed, means = [], []
         for mechanism in soft_gates(self._plain):

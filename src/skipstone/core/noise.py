@@ -62,7 +62,7 @@ def _rows(tokens: Tokens, key: int, rows: int) -> Tensor:
 
 
 def _mixed(hash_: Tensor) -> Tensor:
-    """Return hashes with their bits mixed, so that close ones become unrelated; int64, of which 32 bits are used."""
+    """Return hashes, int64 of 32 bits and any shape, with their bits mixed, so that close ones become unrelated."""
     for shift, factor in ROUNDS:
         hash_ = ((hash_ ^ (hash_ >> shift)) * factor) & BITS
     return hash_ ^ (hash_ >> LAST_SHIFT)

@@ -188,7 +188,7 @@ def decisions_only(record: Record) -> DepthRecord:
 
 
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
-    """Return the new values of all tensors that these records carry to the next block, by name."""
+    """Return the new values [B, T] of all tensors that these records carry to the next block, by name."""
     return {name: value for record in records for name, value in record.carry.items()}
 
 

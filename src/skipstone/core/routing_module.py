@@ -69,10 +69,10 @@ class RoutingModule(nn.Module):
         return False
 
     def statistics(self, record: Record) -> Tensor | None:
-        """Return the statistics of one micro-batch that `advance` needs, an fp32 vector; None if it needs none.
+        """Return what `advance` needs to know of one micro-batch, an fp32 vector; None if it needs nothing.
 
-        record: the mechanism's record of that forward pass. Callers average the vector over micro-batches and
-        processes.
+        An example is a quantile of the scores. record: the mechanism's record of that forward pass. Callers average the
+        vector over micro-batches and processes.
         """
         return None
 

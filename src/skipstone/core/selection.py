@@ -74,7 +74,7 @@ class Selection:
         return kept_BT & self.mask()
 
     def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
-        """Return `old_BTD` with its values at the selected tokens replaced by `new_BKD`."""
+        """Return `old_BTD` [B, T, ...] with its values at the selected tokens replaced by `new_BKD` [B, K, ...]."""
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:

@@ -156,7 +156,7 @@ def _shares(static_BFA: Tensor, dynamic_BTA: Tensor) -> _Products:
 
 
 def _near(logits: Tensor) -> bool:
-    """Return whether all logits are within `NEAR` of 0; True for fake tensors. logits: at most 0."""
+    """Return whether all logits, none of which is above 0, are at least -`NEAR`; True for fake tensors."""
     if isinstance(logits, FakeTensor) or not logits.numel():
         return True
     return bool(logits.amin().numpy() >= -NEAR)  # numpy: not counted as a host sync, and on a CPU it is none

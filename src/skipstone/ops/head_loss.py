@@ -172,9 +172,10 @@ def _forward(
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]:
     """Return cross-entropy and T^2 KL, summed over tokens, and the gradients of their weighted sum, chunk by chunk.
 
-    teacher: with None, the second sum is 0 and the gradients are those of the cross-entropy. how: tokens of a chunk,
-    and the soft cap or None. wanted: whether the gradients of x and of the weight are needed; those that are not are
-    None. The gradient of x has its dtype, that of the weight is fp32.
+    x_ND, weight_VD, target_N: as in `linear_cross_entropy`. teacher: with None, the second sum is 0 and the gradients
+    are those of the cross-entropy. how: tokens of a chunk, and the soft cap or None. wanted: whether the gradients of x
+    and of the weight are needed; those that are not are None. The gradient of x has its dtype, that of the weight is
+    fp32.
     """
     nats, divergence = torch.zeros((), device=x_ND.device), torch.zeros((), device=x_ND.device)
     d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
@@ -206,9 +207,9 @@ def _forward(
 
 
 def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Return the logits after a soft cap (`Distillation`), and the cap's derivative at each; None for None.
+    """Return the logits after a soft cap, c tanh(logits / c), and the cap's derivative at each of them, [C, V] each.
 
-    logits_CV: overwritten. soft_cap: c, or None, for which the logits stay as they are.
+    logits_CV: overwritten. soft_cap: c; with None, the logits are returned as they are, and None for the derivative.
     """
     if soft_cap is None:
         return logits_CV, None
@@ -218,7 +219,7 @@ def _capped(logits_CV: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor |
 
 
 def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy in nats, summed over a chunk's tokens, and its gradient of the logits.
+    """Return the cross-entropy in nats, summed over a chunk's tokens, and its gradient with respect to the logits.
 
     logits_CV: fp32; the gradient is written in their place. target_C: int64, -100 for tokens without a target.
     """
@@ -236,9 +237,10 @@ def _chunk(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
 def _distillation_chunk(
     logits_CV: Tensor, target_C: Tensor, teacher_CV: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return T^2 KL(teacher || student) in nats, summed over a chunk, and its gradient of the student's logits.
+    """Return T^2 KL(teacher || student) in nats, summed over a chunk, and its gradient with respect to the logits.
 
-    The student's logits are left unchanged. teacher_CV: the teacher's log-probabilities, which are overwritten.
+    logits_CV: the student's logits, left unchanged. target_C: int64, -100 for tokens that do not count. teacher_CV: the
+    teacher's log-probabilities at the temperature, overwritten. temperature: T.
     """
     real_C1 = (target_C != IGNORED)[:, None]
     ours_CV = F.log_softmax(logits_CV / temperature, dim=-1)

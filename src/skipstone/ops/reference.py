@@ -33,7 +33,7 @@ def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 
     x_BHTE: queries or keys (rows, heads, tokens, features of a head). cos_BTE, sin_BTE: cosine and sine of the rotary
     angles; the first half of sin is already negated, so that rotating a pair needs no sign change. If they have fewer
-    than E features, only the first ones of a head are rotated.
+    than E features, only the first ones of a head are rotated. Returns [B, H, T, E].
     """
     turned = cos_BTE.shape[-1]
     if turned < x_BHTE.shape[-1]:

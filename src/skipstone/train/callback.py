@@ -97,14 +97,17 @@ class RoutingCallback(TrainerCallback):
 
 
 def _mechanisms(model: Any) -> Iterator[RoutingModule]:
-    """Yield the routing modules of our models inside any wrapper; none for other models."""
+    """Yield the routing modules of a Skipstone model inside any wrapper; none for other models."""
     while not hasattr(model, "routing_modules") and hasattr(model, "module"):
         model = model.module
     return model.routing_modules() if hasattr(model, "routing_modules") else iter(())
 
 
 def _outside_adapters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield the saved buffers of the mechanisms of a model wrapped by PEFT, by name; none for other models."""
+    """Yield the buffers of mechanisms that a model wrapped by PEFT would save as a whole, by name; none for others.
+
+    An adapter that PEFT saves does not contain them. model: the model, wrapped or not.
+    """
     while getattr(model, "peft_config", None) is None:
         if not hasattr(model, "module"):
             return

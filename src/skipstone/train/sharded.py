@@ -60,7 +60,7 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and saved buffers by name; of tied ones, only the first."""
+    """Return a model's parameters and saved buffers, by name below `model.`; of tied ones, only the first."""
     state, seen = {}, set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:

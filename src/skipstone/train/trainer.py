@@ -210,7 +210,7 @@ class RunTrainer(RoutingTrainer):
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the loss to minimise; subclasses may override it, by default it is the model's own `loss`.
+        """Return the loss to minimise, a scalar; by default the model's own `loss`, but subclasses may override it.
 
         outputs: the model's output; overrides must keep its losses correct for the log. inputs: the micro-batch. items:
         number of predicted tokens in the whole optimizer step, by which sums are divided to give means; None if it is
