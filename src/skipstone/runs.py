@@ -14,6 +14,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -234,6 +235,19 @@ class Run:
 
     def _json(self, name: str) -> PlainDict:
         return read_sealed(self._file(name))
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as many parent folders as are needed to distinguish them.
+
+    A folder that is given twice gets its place among the folders behind its name, counted from 1.
+    """
+    paths = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-depth:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]
 
 
 def read_metrics(path: Path) -> list[PlainDict]:

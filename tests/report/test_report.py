@@ -15,6 +15,7 @@ import pytest
 
 from skipstone.report.frontier_chart import Place, frontier
 from skipstone.report.rendering import write_report
+from skipstone.runs import distinct_names
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -182,3 +183,10 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "a.html")
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "a.html")
+
+
+def test_runs_are_named_by_as_many_folders_as_they_need(tmp_path: Path) -> None:
+    assert distinct_names([]) == []
+    assert distinct_names([tmp_path / "a/x", tmp_path / "a/y"]) == ["x", "y"]
+    assert distinct_names([tmp_path / "a/seed0/x", tmp_path / "b/seed0/x"]) == ["a/seed0/x", "b/seed0/x"]
+    assert distinct_names([tmp_path / "x", tmp_path / "x"]) == ["x (1)", "x (2)"]

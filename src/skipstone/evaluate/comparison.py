@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from skipstone.evaluate.metrics import (
 from skipstone.evaluate.tables import Section, markdown, plain, rich_table
 from skipstone.measure.losses import headroom
 from skipstone.measure.speed import Rate, take_turns
+from skipstone.runs import distinct_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,19 +129,13 @@ def _measured(loaded: Sequence[LoadedRun], rounds: int) -> list[RunMetrics]:
         for name, task in speed_tasks(o, sample_ids(o, 8, length, others)).items()
     }
     rates = take_turns(tasks, rounds)
-    named, found = _names(loaded), []
+    named, found = distinct_names([o.run.folder for o in loaded]), []
     with work(len(loaded), "runs"):
         for i, o in enumerate(loaded):
             own: dict[str, Rate] = {name: rate for (run, name), rate in rates.items() if run == i}
             found.append(replace(run_metrics(o, others, own), name=named[i]))
             advance("runs", note=named[i])
     return found
-
-
-def _names(loaded: Sequence[LoadedRun]) -> list[str]:
-    """Return the runs' folder names, with the parent's name where two are the same."""
-    count = Counter(o.run.name for o in loaded)
-    return [o.run.name if count[o.run.name] == 1 else "/".join(o.run.folder.resolve().parts[-2:]) for o in loaded]
 
 
 def _check_twins(loaded: Sequence[LoadedRun]) -> None:

@@ -35,7 +35,7 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
     if known_BT is not None:
         known_BT = known_BT.to(model.device)
     trace = trace_tokens(model, batch, names, known_BT, _categories(batch["input_ids"], data.tokenizer))
-    return ModelView(mechanisms=mechanisms_in_words(model), set_capacity=set_capacity(model), trace=trace)
+    return ModelView(mechanisms=mechanisms_in_words(model), capacities=configured_capacities(model), trace=trace)
 
 
 def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
@@ -53,7 +53,7 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
     return "; ".join(filter(None, parts)).replace("_", " ") or "no mechanism"
 
 
-def set_capacity(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
+def configured_capacities(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
     """Return the configured capacity (largest share of tokens that a block keeps), {layer: {mechanism name: share}}.
 
     Mechanisms that guarantee no capacity are left out.

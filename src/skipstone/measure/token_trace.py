@@ -148,18 +148,18 @@ def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[
 class ModelView:
     """What a report shows about a model itself.
 
-    mechanisms: the names and blocks of the model's mechanisms as text. set_capacity: configured capacities (largest
+    mechanisms: the names and blocks of the model's mechanisms as text. capacities: configured ones (largest
     shares of tokens that blocks keep), {layer: {mechanism: share}}. trace: the model's decisions for the first
     validation rows.
     """
 
     mechanisms: str
-    set_capacity: Mapping[int, Mapping[str, float]]
+    capacities: Mapping[int, Mapping[str, float]]
     trace: TokenTrace
 
     def to_dict(self) -> PlainDict:
         """Return the view as plain values for JSON, including the version of their format."""
-        capacity = {str(layer): shares for layer, shares in self.set_capacity.items()}
+        capacity = {str(layer): shares for layer, shares in self.capacities.items()}
         return {
             "format": FORMAT,
             "mechanisms": self.mechanisms,
@@ -174,6 +174,6 @@ class ModelView:
             return None
         return cls(
             mechanisms=values["mechanisms"],
-            set_capacity={int(layer): shares for layer, shares in values["set_capacity"].items()},
+            capacities={int(layer): shares for layer, shares in values["set_capacity"].items()},
             trace=TokenTrace.from_dict(values["trace"]),
         )

@@ -11,7 +11,7 @@ from skipstone.report.budget_chart import read_budgets
 from skipstone.report.report_page import Pieces, context
 from skipstone.report.run_view import load_view, map_view
 from skipstone.report.templating import environment, script
-from skipstone.runs import Run
+from skipstone.runs import Run, distinct_names
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
         raise ValueError("a report needs at least one run")
     if out.exists() and not replace:
         raise FileExistsError(f"{str(out)!r} exists already; nothing is overwritten; name another file or remove it")
-    titles = list(names) if names is not None else _names([Path(run) for run in runs])
+    titles = list(names) if names is not None else distinct_names([Path(run) for run in runs])
     opened = [Run(Path(run)) for run in runs]
     measured = read_budgets(evaluations, opened, titles)
     maps = [map_view(path, len(opened) + i) for i, path in enumerate(traces)]
@@ -50,13 +50,3 @@ def write_report(
     html = environment().get_template("page.html").render(**context(shown, samples or {}, measured, maps), **script())
     write_whole(out, html)
     return out
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many parent folders as are needed to distinguish them."""
-    paths = [run.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-depth:]) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{parts[-1]} ({i})" for i, parts in enumerate(paths, 1)]  # the same folder, twice

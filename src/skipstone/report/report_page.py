@@ -131,7 +131,7 @@ def _routed(run: RunView) -> PlainDict:
     """Return the template's variables for a run with depth mechanisms: token picture, capacities, coloured text."""
     assert run.trace is not None
     bars = [
-        Bar(layer=layer, name=name, value=share, mark=run.set_capacity.get(layer, {}).get(name))
+        Bar(layer=layer, name=name, value=share, mark=run.capacities.get(layer, {}).get(name))
         for layer, shares in run.trace.capacity.items()
         for name, share in shares.items()
     ]

@@ -17,7 +17,7 @@ class RunView:
     """The figures of a run that a report shows, with its name and style on the page.
 
     config: the recipe. environment: versions and machine. metrics: the log lines. result: the summary of training;
-    empty if it is not finished. mechanisms: a description of the model's mechanisms as text. set_capacity: configured
+    empty if it is not finished. mechanisms: a description of the model's mechanisms as text. capacities: configured
     capacities, {block: {mechanism: share of tokens}}. trace: what the model decided for a few rows; None if it could
     not be run. trouble: the reason why not, or "".
     """
@@ -29,7 +29,7 @@ class RunView:
     metrics: Sequence[PlainMapping]
     result: PlainMapping
     mechanisms: str
-    set_capacity: Mapping[int, Mapping[str, float]]
+    capacities: Mapping[int, Mapping[str, float]]
     trace: TokenTrace | None
     trouble: str
 
@@ -45,13 +45,17 @@ def load_view(run: Run, name: str, index: int) -> RunView:
     try:
         view = _kept(run)
         if view is None:
-            from skipstone.measure.model_view import mechanisms_in_words, set_capacity, view_model  # loads torch
+            from skipstone.measure.model_view import (
+                configured_capacities,
+                mechanisms_in_words,
+                view_model,
+            )  # loads torch
 
             model = run.load_model()
-            mechanisms, capacity = mechanisms_in_words(model), set_capacity(model)
+            mechanisms, capacity = mechanisms_in_words(model), configured_capacities(model)
             view = view_model(model, run.data(), run.config()["train"].get("routing") == "difficulty")
             run.keep_view(view.to_dict())
-        mechanisms, capacity, trace = view.mechanisms, view.set_capacity, view.trace
+        mechanisms, capacity, trace = view.mechanisms, view.capacities, view.trace
         if not run.finished:
             mechanisms += "; its training is not finished"
     except (OSError, ValueError) as error:
@@ -64,7 +68,7 @@ def load_view(run: Run, name: str, index: int) -> RunView:
         metrics=run.metrics(),
         result=run.result() if run.finished else {},
         mechanisms=mechanisms,
-        set_capacity=capacity,
+        capacities=capacity,
         trace=trace,
         trouble=trouble,
     )
@@ -87,7 +91,7 @@ def map_view(path: Path, index: int) -> RunView:
         metrics=(),
         result={},
         mechanisms=f"the first row of {path.name}; blocks {', '.join(map(str, sorted(trace.routed)))} are routed",
-        set_capacity={},
+        capacities={},
         trace=trace,
         trouble="",
     )

@@ -15,6 +15,7 @@ from typing import TypeVar
 from skipstone.core.progress_bar import stages
 from skipstone.core.strict import PlainDict, from_dict, unknown
 from skipstone.generate.build_draft import EXIT, LOOKUP, SKIP
+from skipstone.runs import distinct_names
 from skipstone.view.live_model import LiveModel, rounded
 
 T = TypeVar("T")
@@ -67,15 +68,9 @@ def open_models(runs: Sequence[Path]) -> list[LiveModel]:
 
     Raises ValueError or FileNotFoundError, with a message of one line, for a folder without a model or a tokenizer.
     """
-    names = _names(runs)
+    names = distinct_names(runs)
     with stages(*(f"loading {name}; its decoding is compiled if that was never done here" for name in names)) as stage:
         return [LiveModel(run, name) for run, name, _ in zip(runs, names, stage, strict=True)]
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Return the names of the folders, with their parents' names if two are equal."""
-    names = [run.resolve().name for run in runs]
-    return names if len({*names}) == len(names) else ["/".join(run.resolve().parts[-2:]) for run in runs]
 
 
 @dataclass(frozen=True, kw_only=True)
