@@ -62,12 +62,11 @@ def test_arms_get_equal_training_flops() -> None:
             assert abs(train["steps"] * step / recipe["protocol"]["budget"] - 1) < 0.01
 
 
-def test_narrow_models_have_the_arms_of_the_wide_ones_and_dense_runs_of_another_study() -> None:
-    for scale, (width, budget) in decisive.NARROW.items():
+def test_narrow_models_have_the_arms_of_the_wide_ones() -> None:
+    for scale, (_, budget) in decisive.NARROW.items():
         narrow = decisive.narrow_arms(scale)
         assert list(narrow) == list(decisive.arms(scale))
-        for name, blocks in (("dense-8", 8), ("dense-5", 5)):
-            assert narrow[name] == depth.arms(scale)[depth.name_of(blocks, width, budget)]
+        assert all(recipe["protocol"]["tuning"] * budget <= depth.LONGEST_TUNING for recipe in narrow.values())
         for recipe in narrow.values():
             model = protocol.json.dumps(recipe["model"], sort_keys=True)
             step = protocol.step_flops(model, recipe["data"]["context"], recipe["train"]["batch_size"])

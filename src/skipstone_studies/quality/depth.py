@@ -35,7 +35,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     The length is given by training FLOPs. scale: "laptop" or "quick". corpus: the text.
     """
     return {
-        name_of(blocks, width, budget): arm(scale, corpus, blocks, width, budget)
+        name_of(blocks, width, budget): arm(scale, corpus, blocks, width, budget, in_full=(width, budget) in IN_FULL)
         for width, budget in LENGTHS[scale]
         for blocks in (DEEP, SHALLOW)
     }
@@ -47,12 +47,20 @@ def name_of(blocks: int, width: int, budget: float) -> str:
 
 
 def arm(
-    scale: str, corpus: str, blocks: int, width: int, budget: float, mechanisms: list[PlainDict] | None = None
+    scale: str,
+    corpus: str,
+    blocks: int,
+    width: int,
+    budget: float,
+    mechanisms: list[PlainDict] | None = None,
+    in_full: bool = False,
 ) -> RecipeDict:
     """Return the recipe of one arm: a byte model with heads of 32 and this study's training protocol.
 
     scale: "laptop" or "quick". corpus: the text. blocks, width: number of blocks and width of the model. budget:
-    training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense.
+    training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense. in_full: whether
+    the learning rate is tuned by runs of a quarter of the length, however long; otherwise they have 7.5e11 FLOPs at
+    most.
     """
     size = COMMON[scale]
     return protocol.planned(
@@ -68,7 +76,7 @@ def arm(
         protocol={
             "rate": FIRST_RATE,
             "budget": budget,
-            **({"most": 4} if (width, budget) in IN_FULL else {"tuning": min(0.25, LONGEST_TUNING / budget)}),
+            **({"most": 4} if in_full else {"tuning": min(0.25, LONGEST_TUNING / budget)}),
             **{name: size[name] for name in ("test_rows", "tuning_rows", "least_tokens")},
         },
     )
