@@ -135,7 +135,7 @@ def make(folder: Path) -> list[Case]:
     """Write a tiny example of every kind of file that verbs read below `folder`, and return the cases."""
     from adapt import sources
     from kill_scenarios import recipe
-    from skipstone.adapt.export_int8 import export_int8
+    from skipstone.adapt.export_quantised import export_quantised
     from skipstone.adapt.self_generated import write
     from skipstone.data.sharding import write_shards
     from skipstone.evaluate.budget_curve import calibrate_run
@@ -153,7 +153,7 @@ def make(folder: Path) -> list[Case]:
     sharded = {**given["train"], "keep_best": False, "parallel": "fsdp2"}
     train({**given, "train": sharded}, out=folder / "sharded", progress=False)
     convert(str(folder / "source"), folder / "ours")
-    export_int8(str(folder / "source"), folder / "int8")
+    export_quantised(str(folder / "source"), folder / "int8")
     write(str(folder / "source"), folder / "written", tokens=60, length=12, batch=4, start="the")
     write_shards(
         f"jsonl:{folder / 'texts.jsonl'}", folder / "shards", tokenizer="byte", split="80-20", shard_tokens=150

@@ -14,7 +14,7 @@ import torch
 from adapt import sources
 from kills import NAMES, Scenario
 from skipstone.adapt.adaptation import adapt
-from skipstone.adapt.export_int8 import export_int8
+from skipstone.adapt.export_quantised import export_quantised
 from skipstone.adapt.self_generated import write
 from skipstone.data.sharding import write_shards
 from skipstone.evaluate.budget_curve import calibrate_run
@@ -122,7 +122,7 @@ def reproduces(out: Path) -> None:
 
 def quantises(out: Path) -> None:
     if not out.is_dir():
-        export_int8(str(given_of(out).resolve() / "source"), out)
+        export_quantised(str(given_of(out).resolve() / "source"), out)
 
 
 def sweeps(out: Path) -> None:

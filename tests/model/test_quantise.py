@@ -10,7 +10,7 @@ import torch
 
 import skipstone
 from skipstone.adapt.export import export_dense
-from skipstone.adapt.export_int8 import export_int8
+from skipstone.adapt.export_quantised import export_quantised
 from skipstone.measure.flops import count_flops
 from skipstone.model.pretrained import load_model
 from skipstone.model.quantise import dequantise, quantise
@@ -241,7 +241,7 @@ def test_ids_outside_of_the_vocabulary_are_one_line() -> None:
 def test_a_folder_and_back_to_dense(tmp_path: Path) -> None:
     whole = model()
     whole.save_pretrained(tmp_path / "whole")
-    export_int8(tmp_path / "whole", tmp_path / "small")
+    export_quantised(tmp_path / "whole", tmp_path / "small")
     small = load_model(tmp_path / "small")
     export_dense(tmp_path / "small", tmp_path / "dense")
     from transformers import AutoModelForCausalLM
@@ -250,4 +250,4 @@ def test_a_folder_and_back_to_dense(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(dense(ids()).logits, small(ids()).logits, atol=1e-4)
     with pytest.raises(FileExistsError):
-        export_int8(tmp_path / "whole", tmp_path / "small")
+        export_quantised(tmp_path / "whole", tmp_path / "small")

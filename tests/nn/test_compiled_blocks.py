@@ -108,35 +108,35 @@ def general(given: SkipstoneForCausalLM, monkeypatch: pytest.MonkeyPatch, **more
         return logits(given, **more)
 
 
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_equals_the_blocks(name: str, rounded: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = quantise(model(**OPTIONS[name])) if rounded else model(**OPTIONS[name])
+def test_it_equals_the_blocks(name: str, bits: int, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = model(**OPTIONS[name]) if bits == 32 else quantise(model(**OPTIONS[name]), bits)
     want = general(given, monkeypatch)
     assert not counted
     got = logits(given)
     assert counted == list(CALLS[1:])
-    # int8: a sum that differs in its last bit may round a token to the next integer
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
+    # int8 and int4: a sum that differs in its last bit may round a token to the next integer
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 if bits == 32 else 2e-3)
 
 
 NEURONS = [(2, "zeros"), (3, "zeros of a mix, routed"), (3, "by magnitude, twice")]
 
 
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize(
     ("threads", "name"), [(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed"), *NEURONS]
 )
-def test_several_threads_share_it(threads: int, name: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_share_it(threads: int, name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = model(num_key_value_heads=2, **OPTIONS[name])
-    given = quantise(given) if rounded else given
+    given = given if bits == 32 else quantise(given, bits)
     alone = logits(given)
     native, asked = decode_stack._native(), []
     share = native.share
     monkeypatch.setattr(native, "threads", lambda: threads)
     monkeypatch.setattr(native, "share", lambda run, given, parts: asked.append(parts) or share(run, given, parts))
     monkeypatch.setattr(decode_stack, "EACH", 1 << 10)
-    torch.testing.assert_close(logits(given), alone, rtol=1e-4, atol=2e-3 if rounded else 1e-4)
+    torch.testing.assert_close(logits(given), alone, rtol=1e-4, atol=1e-4 if bits == 32 else 2e-3)
     assert set(asked) == {threads}
 
 
@@ -258,9 +258,10 @@ def test_threads_that_begin_together_note_weights_once(monkeypatch: pytest.Monke
     assert len(noted) == 1
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_copies_and_files_do_not_carry_addresses(counted: list[int]) -> None:
-    given = quantise(model())
+def test_copies_and_files_do_not_carry_addresses(bits: int, counted: list[int]) -> None:
+    given = quantise(model(), bits)
     before = logits(given)
     twin = copy.deepcopy(given)
     for x in given.parameters():

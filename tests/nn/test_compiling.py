@@ -58,15 +58,16 @@ def test_only_what_a_model_needs_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     native = decode_stack._native()
     asked: list[str] = []
     monkeypatch.setattr(type(native.crew), "address", property(lambda unit: asked.append(unit.function.__name__) or 1))
-    assert native.units(False, False, False, False).count(1) == len(asked) - 1
+    assert native.units(False, False, False, False, False).count(1) == len(asked) - 1
     assert sorted(asked) == ["attend", "attention", "crew", "mlp", "single_rows", "turn"]
     asked.clear()
-    assert 0 not in native.units(True, True, True, True)
+    assert 0 not in native.units(True, True, True, True, True)
     assert len(asked) == len(native.UNITS) + 1
     asked.clear()
-    native.units(False, False, True, False)
+    native.units(False, True, False, True, False)
     assert "summed" in asked
-    assert "summed_int8" not in asked
+    assert {"four_bit_rows", "round_tokens"} <= {*asked}
+    assert not {"summed_int8", "grouped_rows"} & {*asked}
 
 
 @pytest.mark.parametrize("lockable", [True, False])

@@ -16,7 +16,7 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     """Load a dense model in evaluation mode with frozen weights.
 
     source: folder or Hub name of the checkpoint. dtype: dtype of the weights. Raises what `load_pretrained` raises, and
-    ValueError for a model with mechanisms or int8 weights.
+    ValueError for a model with mechanisms or quantised weights.
     """
     model = load_pretrained(source, dtype)
     if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
@@ -25,7 +25,8 @@ def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
             "`skipstone convert --to dense`"
         )
     if model.config.weight_format != "float":
-        raise ValueError(f"{source}: it has int8 weights, which cannot be trained; adapt the original, then quantise")
+        kind = model.config.weight_format
+        raise ValueError(f"{source}: it has {kind} weights, which cannot be trained; adapt the original, then quantise")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -55,6 +55,8 @@ def weights_multiplied(linear: nn.Module) -> int:
     not; `warn_of_uncounted` names them.
     """
     if not linear._modules:  # no adapter; looking for its parts takes a hundred times as long
+        if linear.weight.dtype == torch.uint8:  # several weights to a byte
+            return linear.in_features * linear.out_features  # type: ignore[operator, return-value]
         return linear.weight.numel()  # type: ignore[operator, union-attr, no-any-return]
     return linear.weight.numel() + sum(  # type: ignore[union-attr, operator]
         matrix[name].weight.numel()
@@ -97,7 +99,7 @@ def _active(linear: nn.Module) -> list[str]:
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype of the layer's outputs; for int8 weights, it differs from the weight's dtype."""
+    """Return the dtype of the layer's outputs; of a quantised layer, it differs from the weight's dtype."""
     dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
     return dtype
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipstone.core.counts import TokenCounts
 from skipstone.core.records import DepthRecord, Records, of_kind
+from skipstone.core.weights import weights_multiplied
 from skipstone.nn.block import SEGMENT, Block
 
 WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
@@ -51,8 +52,8 @@ def _matrices(block: Block) -> dict[str, int]:
     those of the query and output projections, for a token with a query.
     """
     a = block.self_attn
-    given = a.k_proj.weight.numel() + a.v_proj.weight.numel()
-    return {"given": given, "asked": a.q_proj.weight.numel() + a.o_proj.weight.numel()}
+    given = weights_multiplied(a.k_proj) + weights_multiplied(a.v_proj)
+    return {"given": given, "asked": weights_multiplied(a.q_proj) + weights_multiplied(a.o_proj)}
 
 
 def _per_token(block: Block, decided: Records, attention: Mapping[str, int]) -> tuple[Tensor, Tensor]:

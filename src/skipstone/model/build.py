@@ -33,11 +33,13 @@ from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.head_preview import HeadPreview as HeadPreview
+from skipstone.nn.int8 import Int4Linear as Int4Linear
 from skipstone.nn.int8 import Int8Embedding as Int8Embedding
 from skipstone.nn.int8 import Int8Linear as Int8Linear
+from skipstone.nn.int8 import int4_layers
 from skipstone.nn.int8 import int8_layers as int8_layers
 from skipstone.nn.linear import OutputLinear
-from skipstone.nn.magnitude_mlp import MagnitudeMLP
+from skipstone.nn.magnitude_mlp import MagnitudeMLP as MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import Rotary as Rotary
@@ -104,6 +106,14 @@ class Blocks(nn.ModuleList):
 
     def __getitem__(self, index: int) -> Block:  # type: ignore[override]
         return super().__getitem__(index)  # type: ignore[return-value]
+
+
+def quantised_layers(module: nn.Module, config: SkipstoneConfig) -> None:
+    """Replace the linear layers and the token embedding below a decoder by layers of the configured weight format."""
+    if config.weight_format == "int4":
+        int4_layers(module, config.weight_group, config.weight_int8 or ())
+    else:
+        int8_layers(module, config.weight_group)
 
 
 def build_blocks(config: SkipstoneConfig) -> Blocks:

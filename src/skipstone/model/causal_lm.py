@@ -83,7 +83,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SkipstoneModel(config)
         self.lm_head: nn.Linear | Int8Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.weight_format == "int8":
+        if config.weight_format != "float":
             self.lm_head = Int8Linear(config.hidden_size, config.vocab_size, False, config.weight_group)
             self._tied_weights_keys = {
                 **self._tied_weights_keys,

@@ -78,13 +78,19 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._check_experts()
         self._check_neuron_groups()
         self._check_head()
-        if self.weight_format == "int8" and self.mlp == "experts":
-            raise ValueError("weight_format 'int8' needs mlp 'gated' or 'plain', got 'experts'")
-        if self.weight_group not in (None, GROUP) or (self.weight_group is not None and self.weight_format != "int8"):
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        kind = self.weight_format
+        if kind != "float" and self.mlp == "experts":
+            raise ValueError(f"weight_format {kind!r} needs mlp 'gated' or 'plain', got 'experts'")
+        if self.weight_group not in (None, GROUP) or (self.weight_group is not None and kind == "float"):
             raise ValueError(
-                f"weight_group must be {GROUP} with weight_format 'int8', or None, got {self.weight_group} "
-                f"with {self.weight_format!r}"
+                f"weight_group must be {GROUP} with weight_format 'int8' or 'int4', or None, got {self.weight_group} "
+                f"with {kind!r}"
             )
+        if self.weight_int8 is not None and kind != "int4":
+            raise ValueError(f"weight_int8 needs weight_format 'int4', got {kind!r}")
 
     def _check_head(self) -> None:
         """Raise ValueError unless head_candidates and head_directions are both None or both in the supported range."""

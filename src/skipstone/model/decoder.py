@@ -34,7 +34,7 @@ from skipstone.model.build import (
     build_positions,
     build_window_positions,
     initialise,
-    int8_layers,
+    quantised_layers,
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
@@ -129,7 +129,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations; with int8 weights, whose scales stay fp32, the dtype of the final norm."""
+        """The dtype of activations; of a quantised model, that of the final norm."""
         if self.config.weight_format == "float":
             return super().dtype
         return next(self.decoder.norm.parameters()).dtype
@@ -157,11 +157,11 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Change the number of tokens in the vocabulary, as transformers does.
 
-        Raises ValueError for models with int8 weights or `head_candidates`, which cannot be resized.
+        Raises ValueError for models with quantised weights or `head_candidates`, which cannot be resized.
         """
         small = self.config.weight_format != "float"
         if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):
-            what = "int8 weights" if small else "a preview of its head"
+            what = f"{self.config.weight_format} weights" if small else "a preview of its head"
             raise ValueError(f"the vocabulary of a model with {what} cannot be resized; resize the original")
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -192,8 +192,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.every_block_runs = False
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
-        if config.weight_format == "int8":
-            int8_layers(self, config.weight_group)
+        if config.weight_format != "float":
+            quantised_layers(self, config)
             self._keep_in_fp32_modules_strict |= {"weight_scale"}
         self.post_init()
 

@@ -28,6 +28,7 @@ from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.families import FAMILIES, config_of, family_of
+from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.gguf_header import Header, check_tensors, complete_config, read_header
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
 from skipstone.model.source_folder import ADAPTER, check_folder, check_room
@@ -257,6 +258,18 @@ def _header(name: str, gguf_file: str | None) -> Header | None:
     path = cached_file(name, gguf_file)
     with about(_label(name, gguf_file)), quiet():
         return read_header(Path(str(path)))
+
+
+def four_bit_rows(source: str | Path) -> FourBitRows | None:
+    """Return the four-bit rows of the GGUF file that `source` names as in `load_pretrained`; None if it names none."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return None
+    name, gguf_file = _locate(source, None)
+    if gguf_file is None:
+        return None
+    with about(_label(name, gguf_file)), quiet():
+        return FourBitRows(Path(name) / gguf_file)
 
 
 def _label(name: str, gguf_file: str | None) -> str:

@@ -1,7 +1,8 @@
-"""Quantisation of a model to int8 weights, and the reverse.
+"""Quantisation of a model to int8 or four-bit weights, and the reverse.
 
-All matrices of attention, MLP, head and token embedding are rounded in groups of 64 inputs. Norms, biases, learned
-positions and the parameters of mechanisms keep their precision.
+All matrices of attention, MLP, head and token embedding are rounded: to int8 in groups of 64 inputs, or those of
+attention and MLP to four bits in groups of 32. Norms, biases, learned positions and the parameters of mechanisms keep
+their precision.
 """
 
 from __future__ import annotations
@@ -9,61 +10,104 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipstone.core.weights import is_quantised
-from skipstone.model.build import Int8Embedding, Int8Linear
+from skipstone.model.build import Int4Linear, Int8Embedding, Int8Linear, MagnitudeMLP
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
+from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.loading import from_tensors
-from skipstone.ops import int8
+from skipstone.ops import int4, int8
 
-FLOAT, INT8 = "float", "int8"
+FLOAT = "float"
+FORMATS = {8: "int8", 4: "int4"}
+DECODER = "model."  # what the names of a decoder's parts begin with
+BY_NEURON = ("up_proj", "down_proj")  # matrices that are read for some neurons, which kernels do for int8
 
 
-def quantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
+def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | None = None) -> SkipstoneForCausalLM:
     """Return a copy of the model with int8 weights in all matrices of attention, MLP, head and token embedding.
 
-    Each 64 inputs of a matrix row share a scale, or all of them if their number is not a multiple of 64. Raises
-    ValueError for a model that is quantised already (by this function or by torchao), for a mixture of experts, and for
-    weights that are not finite.
+    bits: 8, or 4 for four-bit weights in attention and MLP. Each 64 inputs of an int8 matrix row share a scale, or all
+    of them if their number is not a multiple of 64; each 32 inputs of a four-bit row share a scale and an offset. Int8
+    are then still matrices whose inputs are not a multiple of 64, those whose weights fp16 scales cannot hold, and up
+    and down of an MLP that leaves out neurons by magnitude. given: the rows of the GGUF file that an fp32 model was
+    loaded from: with 4 bits, its four-bit blocks are taken over as they are, and if it has any, its other matrices
+    become int8. Raises ValueError for a model that is quantised already (by this function or by torchao), for a mixture
+    of experts, and for weights that are not finite.
     """
-    if model.config.weight_format == INT8:
-        raise ValueError("the model has int8 weights already")
+    if bits not in FORMATS:
+        raise ValueError(f"bits must be 8 or 4, got {bits}")
+    if model.config.weight_format != FLOAT:
+        raise ValueError(f"the model has {model.config.weight_format} weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
         raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
-    config = _with_format(model, INT8, int8.GROUP)
     tensors: dict[str, Tensor] = dict(model.state_dict())
-    for name, group in _groups(config).items():
-        if f"{name}.weight" in tensors:
-            number, scale = int8.quantise(tensors[f"{name}.weight"], group)
+    four, left = _four_bits(model, tensors, given) if bits == 4 else ({}, None)
+    config = _with_format(model, FORMATS[bits], int8.GROUP, left)
+    for name, layer in _layers(config).items():
+        if isinstance(layer, Int4Linear):
+            tensors[f"{name}.weight"] = four[name]
+        elif f"{name}.weight" in tensors:
+            number, scale = int8.quantise(tensors[f"{name}.weight"], layer.group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
     return rebuilt(model, config, tensors)
 
 
+def _four_bits(
+    model: SkipstoneForCausalLM, tensors: dict[str, Tensor], given: FourBitRows | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return four-bit matrices by name, and the paths below the decoder of those that stay int8."""
+    found, left = {}, _read_by_neuron(model)
+    for name, layer in _layers(_with_format(model, FORMATS[4], int8.GROUP, left)).items():
+        if not isinstance(layer, Int4Linear):
+            continue
+        weight = tensors[f"{name}.weight"]
+        if given is not None and given.any:
+            rows = given.find(weight)
+        elif not bool(weight.isfinite().all()) or int4.fits(weight):
+            rows = int4.quantise(weight)  # which refuses what is not finite
+        else:
+            rows = None
+        if rows is None:
+            left.append(name.removeprefix(DECODER))
+        else:
+            found[name] = rows
+    return found, left
+
+
+def _read_by_neuron(model: SkipstoneForCausalLM) -> list[str]:
+    named = model.decoder.named_modules()
+    return [f"{name}.{matrix}" for name, module in named if isinstance(module, MagnitudeMLP) for matrix in BY_NEURON]
+
+
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of a model with int8 weights that holds the same values in the dtype of its activations."""
-    config = _with_format(model, FLOAT, None)
+    """Return a copy of a quantised model that holds the same values in the dtype of its activations."""
+    config = _with_format(model, FLOAT, None, None)
     tensors = dict(model.state_dict())
-    for name in _groups(model.config):
+    for name, layer in _layers(model.config).items():
+        if isinstance(layer, Int4Linear):
+            tensors[f"{name}.weight"] = int4.restore(tensors[f"{name}.weight"], model.dtype)
+            continue
         number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
         tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
     return rebuilt(model, config, tensors)
 
 
-def _with_format(model: SkipstoneForCausalLM, weight_format: str, group: int | None) -> SkipstoneConfig:
-    return SkipstoneConfig(**{**model.config.to_dict(), "weight_format": weight_format, "weight_group": group})
+def _with_format(
+    model: SkipstoneForCausalLM, weight_format: str, group: int | None, left: list[str] | None
+) -> SkipstoneConfig:
+    changed = {"weight_format": weight_format, "weight_group": group, "weight_int8": left or None}
+    return SkipstoneConfig(**{**model.config.to_dict(), **changed})
 
 
-def _groups(config: SkipstoneConfig) -> dict[str, int | None]:
-    """Return {name of a layer with int8 weights: number of inputs that share a scale}; None means all of a row.
-
-    Layers that share the weight of another one are included.
-    """
+def _layers(config: SkipstoneConfig) -> dict[str, Int4Linear | Int8Linear | Int8Embedding]:
+    """Return the quantised layers by name, without their weights. Layers that share a weight are included."""
     with torch.device("meta"):
-        model = SkipstoneForCausalLM(config)
-    named = model.named_modules()
-    return {name: module.group for name, module in named if isinstance(module, Int8Linear | Int8Embedding)}
+        model: nn.Module = SkipstoneForCausalLM(config)
+    kinds = Int4Linear | Int8Linear | Int8Embedding
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:

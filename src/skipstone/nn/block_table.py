@@ -1,8 +1,8 @@
 """Blocks as rows of the tables that a compiled decoding step reads (`ops/decode_stack.py`).
 
 A compiled step is one call of numba code that runs several blocks. It can run a block with a gated MLP (also one that
-chooses neurons by its own activations), RMS norms and weights in fp32 or int8, if every mechanism in it describes its
-decision as data (`core/stream_gate.py`).
+chooses neurons by its own activations), RMS norms and weights in fp32, int8 or four bits, if every mechanism in it
+describes its decision as data (`core/stream_gate.py`).
 
 Shape letters: L blocks, C columns, G depth mechanisms (called gates here), N numbers.
 """
@@ -19,7 +19,7 @@ from skipstone.core.depth import DepthModule
 from skipstone.core.stream_gate import Functions, Mixture, NeuronChoice, Scorer, StreamGate, StreamMix, declares
 from skipstone.nn.attention import Attention
 from skipstone.nn.block import SEGMENT, Block
-from skipstone.nn.int8 import Int8Linear
+from skipstone.nn.int8 import Int4Linear, Int8Linear
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import GatedMLP
@@ -27,7 +27,7 @@ from skipstone.nn.norm import OffsetRMSNorm, RMSNorm
 from skipstone.ops import decode_stack, decode_step
 from skipstone.ops.int8 import GROUP
 
-LINEAR = (nn.Linear, OutputLinear, Int8Linear)
+LINEAR = (nn.Linear, OutputLinear, Int8Linear, Int4Linear)
 NORMS = (RMSNorm, OffsetRMSNorm)
 INSIDE = ("block", "attention", "mlp")
 ALONE = -1.0  # the decay of a mixture that depends on the token alone
@@ -37,7 +37,8 @@ def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
     """Return the sizes that all blocks have, or None if they differ or a compiled decoding step cannot run one of them.
 
     Such a step is one call of numba code for several blocks. It can run a block with a gated MLP, root-mean-square
-    norms and fp32 or int8 weights, if every mechanism in it describes its decision as data (`core/stream_gate.py`).
+    norms and fp32, int8 or four-bit weights, if every mechanism in it describes its decision as data
+    (`core/stream_gate.py`).
     """
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None
@@ -83,6 +84,9 @@ def _served(block: nn.Module) -> bool:
 def _chooses(mlp: Any) -> bool:
     """Return whether an MLP leaves out neurons by a rule that a compiled step can compute."""
     if type(mlp) is not MagnitudeMLP or not declares(mlp.router, "stream_choice"):
+        return False
+    read_in_part = (mlp.up_proj, mlp.down_proj)
+    if any(isinstance(matrix, Int4Linear) for matrix in read_in_part):  # `quantise` leaves these int8
         return False
     return _readable(mlp.router.stream_choice()) and all(matrix.bias is None for matrix in mlp.matrices())
 
@@ -196,7 +200,8 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
         hidden=max(widths, default=0),
         mixes=any(isinstance(mix, Mixture) for mix in mixes),
         chooses=any(choice_of(block) is not None for block in blocks),
-        rounded=any(isinstance(matrix, Int8Linear) for block in blocks for matrix in _matrices(block)),
+        int8=any(isinstance(matrix, Int8Linear) for block in blocks for matrix in _matrices(block)),
+        int4=any(isinstance(matrix, Int4Linear) for block in blocks for matrix in _matrices(block)),
     )
     return program, runs
 
@@ -304,8 +309,10 @@ def _row(block: Block) -> list[int]:
     """
     row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
     for matrix in _matrices(block):
-        scale = matrix.weight_scale if isinstance(matrix, Int8Linear) else None
-        bias = 0 if matrix.bias is None else matrix.bias.data_ptr()
-        scales = 1 if scale is None else scale.numel() // len(scale)
-        row += [matrix.weight.data_ptr(), 0 if scale is None else scale.data_ptr(), bias, scales]
+        at, scale_at, scales = matrix.weight.data_ptr(), 0, 1
+        if isinstance(matrix, Int8Linear):
+            scale_at, scales = matrix.weight_scale.data_ptr(), matrix.weight_scale.numel() // matrix.out_features
+        elif isinstance(matrix, Int4Linear):
+            scale_at, scales = at, 0
+        row += [at, scale_at, 0 if matrix.bias is None else matrix.bias.data_ptr(), scales]
     return row

@@ -37,7 +37,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 KNOWN = "_known_stacks"  # attribute of a first block
 MOST_KNOWN = 4  # the whole decoder, and drafts that leave out blocks
-NOTING = threading.Lock()  # noting moves int8 weights, so threads take turns
+NOTING = threading.Lock()  # noting moves quantised weights, so threads take turns
 # Attributes of modules that decide what a block computes, besides its weights and what mechanisms say of themselves.
 SETTINGS = (
     "training", "forward", "eps", "scaling", "soft_cap", "window", "head_dim", "norm_over_all_heads", "name",
@@ -135,7 +135,7 @@ class CompiledBlocks:
 
     blocks: the decoder's blocks. spans: ranges of blocks that must run together: a segment (blocks that mechanisms skip
     as a whole) or one block. runs: ranges of blocks with the compiled call that computes them, as `runs_of` returns
-    them. served: whether any range is compiled. Building it moves int8 weights next to each other in memory.
+    them. served: whether any range is compiled. Building it moves quantised weights next to each other in memory.
     """
 
     served = False
@@ -163,17 +163,17 @@ class CompiledBlocks:
         self.memory = [x.data for x in self.tensors]  # stays where it is read, even if a weight gets another one
 
     def _settle(self, weights: Sequence[Tensor], layouts: Mapping[int, bool]) -> bool:
-        """Move int8 weights next to each other in memory; return whether compiled code can read every weight.
+        """Move quantised weights next to each other in memory; return whether compiled code can read every weight.
 
         weights: the parameters of the blocks. layouts: what `layouts_of` returned for the blocks.
         """
-        if not all(decode_step.takes(x) or _is_int8(x) for x in weights):
+        if not all(decode_step.takes(x) or _is_quantised(x) for x in weights):
             return False
         if not all(x.is_contiguous() or id(x) in layouts for x in weights):
             return False
         turned = [layouts.get(id(x), False) for x in weights]
         found = [decode_stack.lay(x.data, as_inputs) for x, as_inputs in zip(weights, turned, strict=True)]
-        if any(_is_int8(x) for x in weights):
+        if any(_is_quantised(x) for x in weights):
             views = [x.t() if as_inputs else x for x, as_inputs in zip(found, turned, strict=True)]
             lying = zip(decode_stack.gather(views), turned, strict=True)
             found = [x.t() if as_inputs else x for x, as_inputs in lying]
@@ -237,5 +237,5 @@ def _parts(modules: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
                 yield vars(module), name, vars(module).get(name)
 
 
-def _is_int8(x: Tensor) -> bool:
-    return type(x) is nn.Parameter and x.dtype == torch.int8 and x.is_cpu
+def _is_quantised(x: Tensor) -> bool:
+    return type(x) is nn.Parameter and x.dtype in (torch.int8, torch.uint8) and x.is_cpu

@@ -15,7 +15,8 @@ from __future__ import annotations
 from skipstone.ops.decode_stack import CHOICE, MIXTURE, MOST_TOKENS
 
 # Columns of the table of a block: addresses of norms (0: none); then of each matrix the addresses of weight, scale
-# (0: fp32 weights) and bias (0: none), and the number of scales of a row.
+# (0: fp32 weights; of four-bit ones that of the weight) and bias (0: none), and the number of scales of a row (0: four
+# bits, whose scales lie in the weight).
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)
@@ -47,9 +48,9 @@ STATES, SAID, FLAGS, LOGITS, FED, STORED, SCORES, MARKS = range(8, 16)
 BLOCKS, TOKENS, WIDTH, NEURONS, HEADS, GROUPS, HEAD_SIZE, GATE_COUNT, STATE_COUNT, HIDDEN = range(16, 26)
 WIDEST, PRIVATE = 26, 27  # most inputs of a matrix, and bytes of a thread's own working memory
 UNITS = 28
-ATTENTION, TURN, ATTEND, MLP, SINGLE, INT8, ROUNDS, MIXTURE_OF = range(UNITS, UNITS + 8)
-SOME, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 8, UNITS + 14)
-NUMBERS = UNITS + 14
+ATTENTION, TURN, ATTEND, MLP, SINGLE, INT8, INT4, ROUNDS, MIXTURE_OF = range(UNITS, UNITS + 9)
+SOME, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 9, UNITS + 15)
+NUMBERS = UNITS + 15
 GIVEN = NUMBERS + 3
 # Then what the thread adds: its index, the number of threads, their barrier and the arrivals there, the block and the
 # addresses of its row and memory, and whether the factors of a scope act.

@@ -15,6 +15,7 @@ from skipstone.ops.decode_frame import (
     BARRIER,
     COLUMNS,
     FRAME,
+    INT4,
     INT8,
     NORMED,
     NUMBERS,
@@ -114,7 +115,7 @@ def normed(frame: Array, tokens: Array, weight_at: int) -> None:
 
 @inner
 def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> None:
-    """Round fp32 tokens to int16 for products with int8 weights, into the thread's own memory; compiled by numba.
+    """Round fp32 tokens to int16 for products with quantised weights, into the thread's own memory; compiled by numba.
 
     frame: the thread's frame, which holds the addresses of the result and of the factors that restore it. wanted: 0
     means that nothing is done. x_at: address of the tokens. tokens: number of tokens. width: numbers per token.
@@ -128,12 +129,14 @@ def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> No
     """Multiply tokens with one matrix of the block, for the thread's share of its outputs; compiled by numba.
 
     frame: the thread's frame. column: the matrix's first column in the table of the block. sizes: numbers of tokens,
-    outputs and inputs. x_at: address of the fp32 tokens; if the weights are int8, those that `rounded` has rounded are
-    read instead. y_at: address of the result, fp32 [tokens, outputs].
+    outputs and inputs. x_at: address of the fp32 tokens; if the weights are quantised, those that `rounded` has rounded
+    are read instead. y_at: address of the result, fp32 [tokens, outputs].
     """
     row, (tokens, outputs, inputs) = _lying(frame[ROW], (COLUMNS,), 0), sizes
     first, last = share_of(outputs, frame[PART], frame[PARTS])
-    to, given = (frame[INT8], frame[ROUNDED]) if row[column + 1] else (frame[SINGLE], x_at)
+    to, given = frame[SINGLE], x_at
+    if row[column + 1]:
+        to, given = frame[INT8] if row[column + 3] else frame[INT4], frame[ROUNDED]
     matrix = (row[column], row[column + 1], row[column + 2], row[column + 3])
     call(to, (*matrix, given, frame[UNIT], y_at, tokens, outputs, inputs, first, last))
 

@@ -72,7 +72,7 @@ class Program(NamedTuple):
     the columns of `decode_frame.py`. number_LN: fp32, further numbers of each block. gate_GC, number_GN: the same for
     each of G gates (depth mechanisms), with the columns of `decode_gates_native.py`. hidden: the largest number of
     hidden values of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any
-    MLP chooses which neurons it computes. rounded: whether any weights are int8.
+    MLP chooses which neurons it computes. int8, int4: whether any weights are int8, and whether any have four bits.
     """
 
     sizes: Sizes
@@ -83,7 +83,8 @@ class Program(NamedTuple):
     hidden: int
     mixes: bool
     chooses: bool
-    rounded: bool
+    int8: bool
+    int4: bool
 
 
 class Ran(NamedTuple):
@@ -157,7 +158,7 @@ def prepare(program: Program) -> tuple[int, ...]:
 
     A function that the program does not need has the address 0. What has been compiled is kept in the folder `kept`.
     """
-    return _units(program.rounded, program.mixes, program.chooses, len(program.gate_GC) > 0)
+    return _units(program.int8, program.int4, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
 
 @contextmanager

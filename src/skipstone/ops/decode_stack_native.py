@@ -1,8 +1,9 @@
 """All blocks of a decoder for a few tokens of one row, compiled by numba to one call.
 
-Weights are read as they are stored, fp32 or int8, and once for all tokens; those that no token needs are not read.
-Several threads share the rows of every matrix; they wait for each other six times a block. Norms and roundings, which
-take no time, are repeated by each. The functions of a step are compiled one by one, and only those that a model needs.
+Weights are read as they are stored, fp32, int8 or four bits, and once for all tokens; those that no token needs are not
+read. Several threads share the rows of every matrix; they wait for each other six times a block. Norms and roundings,
+which take no time, are repeated by each. The functions of a step are compiled one by one, and only those that a model
+needs.
 
 Shape letters: T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
 """
@@ -21,6 +22,7 @@ from skipstone.ops.decode_mixture_native import mixture
 from skipstone.ops.decode_mlp_native import mlp
 from skipstone.ops.decode_neurons_native import some, spread
 from skipstone.ops.decode_products_native import framed, single_rows
+from skipstone.ops.int4_native import four_bit_rows
 from skipstone.ops.int8_native import grouped_rows, round_tokens
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.neuron_rows_native import summed, summed_int8
@@ -30,21 +32,27 @@ from skipstone.ops.workers import share as share
 from skipstone.ops.workers import threads as threads
 
 WHOLE = np.float32(1)
-ALWAYS, INT8 = (attention, turn, attend, mlp, single_rows), (grouped_rows, round_tokens)
+ALWAYS, INT8, INT4, ROUNDS = (
+    (attention, turn, attend, mlp, single_rows),
+    (grouped_rows,),
+    (four_bit_rows,),
+    (round_tokens,),
+)
 MIXES, CHOOSES, GATES = (mixture,), (some, spread, summed, summed_int8), (decide, weigh)
-UNITS = (*ALWAYS, *INT8, *MIXES, *CHOOSES, *GATES)  # in the order of the frame
+UNITS = (*ALWAYS, *INT8, *INT4, *ROUNDS, *MIXES, *CHOOSES, *GATES)  # in the order of the frame
 
 
-def units(rounded: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
+def units(int8: bool, int4: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
     """Compile the functions of a step that a model needs, and return the addresses of all, 0 for those not needed.
 
-    rounded: whether any weights are int8. mixes: whether any activation is a mixture. chooses: whether any MLP chooses
-    its neurons. gated: whether there are depth mechanisms.
+    int8, int4: whether any weights are int8, and whether any have four bits. mixes: whether any activation is a
+    mixture. chooses: whether any MLP chooses its neurons. gated: whether there are depth mechanisms.
     """
     used: set[Unit] = {*ALWAYS, crew}
-    for group, needed in ((INT8, rounded), (MIXES, mixes), (CHOOSES, chooses), (GATES, gated)):
+    rounded = ((INT8, int8), (INT4, int4), (ROUNDS, int8 or int4))
+    for group, needed in (*rounded, (MIXES, mixes), (CHOOSES, chooses), (GATES, gated)):
         used.update(group if needed else ())
-    if not rounded:
+    if not int8:
         used.discard(summed_int8)
     return tuple(unit.address if unit in used else 0 for unit in (*UNITS, crew))[:-1]
 

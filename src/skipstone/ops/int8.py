@@ -66,14 +66,15 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     on a CPU with numba, use the int8 weights directly: sums are fp32, and tokens are rounded to int16 if I is a
     multiple of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as usual.
     """
-    if not _in_place(x):
+    if not in_place(x):
         return _in_parts(x, weight_OI, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return NATIVE(x, weight_OI, scale)  # type: ignore[no-any-return]
     return _native()(x, weight_OI, scale)  # torch would take 20 microseconds to call it
 
 
-def _in_place(x: Tensor) -> bool:
+def in_place(x: Tensor) -> bool:
+    """Return whether weights are read as they are stored for this call: few tokens x on a CPU with numba."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
     return 0 < x.numel() <= FEW * x.shape[-1] and _kernels()

@@ -13,7 +13,7 @@ from torch import Tensor
 from skipstone.ops.int8_dot import GROUP
 from skipstone.ops.int8_native import crew, grouped_rows, round_tokens, single_rows
 from skipstone.ops.neuron_rows_native import summed_int8
-from skipstone.ops.workers import share, threads
+from skipstone.ops.workers import Unit, share, threads
 
 LEAST = 1 << 17  # weights below which a second thread costs more than it saves
 
@@ -24,26 +24,44 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], or [O, I / 64].
     """
     outputs, inputs = weight_OI.shape
-    given = x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
-    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
     if outputs % 16 == inputs % GROUP == 0 and scale.dtype == torch.float32 and _by_input(weight_OI, scale):
+        given, y = _plain(x), torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
         _summed(given, weight_OI, scale, y)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
     if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
         weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
-    tokens, rows, places = x.numel() // inputs, single_rows, (given.data_ptr(), 0)
-    if inputs % GROUP == 0:
-        rounded, factor = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
-        rows, places = grouped_rows, (rounded.ctypes.data, factor.ctypes.data)
-        round_tokens.ctypes(given.data_ptr(), *places, tokens, inputs)
     matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
-    numbers = (*matrix, *places, y.data_ptr(), tokens, outputs, inputs)
-    parts = threads() if weight_OI.numel() >= LEAST else 1
+    rows = single_rows if inputs % GROUP else grouped_rows
+    return multiplied(x, rows, matrix, (outputs, inputs), rounded=inputs % GROUP == 0)
+
+
+def multiplied(
+    x: Tensor, rows: Unit, matrix: tuple[int, int, int, int], sizes: tuple[int, int], rounded: bool = True
+) -> Tensor:
+    """Return the product of few tokens x with a matrix, [..., O] in the dtype of x, on one thread or several.
+
+    rows: what computes a range of the outputs, such as `grouped_rows`. matrix: its first arguments, the addresses of
+    weights, scales and biases, and the number of scales. sizes: outputs and inputs. rounded: whether it is given the
+    tokens in int16.
+    """
+    (outputs, inputs), given = sizes, _plain(x)
+    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
+    tokens, places = x.numel() // inputs, (given.data_ptr(), 0)
+    if rounded:
+        numbers, factor = np.empty((tokens, inputs), np.int16), np.empty(tokens, np.float32)
+        places = (numbers.ctypes.data, factor.ctypes.data)
+        round_tokens.ctypes(given.data_ptr(), *places, tokens, inputs)
+    arguments = (*matrix, *places, y.data_ptr(), tokens, outputs, inputs)
+    parts = threads() if outputs * inputs >= LEAST else 1
     if parts == 1:
-        rows.ctypes(*numbers, 0, outputs)
+        rows.ctypes(*arguments, 0, outputs)
     else:
-        share(crew, ((*numbers, rows.address),), parts)
+        share(crew, ((*arguments, rows.address),), parts)
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
 def _by_input(weight_OI: Tensor, scale: Tensor) -> bool:

@@ -16,6 +16,12 @@ def quantise(
         str, typer.Argument(help="Folder of a run, saved model or dense checkpoint, its hub name, or a .gguf file.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    bits: Annotated[
+        int,
+        typer.Option(
+            help="8, or 4 for the matrices of attention and MLP; four-bit blocks of a .gguf file are kept as they are."
+        ),
+    ] = 8,
     head_candidates: Annotated[
         int | None,
         typer.Option(
@@ -40,10 +46,13 @@ def quantise(
         ),
     ] = None,
 ) -> None:
-    """Round a model's weights to int8: about a quarter of the size of fp32, and faster decoding on a CPU.
+    """Round a model's weights to int8, or most of them to four bits: a quarter of fp32's size or less, and faster.
 
-    With --head-candidates, decoding steps also compute exact logits for the most promising tokens only.
+    Decoding on a CPU reads them as they are stored. With --head-candidates, its steps also compute exact logits for the
+    most promising tokens only.
     """
+    if bits not in (8, 4):
+        raise UserError(f"--bits must be 8 or 4, got {bits}")
     existing_source(source)
     new_path(out, "output folder")
     if head_candidates is None and (head_directions is not None or head_text is not None):
@@ -51,10 +60,10 @@ def quantise(
     if head_text is not None and not head_text.is_file():
         raise UserError(f"--head-text {str(head_text)!r} is not a file")
 
-    from skipstone.adapt.export_int8 import HeadCandidates, export_int8
+    from skipstone.adapt.export_quantised import HeadCandidates, export_quantised
 
     head = None
     if head_candidates is not None:
         head = HeadCandidates(candidates=head_candidates, directions=head_directions or 256, text=head_text)
-    export_int8(source, out, head)
+    export_quantised(source, out, head, bits)
     typer.echo(f"written: {out}")

@@ -1,4 +1,4 @@
-"""Export of a model with int8 weights."""
+"""Export of a model with int8 or four-bit weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.head_preview import with_head_candidates
 from skipstone.model.loading import quiet
-from skipstone.model.pretrained import load_pretrained, load_tokenizer
+from skipstone.model.pretrained import four_bit_rows, load_pretrained, load_tokenizer
 from skipstone.model.quantise import quantise
 from skipstone.runs import CONFIG, Run
 
@@ -41,12 +41,14 @@ class HeadCandidates:
     tokens: int = 256
 
 
-def export_int8(source: str | Path, out: Path, head: HeadCandidates | None = None) -> None:
-    """Write the model at `source` with int8 weights to the folder `out`, with its tokenizer and a model card.
+def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8) -> None:
+    """Write the model at `source` with quantised weights to the folder `out`, with its tokenizer and a model card.
 
     source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: limits the logits that decoding
-    steps compute exactly; None means that all are computed. `out` appears only when it is complete. Raises what
-    `load_pretrained`, `quantise` and `with_head_candidates` raise, and FileExistsError if `out` is not empty.
+    steps compute exactly; None means that all are computed. bits: 8, or 4 for four-bit weights in attention and MLP, as
+    in `quantise`; four-bit blocks of a GGUF file are then taken over as they are. `out` appears only when it is
+    complete. Raises what `load_pretrained`, `quantise` and `with_head_candidates` raise, and FileExistsError if `out`
+    is not empty.
     """
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:
@@ -58,7 +60,7 @@ def export_int8(source: str | Path, out: Path, head: HeadCandidates | None = Non
             model, tokenizer = load_pretrained(source), load_tokenizer(source)
         next(stage)
         with quiet():
-            small = quantise(model)
+            small = quantise(model, bits, four_bit_rows(source) if bits == 4 else None)
             if head is not None:
                 ids_BT = _calibration(model, tokenizer, head, str(source))
                 small = with_head_candidates(small, ids_BT, head.candidates, head.directions)
