@@ -73,6 +73,16 @@ def difference(figures: ByArm, arm: str, against: str) -> list[str]:
     return [str(len(found)), shown, UNKNOWN if text is None else f"± {text:.4f}"]
 
 
+def median_block(figures: ByArm, arm: str, against: str) -> str:
+    """Return the median over blocks of text of the difference in test loss, averaged over seeds, as a table cell.
+
+    Unlike the mean, it does not depend on a single file, such as a long table that one model has learned to copy.
+    figures: the figures of every run, by arm and seed. arm, against: names of two arms that share a seed.
+    """
+    blocks = [statistics.fmean(values) for values in zip(*by_block(figures, arm, against), strict=True)]
+    return f"{statistics.median(blocks):+.4f}" if blocks else UNKNOWN
+
+
 def _word(interval: Interval | None) -> str:
     if interval is None:
         return "one seed"

@@ -115,7 +115,7 @@ def details(figures: ByArm) -> str:
 
 def _gains(figures: ByArm) -> str:
     rows = []
-    for width, budget, deep, shallow in _pairs(figures):
+    for width, budget, deep, shallow in sorted(_pairs(figures)):
         read, size = mean(figures, deep, "training.tokens"), mean(figures, deep, "training.parameters")
         rows.append(
             [
@@ -123,11 +123,13 @@ def _gains(figures: ByArm) -> str:
                 f"{budget:.0e}".replace("e+", "e"),
                 UNKNOWN if read is None or not size else f"{read / size:.0f}",
                 *pages.difference(figures, shallow, deep),
+                pages.median_block(figures, shallow, deep),
             ]
         )
     columns = ["width", "training FLOPs", "bytes a parameter of 8 blocks", "seeds", "loss of 5 blocks − loss of 8"]
     title = "What three more blocks gain at equal training FLOPs"
-    section = Section(title=title, columns=[*columns, "error from the text alone"], rows=rows)
+    columns += ["error from the text alone", "median over blocks of text"]
+    section = Section(title=title, columns=columns, rows=rows)
     return markdown([section]).strip("\n") if rows else ""
 
 
