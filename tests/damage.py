@@ -11,7 +11,6 @@ in their numbers cannot be known; they stand in a table row of their own.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from attacks import markdown, parser_of
 
 WAYS = ("flip", "cut", "empty", "zeros", "longer", "gone")
 ENDS = ("named", "harmless", "line", "wrong", "traceback")
@@ -312,8 +312,7 @@ def table(found: dict[str, tuple[Case, Counter[str]]]) -> str:
     ]
     sums = [sum(row[i] for row in rows) for i in range(2, len(rows[0]))]  # type: ignore[misc]
     head = ["files", "read by", "damaged", "named", "harmless", "line without the name", "wrong", "traceback"]
-    lines = [head, ["---", "---", *["---:"] * 6], *rows, ["**all**", "", *sums]]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return markdown(head, [*rows, ["**all**", "", *sums]], words=2)
 
 
 def attack_all(folder: Path, times: int) -> tuple[dict[str, tuple[Case, Counter[str]]], list[str]]:
@@ -331,11 +330,10 @@ def attack_all(folder: Path, times: int) -> tuple[dict[str, tuple[Case, Counter[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--times", type=int, default=2)
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args(arguments)
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="skipstone-damage-") as folder:
         found, told = attack_all(Path(folder), options.times)
     sys.stdout.write("\n".join([*told, "" if options.quiet else table(found)]))

@@ -10,9 +10,7 @@ SLOW seconds, and growth of the process beyond MEMORY is a fault. The inputs are
 
 from __future__ import annotations
 
-import argparse
 import copy
-import os
 import random
 import resource
 import sys
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from attacks import markdown, memory, parser_of
 
 SLOW = 2.0  # seconds of CPU time
 MEMORY = 512  # MiB by which the process may grow over all inputs to one target
@@ -244,24 +243,22 @@ class Tags(HTMLParser):
 def table(targets: Sequence[Target]) -> str:
     """Return a Markdown table of how many inputs each target got, and how they ended."""
     ends = ("taken", "refused", "traceback", "slow", "MiB")
-    head = ["| target | inputs | " + " | ".join(ends[:4]) + " | grew by MiB |", "|---|" + "---:|" * 6]
     rows = [[t.name, sum(t.counts[end] for end in ends[:3]), *(f"{t.counts[end]:,}" for end in ends)] for t in targets]
-    total = sum(row[1] for row in rows)
-    return "\n".join([*head, *(f"| {' | '.join(map(str, row))} |" for row in rows), f"| **all** | {total:,} |"]) + "\n"
+    total = ["**all**", f"{sum(row[1] for row in rows):,}", *[""] * 5]
+    return markdown(["target", "inputs", *ends[:4], "grew by MiB"], [*rows, total])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from fuzz_targets import targets
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="TARGET")
     parser.add_argument("--inputs", type=int, default=0)
     parser.add_argument("--hypothesis", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    with tempfile.TemporaryDirectory(prefix="skipstone-fuzz-", dir=_memory()) as folder:
+    with tempfile.TemporaryDirectory(prefix="skipstone-fuzz-", dir=memory()) as folder:
         chosen = [t for t in targets(Path(folder)) if not options.names or t.name in options.names]
         for target in chosen:
             if options.inputs:
@@ -274,10 +271,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     sys.stdout.write(table(chosen))
     return sum(len(target.faults) for target in chosen)
-
-
-def _memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 if __name__ == "__main__":

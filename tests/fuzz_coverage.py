@@ -10,7 +10,6 @@ counts as a fault is the same as there; a hang or an exit ends the process, and 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -18,13 +17,14 @@ import random
 import struct
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from attacks import memory, parser_of
+from forks import awaited, fork
 
 INSTRUMENTED = ["skipstone", "skipstone_cli", "skipstone_studies", "omegaconf"]
 LONGEST, HANG = 8192, 60  # bytes of an input; seconds after which libFuzzer ends the process
@@ -177,22 +177,10 @@ def fuzz(name: str, runs: int, seed: int = 0) -> dict[str, Any]:
 
     Under `covered`, the result has the number of branches that libFuzzer had reached first and last.
     """
-    with tempfile.TemporaryDirectory(prefix="skipstone-fuzz-", dir=_memory()) as folder:
+    with tempfile.TemporaryDirectory(prefix="skipstone-fuzz-", dir=memory()) as folder:
         told, log, space = (Path(folder) / part for part in ("told.json", "log", "space"))
         space.mkdir()
-        child = os.fork()
-        if child == 0:
-            quiet = os.open(log, os.O_WRONLY | os.O_CREAT)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
-            try:
-                feed(name, runs, space, told, seed)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = awaited(fork(lambda: feed(name, runs, space, told, seed), log))
         said = log.read_text(errors="replace")
         found = json.loads(told.read_text()) if told.is_file() else {"done": 0, "counts": {}, "faults": [], "MiB": 0}
         covered = [int(line.split("cov: ")[1].split()[0]) for line in said.splitlines() if "cov: " in line]
@@ -216,12 +204,12 @@ HEAD = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="PARSER", help=f"of {', '.join(PARSERS)}; all")
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    os.environ["OMP_NUM_THREADS"] = "1"
     if importlib.util.find_spec("atheris") is None:
         sys.stdout.write("nothing was tried: atheris is not installed (pip install atheris)\n")
         return 0
@@ -237,10 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults, total = faults + len(found["faults"]), total + found["done"]
     sys.stdout.write(f"| **all** | {total:,} | | | | | | | |\n")
     return faults
-
-
-def _memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ kills at random moments (`--moments N`) do the latter.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,14 +20,16 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from attacks import markdown, parser_of
+from forks import awaited, fork
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PATHS = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
@@ -63,57 +64,49 @@ class Tally:
 
 
 def forked(
-    act: Callable[[], object], log: Path, *, event: int = 0, folder: Path | None = None, after: float = 0
+    act: Callable[[], object], log: Path, *, event: int = 0, folder: Path | None = None, after: float | None = None
 ) -> int:
     """Run `act` in a fork, and return its exit code, -9 if it was killed.
 
     log: a file for its output. folder: the command's folder, in and beside which events are counted. event: the fork
     kills itself just before this event; 0 means that it does not, and writes their number to the file `events` two
-    folders above. after: kill it after so many seconds; 0 means never.
+    folders above. after: kill it after so many seconds; None means never.
     """
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
-            seen = kill_at(event, folder.parent) if folder is not None else None
+
+    def run() -> None:
+        if folder is None:
             act()
-            if seen is not None and folder is not None:
-                (folder.parents[1] / "events").write_text(str(seen()))
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    deadline = time.monotonic() + after
-    while after and time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    if after:
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return
+        seen = at_change(event, folder.parent, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        act()
+        (folder.parents[1] / "events").write_text(str(seen()))
+
+    return awaited(fork(run, log), after)
 
 
-def kill_at(event: int, folder: Path) -> Callable[[], int]:
-    """Make this process kill itself just before the `event`-th change below `folder`; return a counter of changes."""
-    seen = 0
+def at_change(number: int, folder: Path, act: Callable[[], object]) -> Callable[[], int]:
+    """Make this process call `act` just before the `number`-th change below `folder`, and before every later one.
+
+    number: 0 means that it is never called. Returns a function that counts the changes.
+    """
+    seen, busy = 0, False
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
+        nonlocal seen, busy
+        if busy:
+            return
         if name == "open":
             paths = [args[0]] if isinstance(args[2], int) and args[2] & WRITES else []
         else:
             paths = [args[i] for i in PATHS.get(name, ())]
         if any(isinstance(path, str | Path) and str(path).startswith(f"{folder}{os.sep}") for path in paths):
             seen += 1
-            if seen == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if seen >= number > 0:
+                busy = True
+                try:
+                    act()
+                finally:
+                    busy = False
 
     sys.addaudithook(hook)
     return lambda: seen
@@ -165,11 +158,15 @@ class Attack:
     def log(self) -> Path:
         return self.space / "log"
 
-    def begin(self, event: int = 0, after: float = 0) -> int:
-        """Run the command in a fresh folder and return its exit code; event and after as in `forked`."""
+    def fresh(self) -> None:
+        """Make an empty folder with what the command starts from."""
         shutil.rmtree(self.space, ignore_errors=True)
         self.out.parent.mkdir(parents=True)
         self.out.with_name("given").symlink_to(self.given)
+
+    def begin(self, event: int = 0, after: float | None = None) -> int:
+        """Run the command in a fresh folder and return its exit code; event and after as in `forked`."""
+        self.fresh()
         return forked(partial(self.scenario.act, self.out), self.log, event=event, folder=self.out, after=after)
 
     def whole(self) -> tuple[dict[str, str], float, int]:
@@ -179,7 +176,26 @@ class Attack:
             raise SystemExit(f"{self.scenario.name} fails by itself:\n{self.log.read_text()}")
         return contents(self.out), time.monotonic() - began, int((self.space / "events").read_text())
 
-    def kill(self, whole: dict[str, str], event: int, again: int = 0, after: float = 0) -> None:
+    def said(self) -> str:
+        """The last line of what the command wrote."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() or [""]
+        return lines[-1][:300]
+
+    def goes_on(self, whole: Mapping[str, str], but: Callable[[str], bool] = lambda name: False) -> str | None:
+        """Give the command again; return how its result differs from `whole`, None if it does not.
+
+        but: whether a file of this name may differ.
+        """
+        if forked(partial(self.scenario.act, self.out), self.log) != 0:
+            return f"stuck: {self.said()}"
+        found = contents(self.out)
+        differing = sorted(name for name in {*whole, *found} if whole.get(name) != found.get(name) and not but(name))
+        beside = [path.name for path in self.out.parent.iterdir() if path.name not in ("out", "given", ".out.lock")]
+        if differing or beside:
+            return f"different: {', '.join(differing)[:300]}; left: {', '.join(beside)}"
+        return None
+
+    def kill(self, whole: dict[str, str], event: int, again: int = 0, after: float | None = None) -> None:
         """Run the command, kill it, resume it, and compare what it leaves with `whole`.
 
         event, after: when it is killed, as in `forked`. again: the event at which the resumed command is killed as
@@ -188,20 +204,13 @@ class Attack:
         if self.begin(event, after) != -signal.SIGKILL:
             return  # it was done before
         self.tally.kills, self.tally.runs = self.tally.kills + 1, self.tally.runs + 1
-        where = f"event {event}" if event else f"after {after:.2f} s"
+        where = f"event {event}" if after is None else f"after {after:.2f} s"
         go_on = partial(self.scenario.act, self.out)
         if again and forked(go_on, self.log, event=again, folder=self.out) == -signal.SIGKILL:
             self.tally.kills += 1
             where += f", then {again}"
-        if forked(go_on, self.log) != 0:
-            said = self.log.read_text(errors="replace").strip().splitlines() or [""]
-            self.tally.wrong.append(f"{where}: stuck: {said[-1][:300]}")
-            return
-        found = contents(self.out)
-        differing = sorted(name for name in {*whole, *found} if whole.get(name) != found.get(name))
-        beside = [path.name for path in self.out.parent.iterdir() if path.name not in ("out", "given", ".out.lock")]
-        if differing or beside:
-            self.tally.wrong.append(f"{where}: different: {', '.join(differing)[:300]}; left: {', '.join(beside)}")
+        if (said := self.goes_on(whole)) is not None:
+            self.tally.wrong.append(f"{where}: {said}")
         else:
             self.tally.exact += 1
 
@@ -234,14 +243,25 @@ def table(tallies: dict[str, Tally]) -> str:
         [name, tally.kills, tally.runs, tally.exact, len(tally.wrong)] for name, tally in tallies.items()
     ]
     rows.append(["**all**", *(sum(row[i] for row in rows) for i in range(1, 5))])
-    head = ["| command | kills | runs | as if not killed | other ends |", "|---|---:|---:|---:|---:|"]
-    return "\n".join([*head, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+    return markdown(["command", "kills", "runs", "as if not killed", "other ends"], rows)
+
+
+@contextmanager
+def laid_out(names: Sequence[str], prefix: str) -> Iterator[tuple[list[Scenario], Path, Path]]:
+    """The scenarios of these names, or all; the folder that they start from; a folder for their tries."""
+    from kill_scenarios import make_given, scenarios
+
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        space = Path(folder)
+        given = space / "given"
+        given.mkdir()
+        if forked(partial(make_given, given), space / "log") != 0:
+            raise SystemExit((space / "log").read_text())
+        yield [one for one in scenarios() if not names or one.name in names], given, space / "space"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from kill_scenarios import make_given, scenarios
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--limit", type=int, default=10_000)
     parser.add_argument("--moments", type=int, default=0)
@@ -249,15 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not set(options.names) <= set(NAMES):
         parser.error(f"NAME must be of {', '.join(NAMES)}")
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    space = Path(tempfile.mkdtemp(prefix="skipstone-kills-"))
-    given = space / "given"
-    given.mkdir()
-    if forked(partial(make_given, given), space / "log") != 0:
-        raise SystemExit((space / "log").read_text())
-    chosen = [s for s in scenarios() if not options.names or s.name in options.names]
-    tallies = {s.name: attack(s, options.limit, options.moments, given, space / "space") for s in chosen}
-    shutil.rmtree(space)
+    with laid_out(options.names, "skipstone-kills-") as (chosen, given, space):
+        tallies = {one.name: attack(one, options.limit, options.moments, given, space) for one in chosen}
     say(table(tallies))
     if options.out is not None:
         options.out.write_text(table(tallies), encoding="utf-8")

@@ -45,6 +45,11 @@ class Page:
         return [*links, *recipes]
 
 
+def unformatted(code: str) -> str:
+    """Code without indentation and empty lines, which are a formatter's affair."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
+
+
 def _imported(code: str) -> set[str]:
     """Return the top-level packages that a program imports."""
     found = set()

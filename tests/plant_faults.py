@@ -21,12 +21,16 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+from forks import awaited, fork
 
 ROOT = Path(__file__).resolve().parents[1]
 FINDINGS = ROOT / ".faults.json"
@@ -50,9 +54,16 @@ class Fault:
             raise ValueError(f"{self.name!r}: {UNPLACED}; its line stands in {len(places)} places instead of one")
         return places[0]
 
-    def plant(self, root: Path) -> None:
+    @contextmanager
+    def planted(self, root: Path) -> Iterator[None]:
+        """The fault stands in the tree within the block."""
         path = self.place(root)
-        path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
+        sound = path.read_text(encoding="utf-8")
+        path.write_text(sound.replace(self.old, self.new), encoding="utf-8")
+        try:
+            yield
+        finally:
+            path.write_text(sound, encoding="utf-8")
 
 
 def faults(only: str | None = None) -> list[Fault]:
@@ -61,12 +72,15 @@ def faults(only: str | None = None) -> list[Fault]:
 
 
 def copied(root: Path) -> None:
-    """Copy all files of the repository that git tracks or would add to `root`."""
+    """Copy all files of the repository that git tracks or would add to `root`, and what numba has compiled of them."""
     words = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in filter(None, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\0")):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
+    for path in (ROOT / "src").rglob("__pycache__/*.nb[ci]"):
+        (root / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy2(path, root / path.relative_to(ROOT))
 
 
 def failing(root: Path, words: list[str]) -> str | None:
@@ -75,9 +89,7 @@ def failing(root: Path, words: list[str]) -> str | None:
     words: further arguments of pytest. They run in a fork, so that heavy imports happen once.
     """
     output = root / "pytest.out"
-    if (child := os.fork()) == 0:
-        _become_pytest(root, words, output)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = awaited(fork(partial(_run_pytest, root, words), output))
     if code == 0:
         return None
     said = output.read_text(encoding="utf-8")
@@ -87,34 +99,20 @@ def failing(root: Path, words: list[str]) -> str | None:
     return found[1]
 
 
-def _become_pytest(root: Path, words: list[str], output: Path) -> NoReturn:
-    code = 3
-    try:
-        with output.open("w", encoding="utf-8") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.chdir(root)
-        os.environ["PYTHONPATH"] = str(root / "src")
-        sys.path[:0] = [str(root / "src"), str(root / "tests")]
-        code = int(pytest.main(["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", *QUIET, *words]))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _run_pytest(root: Path, words: list[str]) -> NoReturn:
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = str(root / "src")
+    sys.path[:0] = [str(root / "src"), str(root / "tests")]
+    raise SystemExit(pytest.main(["-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", *QUIET, *words]))
 
 
-def tried(fault: Fault, workers: str, near: bool) -> str | None:
+def tried(fault: Fault, root: Path, workers: str, near: bool) -> str | None:
     """Plant a fault in a copy of the repository, and return the test that finds it, or None.
 
-    workers: number of processes for the whole suite. near: whether to run only the tests that are named beside the
-    fault.
+    root: the copy, which is as before in the end. workers: number of processes for the whole suite. near: whether to
+    run only the tests that are named beside the fault.
     """
-    with tempfile.TemporaryDirectory(prefix="skipstone-fault-") as folder:
-        root = Path(folder)
-        copied(root)
-        fault.plant(root)
+    with fault.planted(root):
         first = [name for name in fault.first if (root / name).exists()]
         found = failing(root, first) if first else None
         return found or (None if near else failing(root, ["-n", workers, "--dist", "worksteal"]))
@@ -149,22 +147,26 @@ def main() -> int:
     if given.table:
         print(table(findings))  # noqa: T201
         return 0
+    fitting = [fault for fault in faults(given.only) if _fits(fault)]
     if not given.check:
         _import_once()
-    missing = 0
-    for fault in faults(given.only):
-        try:
-            fault.place(ROOT)
-        except ValueError as error:
-            missing += 1
-            print(error)  # noqa: T201
-            continue
-        if given.check or (fault.name in findings and given.only is None):
-            continue
-        findings[fault.name] = tried(fault, given.workers, given.near)
-        FINDINGS.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
-        print(f"{fault.name}: {findings[fault.name] or 'NOT FOUND'}", flush=True)  # noqa: T201
-    return 1 if missing or None in findings.values() else 0
+        with tempfile.TemporaryDirectory(prefix="skipstone-fault-") as folder:
+            copied(Path(folder))
+            for fault in fitting:
+                if fault.name not in findings or given.only is not None:
+                    findings[fault.name] = tried(fault, Path(folder), given.workers, given.near)
+                    FINDINGS.write_text(json.dumps(findings, indent=1) + "\n", encoding="utf-8")
+                    print(f"{fault.name}: {findings[fault.name] or 'NOT FOUND'}", flush=True)  # noqa: T201
+    return 1 if len(fitting) < len(faults(given.only)) or None in findings.values() else 0
+
+
+def _fits(fault: Fault) -> bool:
+    try:
+        fault.place(ROOT)
+    except ValueError as error:
+        print(error)  # noqa: T201
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ has to be one line (exit code 2), never a traceback. `full` mounts a tmpfs, whic
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import random
@@ -24,18 +23,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kills import NAMES, PATHS, WRITES, Attack, Scenario, contents, forked, say
+from attacks import markdown, parser_of
+from forks import awaited, ended, fork
+from kills import NAMES, Attack, Scenario, at_change, laid_out, say
 
 CHECKPOINT = re.compile(r"(?:.*/)?checkpoints/checkpoint-(\d+)(?:/|$)")
 WAYS = ("term", "int", "kill", "full", "read_only", "vanish", "two")
@@ -70,30 +68,6 @@ class Ends:
     seconds: float = 0.0
 
 
-def at_change(number: int, folder: Path, act: Callable[[], None]) -> None:
-    """Make this process call `act` just before the `number`-th change below `folder`, and before every later one."""
-    seen, busy = 0, False
-
-    def hook(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen, busy
-        if busy:
-            return
-        if name == "open":
-            paths = [args[0]] if isinstance(args[2], int) and args[2] & WRITES else []
-        else:
-            paths = [args[i] for i in PATHS.get(name, ())]
-        if any(isinstance(path, str | Path) and str(path).startswith(f"{folder}{os.sep}") for path in paths):
-            seen += 1
-            if seen >= number:
-                busy = True
-                try:
-                    act()
-                finally:
-                    busy = False
-
-    sys.addaudithook(hook)
-
-
 def once(act: Callable[[], object]) -> Callable[[], None]:
     """Return a function that calls `act` the first time, and does nothing later."""
     left = [True]
@@ -110,7 +84,7 @@ def no_writing() -> None:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
 
 
-def begun(act: Callable[[], object], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
+def begun(act: Callable[[], object], log: Path, prepare: Callable[[], object] = lambda: None) -> int:
     """Start `act` in a fork as the command line would, and return its process id.
 
     log: a file for its output. prepare: called in the fork first. The exit code is 2 after an error of one line, and 1
@@ -118,42 +92,20 @@ def begun(act: Callable[[], object], log: Path, prepare: Callable[[], None] = la
     """
     from skipstone_cli.errors import one_line_errors
 
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
+    def run() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells let it be ignored
-        quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
         prepare()
         with one_line_errors():
             act()
-        status = 0
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except SystemExit as end:
-        status = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+    return fork(run, log)
 
 
-def ended(child: int, limit: float) -> int | None:
+def in_time(child: int, limit: float) -> int | None:
     """Wait for the end of a fork, and return its exit code; kill it after `limit` seconds and return None."""
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    if (code := ended(child, limit)) is None:
+        awaited(child, 0)
+    return code
 
 
 class Troubles:
@@ -173,14 +125,9 @@ class Troubles:
     def act(self) -> Callable[[], object]:
         return partial(self.trial.scenario.act, self.trial.out)
 
-    def fresh(self) -> None:
-        shutil.rmtree(self.trial.space, ignore_errors=True)
-        self.trial.out.parent.mkdir(parents=True)
-        self.trial.out.with_name("given").symlink_to(self.trial.given)
-
     def go(self, way: str) -> None:
         """Make one try: let the trouble `way` happen, give the command again, and compare the result."""
-        self.fresh()
+        self.trial.fresh()
         where = getattr(self, f"_{way}")() if way not in SIGNALS else self._signal(way)
         if where is None:
             return  # it was done before the trouble came
@@ -194,24 +141,14 @@ class Troubles:
 
     def _goes_on(self) -> str | None:
         """Give the command again; return how its result differs from an uninterrupted one's, None if it does not."""
-        if forked(self.act, self.trial.log) != 0:
-            return f"stuck: {self._said()}"
-        found = contents(self.trial.out)
-        differing = sorted(name for name in {*self.whole, *found} if self.whole.get(name) != found.get(name))
-        differing = [name for name in differing if not earlier(name, self.whole)]
-        left = [p.name for p in self.trial.out.parent.iterdir() if p.name not in ("out", "given", ".out.lock")]
-        return f"different: {', '.join(differing)[:300]}; left: {', '.join(left)}" if differing or left else None
-
-    def _said(self) -> str:
-        lines = self.trial.log.read_text(errors="replace").strip().splitlines() or [""]
-        return lines[-1][:300]
+        return self.trial.goes_on(self.whole, but=partial(earlier, whole=self.whole))
 
     def _judged(self, where: str, code: int | None, allowed: set[int]) -> str | None:
         if code == 0:
             return None
         if code is None:
             return f"!{where}: hung"
-        return where if code in allowed else f"!{where}: exit code {code}: {self._said()}"
+        return where if code in allowed else f"!{where}: exit code {code}: {self.trial.said()}"
 
     def _signal(self, way: str) -> str | None:
         number = SIGNALS[way]
@@ -219,18 +156,18 @@ class Troubles:
             event = self.chance.randint(1, self.last)
             stop = once(partial(self._stamp_and_kill, number))
             child = begun(self.act, self.trial.log, partial(at_change, event, self.trial.out.parent, stop))
-            where, code = f"before change {event}", ended(child, self.limit)
+            where, code = f"before change {event}", in_time(child, self.limit)
             stamp = self.trial.space / "stamp"
             sent = float(stamp.read_text()) if stamp.is_file() else time.monotonic()
         else:
             moment = self.chance.uniform(0.01, 0.7 * self.seconds)
             child = begun(self.act, self.trial.log)
-            code = ended_before(child, moment)
+            code = ended(child, moment)
             if code is not None:
-                return None if code == 0 else f"!by itself: exit code {code}: {self._said()}"
+                return None if code == 0 else f"!by itself: exit code {code}: {self.trial.said()}"
             sent = time.monotonic()
             os.kill(child, number)
-            where, code = f"after {moment:.2f} s", ended(child, self.limit)
+            where, code = f"after {moment:.2f} s", in_time(child, self.limit)
         self.ends.seconds = max(self.ends.seconds, time.monotonic() - sent if way != "kill" else 0.0)
         return self._judged(where, code, STOPPED)
 
@@ -241,7 +178,7 @@ class Troubles:
     def _read_only(self) -> str | None:
         event = self.chance.randint(1, self.last)
         child = begun(self.act, self.trial.log, partial(at_change, event, self.trial.out.parent, no_writing))
-        return self._judged(f"from change {event}", ended(child, self.limit), {2})
+        return self._judged(f"from change {event}", in_time(child, self.limit), {2})
 
     def _vanish(self) -> str | None:
         event, out = self.chance.randint(2, self.last), self.trial.out
@@ -251,7 +188,7 @@ class Troubles:
                 shutil.rmtree(path, ignore_errors=True)
 
         child = begun(self.act, self.trial.log, partial(at_change, event, out.parent, once(remove)))
-        where = self._judged(f"before change {event}", ended(child, self.limit), {2})
+        where = self._judged(f"before change {event}", in_time(child, self.limit), {2})
         shutil.rmtree(out, ignore_errors=True)  # what was written afterwards is no whole folder
         return where
 
@@ -259,11 +196,11 @@ class Troubles:
         first = begun(self.act, self.trial.log)
         time.sleep(self.chance.uniform(0.0, self.seconds))
         log = self.trial.space / "log-of-the-second"
-        second = ended(begun(self.act, log), self.limit)
-        code = ended(first, self.limit)
+        second = in_time(begun(self.act, log), self.limit)
+        code = in_time(first, self.limit)
         if second not in (0, 2) or code not in (0, 2):
             said = log.read_text(errors="replace").strip().splitlines() or [""]
-            return f"!exit codes {code} and {second}: {self._said()}; {said[-1][:200]}"
+            return f"!exit codes {code} and {second}: {self.trial.said()}; {said[-1][:200]}"
         return f"exit codes {code} and {second}"
 
     def _full(self) -> str | None:
@@ -273,7 +210,7 @@ class Troubles:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", place], check=True)
         try:
             (place / "given").symlink_to(self.trial.given)
-            where = self._judged(f"with {size} KiB", ended(begun(self.act, self.trial.log), self.limit), {2})
+            where = self._judged(f"with {size} KiB", in_time(begun(self.act, self.trial.log), self.limit), {2})
             subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
             if where is not None and not where.startswith("!") and (said := self._goes_on()) is not None:
                 where = f"!{where}: {said}"
@@ -284,17 +221,6 @@ class Troubles:
             self.ends.tries["full"] += 1
             return None
         return where
-
-
-def ended_before(child: int, seconds: float) -> int | None:
-    """Return the exit code of a fork if it ends within `seconds`, else None."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
 
 
 def trouble(scenario: Scenario, each: int, ways: Sequence[str], given: Path, space: Path) -> Ends:
@@ -318,34 +244,21 @@ def trouble(scenario: Scenario, each: int, ways: Sequence[str], given: Path, spa
 
 def table(found: dict[str, Ends]) -> str:
     """Return a Markdown table of how many tries of each trouble with each command ended as if nothing had happened."""
-    head = [
-        "| command | " + " | ".join(WAYS) + " | tries | as if not troubled | longest stop |",
-        "|---|" + "---:|" * (len(WAYS) + 3),
-    ]
     rows = [
         [name, *(ends.tries[way] for way in WAYS), ends.tries.total(), ends.exact.total(), f"{ends.seconds:.1f} s"]
         for name, ends in found.items()
     ]
-    return "\n".join([*head, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+    return markdown(["command", *WAYS, "tries", "as if not troubled", "longest stop"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from kill_scenarios import make_given, scenarios
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--each", type=int, default=10)
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     options = parser.parse_args(arguments)
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    space = Path(tempfile.mkdtemp(prefix="skipstone-troubles-"))
-    given = space / "given"
-    given.mkdir()
-    if forked(partial(make_given, given), space / "log") != 0:
-        raise SystemExit((space / "log").read_text())
-    chosen = [s for s in scenarios() if not options.names or s.name in options.names]
-    found = {s.name: trouble(s, options.each, options.ways, given, space / "space") for s in chosen}
-    shutil.rmtree(space)
+    with laid_out(options.names, "skipstone-troubles-") as (chosen, given, space):
+        found = {one.name: trouble(one, options.each, options.ways, given, space) for one in chosen}
     say(table(found))
     return sum(len(ends.wrong) for ends in found.values())
 

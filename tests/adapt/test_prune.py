@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from command import command
 from generate.folders import text_data, write_run
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden
 from skipstone.adapt.prune import prune, used_groups
 from skipstone.measure.passes import PASSES
-from skipstone_cli.main import main
 
 GROUPS: dict[str, Any] = {"group_size": 4, "capacity": 0.25, "chunk_size": 4}
 IDS = torch.arange(40).view(2, 20) % 19
@@ -63,17 +63,10 @@ def test_a_layer_keeps_as_many_as_a_token_needs() -> None:
     assert pruned(IDS).logits.isfinite().all()
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["skipstone", "convert", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
 @torch.no_grad()
-def test_command_and_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_and_reload(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", text_data(tmp_path), [], neuron_groups=GROUPS)
-    assert command(monkeypatch, run, tmp_path / "pruned", "--to", "pruned") == 0
+    assert command("convert", run, tmp_path / "pruned", "--to", "pruned") == 0
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     built = AutoModelForCausalLM.from_pretrained(run / "model")
     tokens = torch.tensor([list("Ein Stück Text, für kle".encode())])
@@ -81,9 +74,9 @@ def test_command_and_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert min(pruned.config.neuron_groups["left"]) >= 3
 
 
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = write_run(tmp_path / "plain", text_data(tmp_path), [])
-    assert command(monkeypatch, plain, tmp_path / "out", "--to", "pruned") == 2
+    assert command("convert", plain, tmp_path / "out", "--to", "pruned") == 2
     assert "only models with neuron_groups can be pruned" in " ".join(capsys.readouterr().err.split())
     drawn = SkipstoneForCausalLM(SkipstoneConfig(intermediate_size=64, neuron_groups={"decision": "random", **GROUPS}))
     with pytest.raises(ValueError, match="decision 'random' use every group"):

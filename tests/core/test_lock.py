@@ -5,19 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from adapt.sources import save_source
+from forks import awaited, fork
 from skipstone.core.lock import Busy, locked
 from skipstone.data.sharding import write_shards
 from skipstone.model.pretrained import convert
 from train.tool import held_by_another
+
+LIMIT = 30.0  # seconds after which a fork that waits for ever is killed
 
 
 def test_one_process_may_take_it_several_times(tmp_path: Path) -> None:
@@ -38,45 +37,17 @@ def test_another_process_is_refused_until_it_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@contextmanager
-def fork(act: Callable[[], object]) -> Iterator[Callable[[], int]]:
-    """A fork that runs `act`; gives a function that waits for its exit code. It never outlives the block."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            act()
-            status = 0
-        except Busy:
-            status = 7
-        finally:
-            os._exit(status)
-    ended: list[int] = []
-
-    def wait() -> int:
-        deadline = time.monotonic() + 30
-        while not (done := os.waitpid(child, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline, "the fork waits for ever"
-            time.sleep(0.005)
-        ended.append(os.waitstatus_to_exitcode(done[1]))
-        return ended[0]
-
-    try:
-        yield wait
-    finally:
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
 def take(path: Path, *, wait: bool = False) -> None:
-    with locked(path, wait=wait):
-        pass
+    try:
+        with locked(path, wait=wait):
+            pass
+    except Busy:
+        raise SystemExit(7) from None
 
 
 def test_a_fork_does_not_hold_what_its_parent_holds(tmp_path: Path) -> None:
-    with locked(tmp_path / "run"), fork(lambda: take(tmp_path / "run")) as ended:
-        assert ended() == 7
+    with locked(tmp_path / "run"):
+        assert awaited(fork(lambda: take(tmp_path / "run")), LIMIT) == 7
 
 
 def test_who_waits_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,22 +60,19 @@ def test_who_waits_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with ExitStack() as forks:
-        with locked(tmp_path / "run"):
-            os.read(opened, 1)  # this process's own
-            ended = forks.enter_context(fork(lambda: take(tmp_path / "run", wait=True)))
-            os.read(opened, 1)
-        assert ended() == 0
+    with locked(tmp_path / "run"):
+        os.read(opened, 1)  # this process's own
+        child = fork(lambda: take(tmp_path / "run", wait=True))
+        os.read(opened, 1)
+    assert awaited(child, LIMIT) == 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fork_that_leaves_its_parents_block_lets_nothing_go(tmp_path: Path) -> None:
     block = locked(tmp_path / "run")
     with block:
-        with fork(lambda: block.__exit__(None, None, None)) as ended:
-            assert ended() == 0
-        with fork(lambda: take(tmp_path / "run")) as ended:
-            assert ended() == 7
+        assert awaited(fork(lambda: block.__exit__(None, None, None)), LIMIT) == 0
+        assert awaited(fork(lambda: take(tmp_path / "run")), LIMIT) == 7
 
 
 def test_two_conversions_and_two_preparations(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
+from command import command
 from ecosystem.tool import TOOLS_OWN_WARNINGS, load, stirred
 from skipstone import SkipstoneConfig
 from skipstone.data.tokenizers import byte_tokenizer
 from skipstone.model.pretrained import convert, load_model, load_pretrained, load_tokenizer
-from skipstone_cli.main import main
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(TOOLS_OWN_WARNINGS)
@@ -37,14 +37,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "VeRA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False),
 }
 IDS = torch.arange(3, 15).view(1, -1)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """The exit code of `skipstone` with these words."""
-    monkeypatch.setattr("sys.argv", ["skipstone", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -184,14 +176,14 @@ VERBS = [
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb[:2]))
 def test_verbs_for_models_name_the_way_from_an_adapter_to_one(
-    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "text").write_text("x")
     places = {"FOLDER": "adapter", "TEXT": "text", "OUT": "out", "OUT.csv": "out.csv"}
     words = (str(tmp_path / places[word]) if word in places else word for word in verb)
-    assert command(monkeypatch, *words) == 2
+    assert command(*words) == 2
     said = capsys.readouterr().err
     assert "holds an adapter (adapter_config.json), not a model; `skipstone convert" in said
     assert len([line for line in said.splitlines() if not line.startswith("stage ")]) == 1
@@ -199,8 +191,8 @@ def test_verbs_for_models_name_the_way_from_an_adapter_to_one(
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_quantise_takes_an_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantise_takes_an_adapter(base: Path, tmp_path: Path) -> None:
     folder, adapted = saved(base, KINDS["LoRA"]())
-    assert command(monkeypatch, "quantise", str(folder), str(tmp_path / "small")) == 0
+    assert command("quantise", str(folder), str(tmp_path / "small")) == 0
     found, right = load(tmp_path / "small")(IDS).logits, adapted(input_ids=IDS).logits
     assert (found - right).abs().max() < 0.15 * right.abs().max()

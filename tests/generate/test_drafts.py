@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipstone
+from generate.chances import plausible
 from skipstone.generate import generate, stream
 from skipstone.generate.drafts import Lookup
 from skipstone.generate.speculation import LENGTHS, Length, stand_or_redraw
@@ -110,12 +111,6 @@ def test_lookup_goes_on_from_the_latest_place() -> None:
     row = torch.tensor([[5, 6, 7, 1, 5, 6, 8, 2, 5, 6]])
     assert Lookup().propose(row, None, None, 3).tolist() == [[8, 2, 5]]  # type: ignore[arg-type]
     assert Lookup().propose(torch.tensor([[1, 2, 3]]), None, None, 3).shape == (1, 0)  # type: ignore[arg-type]
-
-
-def plausible(counts: Tensor, expected: Tensor) -> bool:
-    """Pearson's chi-square test at 1 %."""
-    statistic = ((counts - expected) ** 2 / expected).sum().double()
-    return bool(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2) > 0.01)
 
 
 @pytest.mark.parametrize("guess", [0, 3, 5])

@@ -24,7 +24,7 @@ from transformers import initialization as init
 from adapt.sources import recipe as adapt_recipe
 from adapt.sources import run as adapted
 from adapt.sources import save_source
-from pages import Page
+from pages import Page, unformatted
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import row_noise
@@ -254,11 +254,7 @@ def test_the_page_has_the_code_of_this_file() -> None:
     """But for indentation and empty lines, which are a formatter's affair."""
     blocks = Page("docs/add-a-mechanism.md").blocks()
     assert len(blocks) >= 4
-    assert all(_plain(block) in _plain(Path(__file__).read_text(encoding="utf-8")) for block in blocks)
-
-
-def _plain(code: str) -> str:
-    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
+    assert all(unformatted(block) in unformatted(Path(__file__).read_text(encoding="utf-8")) for block in blocks)
 
 
 @pytest.fixture(scope="module")

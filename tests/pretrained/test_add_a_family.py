@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedConfig, StableLmConfig
 
-from pages import Page
+from pages import Page, unformatted
 from skipstone.adapt.export import export_dense
 from skipstone.core.strict import choose
 from skipstone.model.config import SkipstoneConfig
@@ -93,9 +93,5 @@ def test_a_setting_that_is_not_computed_and_a_name_that_is_taken(tmp_path: Path)
 def test_the_page_has_the_code_of_this_file() -> None:
     blocks = Page("docs/add-a-family.md").blocks()
     assert len(blocks) >= 3
-    code = _plain(Path(__file__).read_text(encoding="utf-8"))
-    assert all(_plain(block) in code for block in blocks)
-
-
-def _plain(code: str) -> str:
-    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
+    code = unformatted(Path(__file__).read_text(encoding="utf-8"))
+    assert all(unformatted(block) in code for block in blocks)

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from command import command
 from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import convert, load_model
-from skipstone_cli.main import main
 from skipstone_studies.speed import parity
 
 
@@ -120,17 +120,8 @@ def test_sampling_settings_without_sampling_survive(tmp_path: Path, source: Path
     assert load_model(tmp_path / "out").generation_config.temperature == 0.6
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["skipstone", "convert", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code
-
-
-def test_the_command(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, source, tmp_path / "out", "--dtype", "float16") == 0
+def test_the_command(tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command("convert", source, tmp_path / "out", "--dtype", "float16") == 0
     shown = capfd.readouterr()
     assert shown.out == f"written: {tmp_path / 'out'}\n"
     stages = ["reading the checkpoint", "writing the model", "checksums"]
@@ -138,11 +129,9 @@ def test_the_command(
     assert load_model(tmp_path / "out").dtype == torch.float16
 
 
-def test_the_commands_one_line(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_one_line(tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for words in [(tmp_path / "typo", tmp_path / "out"), (source, source), (source, tmp_path / "out", "--dtype", "f")]:
-        assert command(monkeypatch, *words) == 2
+        assert command("convert", *words) == 2
         shown = capfd.readouterr()
         assert shown.out == ""
         assert len([line for line in shown.err.splitlines() if not line.startswith("stage ")]) == 1

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from command import command
 from pretrained import plain
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.model.pretrained import load_model
 from skipstone.model.released.convert import convert_from, convert_to, load_released
-from skipstone_cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:context 'sequence' of polyglu is not causal")
 
@@ -184,21 +184,14 @@ def test_writing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"model", "new", "uneven"}
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["skipstone", "convert", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save(tsa(), tmp_path / "tsa.pt")
     torch.save({"model": polychromatic(), "tau": 0.1}, tmp_path / "a.pt")
-    assert command(monkeypatch, tmp_path / "tsa.pt", tmp_path / "one", "--from", "tsa", "--num-heads", 4) == 0
+    assert command("convert", tmp_path / "tsa.pt", tmp_path / "one", "--from", "tsa", "--num-heads", 4) == 0
     assert load_model(tmp_path / "one").config.num_attention_heads == 4
-    assert command(monkeypatch, "--from", "polychromatic", tmp_path / "a.pt", tmp_path / "two", "--tau", 0.5) == 0
+    assert command("convert", "--from", "polychromatic", tmp_path / "a.pt", tmp_path / "two", "--tau", 0.5) == 0
     assert load_model(tmp_path / "two").config.activation["tau_end"] == 0.5
-    assert command(monkeypatch, "--to", "polychromatic", tmp_path / "two", tmp_path / "b.safetensors") == 0
+    assert command("convert", "--to", "polychromatic", tmp_path / "two", tmp_path / "b.safetensors") == 0
     assert load_released(tmp_path / "b.safetensors", "polychromatic").config.num_key_value_heads == 2
     shown = capfd.readouterr()
     assert shown.out.splitlines() == [f"written: {tmp_path / name}" for name in ("one", "two", "b.safetensors")]
@@ -225,7 +218,7 @@ def test_the_commands_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(tsa(), "tsa.pt")
-    assert command(monkeypatch, *words) == 2
+    assert command("convert", *words) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
     assert len([line for line in shown.err.splitlines() if not line.startswith("stage ")]) == 1

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from forks import fork, held
 from skipstone.core.lock import locked
 from skipstone.train import training
 from skipstone.train.watch import StopSignals
@@ -135,16 +136,14 @@ def at_step(step: int, act: Callable[[], None]) -> Iterator[None]:
 def held_by_another(folder: Path) -> Iterator[int]:
     """Let another process hold the lock of `folder` in a `with` block; yield its process id."""
     ready, tell = os.pipe()
-    other = os.fork()
-    if other == 0:
+
+    def hold() -> None:
         with locked(folder):
             os.write(tell, b".")
             signal.pause()
-    try:
+
+    with held(fork(hold)) as other:
         assert os.read(ready, 1) == b"."
         yield other
-    finally:
-        os.kill(other, signal.SIGKILL)
-        os.waitpid(other, 0)
-        os.close(ready)
-        os.close(tell)
+    os.close(ready)
+    os.close(tell)
