@@ -26,28 +26,31 @@ os.environ.update(
     WANDB_MODE="disabled",
 )
 
-import accelerate.utils.memory  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(1)
 pytest_plugins = ["cpu_seconds"]
-settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
-settings.register_profile("quick", settings.get_profile("skipstone"), max_examples=30)  # of 100; always the same ones
-settings.load_profile("skipstone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("markexpr") == "not slow":
-        settings.load_profile("quick")  # before tests are imported, which takes the number of examples from it
+    """Import what is heavy here and in fixtures, so that the process that only hands out tests to others is light."""
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        return
+    import torch
+    from hypothesis import settings
+
+    torch.set_num_threads(1)
+    settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
+    settings.register_profile("quick", settings.get_profile("skipstone"), max_examples=20)  # of 100; always the same
+    settings.load_profile("quick" if config.getoption("markexpr") == "not slow" else "skipstone")
     if find_spec("numba") is None:  # then int8 weights are computed the slower way, of which a warning tells once
         config.addinivalue_line("filterwarnings", "ignore:int8 weights are restored:UserWarning")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code still draws from the global state
     torch.manual_seed(0)
@@ -65,6 +68,8 @@ def _device() -> Iterator[None]:
         with pretending(default=True):
             yield
     else:
+        import torch
+
         with torch.device(name):
             yield
 
@@ -88,13 +93,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the tests what only long runs need: garbage collected by hand, and files flushed to the disk.
+    """Spare the tests what only long runs need: garbage collected by hand, files flushed, other devices' seeds.
 
     Imported modules and collected tests stay, so they are taken from the eyes of the garbage collector. Trainers
     collect garbage at the start of each run, to free memory of a GPU, which is a fifth of a small training.
     """
+    import accelerate.utils.memory
+    import torch
+
     gc.collect()
     gc.freeze()
     if not torch.cuda.is_available():
         accelerate.utils.memory.gc = SimpleNamespace(collect=lambda *_: 0)  # type: ignore[attr-defined]
     os.fsync = lambda fd: None
+    for device, seeds in ((torch.cuda, torch.cuda.random), (torch.xpu, torch.xpu.random), (torch.mtia, torch.mtia)):
+        if not device.is_available():  # seeding would note the whole stack of calls, for when the device is there
+            seeds._lazy_call = lambda *call, **kind: None  # type: ignore[attr-defined]

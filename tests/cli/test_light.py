@@ -81,21 +81,33 @@ def test_nothing_heavy_is_imported(words: list[str], command: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["train.stpes=4"], ["unknown key in train 'stpes'; did you mean 'steps'?"]),
-        (["train.batch_size=ten"], ["train.batch_size must be int, got 'ten'"]),
-        (
-            ["data.corpus=text:/absent", "train.beta1=2"],
-            ["beta1 must be in [0, 1), got 2.0 (typed: train.beta1=2)", "/absent"],
-        ),
-        (["data.contxt=4", "train.steps=0"], ["did you mean 'context'?", "steps must be at least 1, got 0"]),
-        (["model.hiden_size=4"], ["did you mean 'hidden_size'?"]),
-        (["model.hidden_size=33", "nmae=x"], ["hidden_size (33) must be a multiple", "did you mean 'name'?"]),
         (["--resume", "--out", "absent"], ["run folder 'absent' does not exist: nothing to resume"]),
         (
-            ["model.mechanisms.0.capacity=1.5", "model.mechanisms.0.decision=treshold", "train.stpes=4"],
-            ["capacity must be in (0, 1], got 1.5", "did you mean 'threshold'?", "did you mean 'steps'?"],
+            ["train.stpes=4", "data.contxt=4", "model.hidden_size=33", "nmae=x"],
+            [
+                "unknown key in train 'stpes'; did you mean 'steps'?",
+                "did you mean 'context'?",
+                "hidden_size (33) must be a multiple",
+                "did you mean 'name'?",
+            ],
         ),
-        (["model.mechanisms.0.layers=9:"], ["mechanisms[0].layers '9:' matches none of the model's 6 blocks"]),
+        (
+            ["data.corpus=text:/absent", "train.beta1=2", "train.steps=0", "model.hiden_size=4"],
+            [
+                "beta1 must be in [0, 1), got 2.0 (typed: train.beta1=2)",
+                "/absent",
+                "steps must be at least 1, got 0",
+                "did you mean 'hidden_size'?",
+            ],
+        ),
+        (
+            ["model.mechanisms.0.capacity=1.5", "model.mechanisms.0.decision=treshold", "train.batch_size=ten"],
+            ["capacity must be in (0, 1], got 1.5", "did you mean 'threshold'?", "batch_size must be int, got 'ten'"],
+        ),
+        (
+            ["model.mechanisms.0.layers=9:", "train.stpes=4"],
+            ["mechanisms[0].layers '9:' matches none of the model's 6 blocks", "did you mean 'steps'?"],
+        ),
         (["model.mechanisms.0.name=mixture_of_depth"], ["did you mean 'mixture_of_depths'?"]),
         (["model.neuron_groups={decision: zeros}"], ["needs an activation that is exactly 0"]),
         (["model.activation={name: polyglu, tau_end: -1}", "model.norm=rms"], ["tau_end must be in", "'rmsnorm'"]),

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipstone.train.setup import model_mistakes
 
 SRC = Path(__file__).resolve().parents[2] / "src"
-COMPARED = f"""
-import sys
+WRONG: list[dict[str, Any]] = [
+    {"mechanisms": [{"name": "mixture_of_depths", "capacity": 1.5}, {"name": "tsa"}]},
+    {"mechanisms": [{"name": "segment", "layers": [1, 3]}], "hidden_size": "wide"},
+    {"mechanisms": [{"name": "token_selective", "layers": "9:", "capacty": 1}], "mlp": "gatd", "dtype": "float32"},
+    {"mlp": "experts", "experts": {"top_k": 9}, "hidden_size": 20, "num_attention_heads": 2, "head_dim": 8},
+    {"preset": "tiny", "neuron_groups": {"decision": "magnitude", "chunk_size": 4}},
+    {"rope_parameters": {"rope_type": "yarn"}, "weight_format": "int8"},
+    {"activation": {"name": "fixed_mix", "groups": {"selu": 3}}},
+]
+LIGHT = f"""
+import json, sys
 sys.path.insert(0, {str(SRC)!r})
 import skipstone.train.early
 from skipstone.core.placeholders import HEAVY, checked_lightly
-WRONG = [
-    {{"mechanisms": [{{"name": "mixture_of_depths", "capacity": 1.5}}, {{"name": "tsa"}}]}},
-    {{"mechanisms": [{{"name": "segment", "layers": [1, 3]}}], "hidden_size": "wide"}},
-    {{"mechanisms": [{{"name": "token_selective", "layers": "9:", "capacty": 1}}], "mlp": "gatd", "dtype": "float32"}},
-    {{"mlp": "experts", "experts": {{"top_k": 9}}, "hidden_size": 20, "num_attention_heads": 2, "head_dim": 8}},
-    {{"preset": "tiny", "neuron_groups": {{"decision": "magnitude", "chunk_size": 4}}}},
-    {{"rope_parameters": {{"rope_type": "yarn"}}, "weight_format": "int8"}},
-    {{"activation": {{"name": "fixed_mix", "groups": {{"selu": 3}}}}}},
-]
 modules = {{*sys.modules}}
-light = [checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": model}}) for model in WRONG]
+models = [*{WRONG!r}, {{"hidden_size": 64}}]
+light = [checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": model}}) for model in models]
 assert not any(name in sys.modules for name in HEAVY)
 assert not [name for name in {{*sys.modules}} - modules if name.startswith("skipstone")]
-assert all(light), light
-assert checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": {{"hidden_size": 64}}}}) == []
+print(json.dumps(light))
+"""
+HEAVY = """
 from skipstone.train.setup import model_mistakes
-assert light == [model_mistakes({{"model": model}}) for model in WRONG]
+assert light == [model_mistakes({"model": model}) for model in models]
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from transformers import AutoConfig, PreTrainedModel
 assert AutoConfig.for_model("skipstone").model_type == "skipstone"
@@ -36,6 +44,11 @@ assert issubclass(SkipstoneForCausalLM, PreTrainedModel)
 """
 
 
-def test_mistakes_are_those_that_the_model_would_report() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPARED], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("then", ["", pytest.param(HEAVY, marks=pytest.mark.slow)], ids=["alone", "before the real"])
+def test_mistakes_are_those_that_the_model_would_report(then: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT + then], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    *light, sound = json.loads(done.stdout)
+    assert all(light)
+    assert sound == []
+    assert light == [model_mistakes({"model": model}) for model in WRONG]

@@ -146,7 +146,7 @@ def test_counted_flops_are_those_of_the_cost_model(runs: Path, name: str) -> Non
 
 
 def test_topk_has_no_causal_form_and_says_so(runs: Path) -> None:
-    found = evaluate(runs / "topk")
+    found = evaluated(runs / "topk")
     assert found.unavailable == {"causal": NO_CAUSAL_FORM, "executed": NO_CAUSAL_FORM}
     assert (found.primary, set(found.measured)) == ("oracle", {"oracle"})
     assert found.executed_minus_causal is None
@@ -154,7 +154,7 @@ def test_topk_has_no_causal_form_and_says_so(runs: Path) -> None:
 
 
 def test_figures_leave_as_json_markdown_and_table(runs: Path) -> None:
-    found = evaluate(runs / "all")
+    found = evaluated(runs / "all")
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["ways"]["executed"]["loss"] == found.measured["executed"].loss
     assert values["flops_per_token"]["counted"] == values["flops_per_token"]["cost"]
@@ -165,8 +165,8 @@ def test_figures_leave_as_json_markdown_and_table(runs: Path) -> None:
 
 def test_a_saved_model_and_another_corpus(runs: Path) -> None:
     corpus = f"text:{runs / 'text'}"
-    own = evaluate(runs / "mod")
-    found = evaluate(runs / "mod" / "model", corpus=corpus, context=24)
+    own = evaluated(runs / "mod")
+    found = evaluate(runs / "mod" / "model", corpus=corpus, context=24, batch_size=4)
     assert found.measured["causal"].loss == own.measured["causal"].loss
     shorter = evaluate(runs / "mod", context=12, split="test")
     assert shorter.measured["causal"].predictions == 3 * len(TEXT.encode()) - 1

@@ -57,9 +57,11 @@ def described(mechanisms: list[dict[str, Any]]) -> str:
 
 
 def compositions() -> Iterator[Any]:
-    """Those of two mechanisms and most of three are slow: the laws of generation hold their pairs."""
+    """Those of two mechanisms, most of three and one site twice are slow: the laws of generation hold their pairs."""
     for i, (activation, mechanisms) in enumerate(itertools.product(("silu", "polyglu"), ORDERS + SITES)):
-        marks = pytest.mark.slow if len(mechanisms) == 2 or (len(mechanisms) == 3 and i % 3) else ()
+        again = activation == "polyglu" and len(mechanisms) == 1 and "on" in mechanisms[0]
+        slow = again or len(mechanisms) == 2 or (len(mechanisms) == 3 and i % 3)
+        marks = pytest.mark.slow if slow else ()
         yield pytest.param(mechanisms, activation, id=f"{described(mechanisms)}-{activation}", marks=marks)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -313,7 +314,9 @@ def _lively(chosen: Case) -> SkipstoneForCausalLM:
 
 def lively(chosen: Case) -> SkipstoneForCausalLM:
     """Return a copy of the case's model with weights and thresholds with which decisions vary (`enliven`)."""
-    return copy.deepcopy(_lively(chosen))
+    model = _lively(chosen)
+    empty = [d for module in model.modules() for d in vars(module).values() if type(d) is OrderedDict and not d]
+    return copy.deepcopy(model, {id(d): OrderedDict() for d in empty})  # hooks that are not there are half of the work
 
 
 def depth_records(out: Any) -> Iterator[tuple[int, str, Any]]:

@@ -41,23 +41,26 @@ def enliven(model: SkipstoneForCausalLM) -> None:
             parameter.mul_(6 if kinds[name] == "routers" else 4)
         elif parameter.dim() == 1:
             parameter.add_(drawn * 0.1)
-    for _ in range(3):  # each threshold moves what later ones see
-        _centre(model)
+    handles = find_handles(model)
+    for _ in range(3 if handles else 1):  # each threshold moves what others see
+        before = _state(model, handles)
+        _centre(model, handles)
+        if all(map(torch.equal, before, _state(model, handles))):
+            break
 
 
-def _centre(model: SkipstoneForCausalLM) -> None:
+def _state(model: SkipstoneForCausalLM, handles: list[ThresholdHandle]) -> list[Tensor]:
+    """Return copies of all that `_centre` may change."""
+    thresholds = torch.tensor([handle.threshold for handle in handles])
+    return [thresholds, *(p.clone() for module in model.routing_modules() for p in module.parameters())]
+
+
+def _centre(model: SkipstoneForCausalLM, handles: list[ThresholdHandle]) -> None:
     """Set every threshold between two scores, so that about half of the tokens of each block lie above it."""
-    for block in model.model.layers:
-        for mechanism in block.mechanisms.values():
-            guess = getattr(getattr(mechanism, "decision", None), "guess", None)  # of a predictor: no record has it
-            if guess is not None:
-                seen: list[Tensor] = []
-                hook = guess.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
-                _records(model)
-                hook.remove()
-                if seen:  # at capacity 1 it is not asked
-                    guess.score_bias.sub_(_between(seen[-1].flatten(), 0.5))
-    for handle in find_handles(model):
+    decisions = [getattr(m, "decision", None) for block in model.model.layers for m in block.mechanisms.values()]
+    guesses = [guess for decision in decisions if (guess := getattr(decision, "guess", None)) is not None]
+    hooks = [guess.register_forward_hook(_centre_guess) for guess in guesses]  # of predictors: no record has them
+    for handle in handles:
         name = handle.name.split()[1]
         layers = [i for i, block in enumerate(model.model.layers) if name in block.mechanisms]
         records = _records(model)
@@ -70,6 +73,24 @@ def _centre(model: SkipstoneForCausalLM) -> None:
         for layer, scores in alone.items():
             if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
                 _level(model, handle, layer, name)
+    if hooks:
+        _records(model)
+    for hook in hooks:
+        hook.remove()
+
+
+def _centre_guess(guess: Any, inputs: Any, output: Tensor) -> Tensor:
+    """Shift a predictor's bias, and its output at once, so that half of its guesses lie above 0, if they do not yet.
+
+    A hook of a forward pass, so that later blocks see the new decisions: one pass sets all predictors.
+    """
+    if not output.numel():
+        return output
+    line = _between(output.flatten(), 0.5)
+    if line.abs() < 1e-3 * (output.max() - output.min()):
+        return output
+    guess.score_bias.sub_(line)
+    return output - line
 
 
 def _level(model: SkipstoneForCausalLM, handle: ThresholdHandle, layer: int, name: str) -> None:

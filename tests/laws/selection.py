@@ -21,7 +21,7 @@ import pytest
 
 from laws.builders import Case
 
-PAIRS, VALUES = 6, 12
+PAIRS, VALUES = 12, 24
 # Parts of a decoder that no mechanism can see: one file in two keeps each, in one law.
 UNSEEN = ("attention_window", "norm_placement", "parallel_residual")
 SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as others

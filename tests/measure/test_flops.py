@@ -85,12 +85,15 @@ def test_an_operation_that_nobody_thought_of_is_reported() -> None:
     assert count.total == 2 * 27
 
 
-QUICK = 3  # one case in so many; the laws of cost count on others
+QUICK = 5  # one case in so many; the laws of cost count on others
 
 
 @pytest.mark.parametrize(
     "chosen",
-    [c if i % QUICK == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(KNOWN)],
+    [
+        c if i % QUICK == 0 and len(c.entries) < 5 else pytest.param(c, marks=pytest.mark.slow)
+        for i, c in enumerate(KNOWN)
+    ],
     ids=str,
 )
 def test_every_operation_of_every_mechanism_is_known(chosen: Case) -> None:

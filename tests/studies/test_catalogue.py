@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,32 @@ PAGES = sorted(path.stem for path in RESULTS.glob("*.md") if path.stem != "READM
 STUDY_PAGES = [name for name in PAGES if not (RESULTS / name / PLAN).is_file()]  # isoFLOP studies have a test of theirs
 
 
+@cache
+def published(name: str) -> list[records.Record]:
+    """Every record of a page; reading all of them takes as long as rendering them."""
+    return records.read_all(RESULTS, name)
+
+
+@cache
+def drawn(name: str) -> dict[str, str]:
+    return pictures(STUDIES[name], published(name))
+
+
 @pytest.mark.parametrize("name", STUDY_PAGES)
 def test_what_is_published_is_what_its_records_say(name: str) -> None:
-    study, found = STUDIES[name], records.read_all(RESULTS, name)
+    study, found = STUDIES[name], published(name)
     page = render(study, found)
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == page
     assert "other configurations are left out" not in page, f"{name}: delete the records of earlier configurations"
-    drawn = pictures(study, found)
-    assert {path.name for path in RESULTS.glob("*.svg") if path.name.startswith(f"{name}-")} >= set(drawn)
-    for file, drawing in drawn.items():
+    assert {path.name for path in RESULTS.glob("*.svg") if path.name.startswith(f"{name}-")} >= set(drawn(name))
+    for file, drawing in drawn(name).items():
         assert (RESULTS / file).read_text(encoding="utf-8") == drawing
 
 
 def test_every_page_has_records_and_every_record_a_page() -> None:
     assert len(PAGES) >= 35, "pages are missing, so that next to nothing would be compared"
     assert {path.parent.name for path in RESULTS.glob("*/records")} == set(PAGES)
-    drawn = {file for name in STUDY_PAGES for file in pictures(STUDIES[name], records.read_all(RESULTS, name))}
-    assert {path.name for path in RESULTS.glob("*.svg")} == drawn
+    assert {path.name for path in RESULTS.glob("*.svg")} == {file for name in STUDY_PAGES for file in drawn(name)}
     assert not list(RESULTS.glob("*.json")), "figures belong into records"
 
 
@@ -83,7 +93,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_converted_records_say_so_and_carry_no_digest() -> None:
-    found = [record for name in STUDY_PAGES for record in records.read_all(RESULTS, name)]
+    found = [record for name in STUDY_PAGES for record in published(name)]
     converted = [record for record in found if record.converted is not None]
     assert all(record.digest == "" and record.converted["commit"] for record in converted)  # type: ignore[index]
     assert all(len(record.digest) == records.DIGEST_LENGTH for record in found if record.converted is None)

@@ -53,8 +53,8 @@ def test_whole_gradients_wait_for_the_last_micro_batch() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    large = {**MODEL, "hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28672}
-    large |= {"num_hidden_layers": 10, "vocab_size": 32000}
+    large = {**MODEL, "hidden_size": 16384, "num_attention_heads": 128, "intermediate_size": 57344}
+    large |= {"num_hidden_layers": 3, "vocab_size": 32000}
     values = {**wanted(parallel="ddp", batch_size=1024), "model": large}
     found = plan(values, 1024)
     assert not found.fits
