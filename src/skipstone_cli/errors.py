@@ -37,7 +37,8 @@ class UserError(ValueError):
 def one_line_errors() -> Iterator[None]:
     """Turn `USER_ERRORS` inside a `with` block into lines "skipstone: ..." on stderr and exit code 2.
 
-    Other errors keep their traceback; with SKIPSTONE_TRACEBACK=1 in the environment, all do.
+    So does memory that is refused. Other errors keep their traceback; with SKIPSTONE_TRACEBACK=1 in the environment,
+    all do.
     """
     warnings.showwarning = _show
     _told.clear()
@@ -51,9 +52,18 @@ def one_line_errors() -> Iterator[None]:
         for line in lines:
             print(line, file=sys.stderr)
         sys.exit(2)
-    except Exception:
+    except Exception as error:
         _tell_launcher(traceback.format_exc())
-        raise
+        if not _no_memory(error) or os.environ.get("SKIPSTONE_TRACEBACK") == "1":
+            raise
+        print(f"skipstone: not enough memory: {describe(error).partition('. ')[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _no_memory(error: Exception) -> bool:
+    """Return whether Python, or an allocator of torch, was refused memory."""
+    out_of_memory = {"OutOfMemoryError"} & {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, MemoryError) or bool(out_of_memory) or "DefaultCPUAllocator: can't" in str(error)
 
 
 def _tell_launcher(text: str) -> None:

@@ -5,6 +5,7 @@ The defaults are those of the library's dataclasses, which also refuse unknown k
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from skipstone_cli.paths import existing_file
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# Ranges of blocks, such as 2:6, : or ::2. YAML would read them as numbers to base 60, or not at all.
+RANGE = re.compile(r"-?\d*(?::-?\d*)+")
 EXAMPLE = "for example train.learning_rate=1e-3 or model.mechanisms.0.capacity=0.25"
 
 
@@ -76,19 +79,28 @@ def _read(path: Path) -> DictConfig:
 def _apply(config: DictConfig, key: str, value: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]  # parses numbers, booleans and lists as YAML
-    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"override {key}={value}: the value is not YAML ({_said(error)})") from None
-    if OmegaConf.is_dict(parsed) and not value.lstrip().startswith("{"):
-        parsed = value  # YAML reads `9:` as a mapping; on one line, only braces make one
+    parsed = value if RANGE.fullmatch(value) else _parsed(key, value)
     _check_way(config, key, value)
     try:
         OmegaConf.update(config, key, parsed, merge=True)
     except (OmegaConfBaseException, ValueError, TypeError, IndexError, AssertionError, RecursionError) as error:
         raise UserError(f"override {key}={value} does not fit the recipe: {_said(error)}") from None
+
+
+def _parsed(key: str, value: str) -> Any:
+    """Return what an override's value means as YAML: numbers, booleans, lists and mappings. Raises UserError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        check_yaml(value)
+        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"override {key}={value}: the value is not YAML ({_said(error)})") from None
+    braces = value.lstrip().startswith("{")  # YAML reads `9: x` as a mapping; on one line, only braces make one
+    return value if OmegaConf.is_dict(parsed) and not braces else parsed
 
 
 def _check_way(config: DictConfig, key: str, value: str) -> None:

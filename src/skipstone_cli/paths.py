@@ -21,7 +21,8 @@ def existing_file(path: Path, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_file():
-        raise UserError(f"{what} {str(path)!r} is a folder, but a file is expected")
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UserError(f"{what} {str(path)!r} is {kind}, but a file is expected")
     return path
 
 

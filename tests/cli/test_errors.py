@@ -107,3 +107,15 @@ def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_error_is_described_in_one_line(error: Exception, text: str) -> None:
     assert describe(error) == text
+
+
+def test_memory_that_is_refused_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    for ask in (lambda: torch.empty(1 << 60), lambda: bytearray(1 << 62)):
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            ask()
+        assert stop.value.code == 2
+        told = capsys.readouterr().err
+        assert told.startswith("skipstone: not enough memory")
+        assert told.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def recipe(tmp_path: Path) -> Path:
         (["model.mechanisms[1].name=polyglu"], ["model", "mechanisms", 1, "name"], "polyglu"),
         (["model.mechanisms.0.layers=9:"], ["model", "mechanisms", 0, "layers"], "9:"),
         (["model.mechanisms.0.layers=1::2"], ["model", "mechanisms", 0, "layers"], "1::2"),
+        (["model.mechanisms.0.layers=2:6"], ["model", "mechanisms", 0, "layers"], "2:6"),  # base 60 in YAML: 126
+        (["model.mechanisms.0.layers=:"], ["model", "mechanisms", 0, "layers"], ":"),
         (["model.mechanisms=[]"], ["model", "mechanisms"], []),
         (["model.activation.name=polyglu"], ["model", "activation"], {"name": "polyglu"}),
         (["model.activation={name: polyglu}"], ["model", "hidden_size"], 64),
@@ -75,6 +78,8 @@ def test_a_malformed_override_is_named(recipe: Path, word: str) -> None:
         ("model.mechanisms[2].capacity=1", r"model.mechanisms\[2\].capacity=1"),
         ("model.mechanisms.2=1", "model.mechanisms is a list of 2"),
         ("seed=[1", "the value is not YAML"),
+        ("seed=010", "the value is not YAML .*to base 8"),
+        ("model.layers=[2:6]", "the value is not YAML .*YAML reads 2:6 as a number to base 60; quote it"),
         ("seed=${absent}", "absent"),
     ],
 )
@@ -127,3 +132,20 @@ def test_a_shortened_training_has_a_shorter_warmup(
 
 def test_split_keeps_further_equals_signs() -> None:
     assert split("a.b=c=d") == ("a.b", "c=d")
+
+
+@pytest.mark.parametrize(("number", "base"), [("2:6", 60), ("1:30.5", 60), ("-12:30:45", 60), ("0777", 8)])
+def test_a_number_in_disguise_is_refused(number: str, base: int, tmp_path: Path) -> None:
+    """A range of blocks without quotes was another block in silence."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"a: 1\nlayers: {number}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"line 2: YAML reads {number} as a number to base {base}; quote it"):
+        load_recipe(path, [])
+    path.write_text(f"layers: '{number}'\nnote: {number}x\nblocks: 0\n", encoding="utf-8")
+    assert load_recipe(path, []) == {"layers": number, "note": f"{number}x", "blocks": 0}
+
+
+def test_what_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
+    for path, kind in ((tmp_path, "a folder"), (Path(os.devnull), "a device or a pipe")):
+        with pytest.raises(UserError, match=f"is {kind}, but a file is expected"):
+            load_recipe(path, [])

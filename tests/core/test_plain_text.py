@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,8 @@ def test_an_object_is_read_with_and_without_its_hash(tmp_path: Path) -> None:
 def test_a_file_that_is_missing_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_object(tmp_path / "absent.json")
+
+
+def test_a_device_is_not_waited_for() -> None:
+    with pytest.raises(ValueError, match="cannot be read: it is a device or a pipe"):
+        read_object(Path(os.devnull))

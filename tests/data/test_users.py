@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def test_wrong_paths_and_encodings_are_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text \(byte 3\)"):
         load_corpus(f"text:{tmp_path / 'latin.txt'}").documents("train")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_what_may_never_end_is_refused(kind: str) -> None:
+    """Text of /dev/zero was read until memory ended, and a pipe for as long as nobody wrote into it."""
+    with pytest.raises(ValueError, match=f"corpus {kind}:.*: it is a device or a pipe"):
+        load_corpus(f"{kind}:{os.devnull}")
 
 
 class TestDatasets:

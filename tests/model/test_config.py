@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,15 @@ def test_defaults_that_follow_from_others() -> None:
         ({"num_hidden_layers": 2**31}, "num_hidden_layers must be at most 65,536"),
         ({"hidden_size": 10**9}, "TiB in fp32"),
         ({"vocab_size": 10**12}, "TiB in fp32"),
+        ({"mlp": "experts", "experts": {"count": 10**11}}, "TiB in fp32"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a number, got 'x'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": math.nan}}, "factor must be a number above 0, got nan"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, "rope_theta must be a number above 0, got inf"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            r"low_freq_factor \(4\) must be below high_freq_factor \(4\)",
+        ),
         ({"norm_eps": -1.0}, "norm_eps must be above 0, got -1.0"),
         ({"hiden_size": 64}, "unknown key in model 'hiden_size'; did you mean 'hidden_size'"),
     ],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from skipstone.core.strict import PlainDict
 
+# Numbers to base 60, such as 1:30, or 8, such as 010: what YAML 1.1 makes of them is hardly ever meant.
+DISGUISED = re.compile(r"[-+]?(?:\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?|0[0-7_]*[0-7])")
 LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # bytes of a file; values in it once its aliases are unfolded
 
 
@@ -20,7 +23,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of the UTF-8 file `path`. Raises ValueError, naming the file, if it is not UTF-8."""
+    """Return the text of the UTF-8 file `path`. Raises ValueError, naming it, if it is not UTF-8 or no file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be read: it is a device or a pipe")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -44,16 +49,18 @@ def read_object(path: Path) -> PlainDict:
 
 
 def check_yaml(text: str) -> None:
-    """Raise ValueError for a YAML text that is too large to be a recipe.
+    """Raise ValueError for a YAML text that is too large to be a recipe, or that holds numbers in disguise.
 
     The limits are 4 MiB of characters, and 200,000 values once aliases are expanded: a few lines of aliases of aliases
-    can stand for billions. Text that is not valid YAML passes, because the parser reports it later.
+    can stand for billions. Numbers in disguise are those that YAML 1.1 reads to base 60 or 8: a range of blocks without
+    quotes, 2:6, would be 126, and 010 would be 8. Text that is not valid YAML passes, because the parser reports it
+    later.
     """
     import yaml
 
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it has {len(text):,} characters; at most {LARGEST_YAML:,} are read")
-    if "*" not in text:
+    if "*" not in text and not DISGUISED.search(text):
         return  # without aliases, it is as large as it looks
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -78,7 +85,16 @@ def _nodes(node: Any, known: dict[int, int]) -> int:
             raise ValueError("an alias contains itself")
         return known[id(node)]
     known[id(node)] = 0
+    _refuse_disguised(node)
     parts = node.value if isinstance(getattr(node, "value", None), list) else []
     flat = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
     known[id(node)] = count = 1 + sum(_nodes(each, known) for each in flat)
     return count
+
+
+def _refuse_disguised(node: Any) -> None:
+    """Raise ValueError if a YAML node is a number written without quotes to base 60 or 8."""
+    text = getattr(node, "value", None)
+    if isinstance(text, str) and node.tag.endswith((":int", ":float")) and DISGUISED.fullmatch(text):
+        line = node.start_mark.line + 1
+        raise ValueError(f"line {line}: YAML reads {text} as a number to base {60 if ':' in text else 8}; quote it")

@@ -27,12 +27,7 @@ def text(argument: str) -> Corpus:
     validation.txt (or valid.txt, val.txt; optionally test.txt). argument: PATH. Raises FileNotFoundError if there is no
     such file.
     """
-    path = Path(argument).expanduser()
-    if not argument or not path.exists():
-        raise FileNotFoundError(f"corpus text:PATH: there is no file or folder {argument!r}")
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"corpus text:{argument}: no .txt file below that folder")
+    files, path = _files("text", argument, ".txt"), Path(argument).expanduser()
     if path.is_dir():
         checksums.check(path)  # of `skipstone write`
     own = _own_files(path)
@@ -86,13 +81,25 @@ def jsonl_files(argument: str) -> list[Path]:
 
     argument: PATH. Raises FileNotFoundError if there is none.
     """
+    return _files("jsonl", argument, ".jsonl", ".jsonl.gz")
+
+
+def _files(kind: str, argument: str, *endings: str) -> list[Path]:
+    """Return the file that a corpus `kind:PATH` names, or all files below a folder whose names end so.
+
+    Pipes and devices are refused: a corpus is read more than once, and some of them never end.
+    """
     path = Path(argument).expanduser()
     if not argument or not path.exists():
-        raise FileNotFoundError(f"corpus jsonl:PATH: there is no file or folder {argument!r}")
-    files = sorted(f for f in path.rglob("*") if f.name.endswith((".jsonl", ".jsonl.gz"))) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"corpus jsonl:{argument}: no .jsonl or .jsonl.gz file below that folder")
-    return files
+        raise FileNotFoundError(f"corpus {kind}:PATH: there is no file or folder {argument!r}")
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
+        if not found:
+            raise FileNotFoundError(f"corpus {kind}:{argument}: no {' or '.join(endings)} file below that folder")
+        return found
+    if not path.is_file():
+        raise ValueError(f"corpus {kind}:{argument}: it is a device or a pipe, but a file or folder is expected")
+    return [path]
 
 
 def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:

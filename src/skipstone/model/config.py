@@ -34,7 +34,7 @@ from skipstone.model.shim import AUTO_MAP, write_shim
 from skipstone.ops.int8 import GROUP
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
-ROPE_NUMBERS = ("factor", "rope_theta")
+ROPE_NUMBERS = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 MOST_DIRECTIONS = 4096  # whose products with numbers of 15 bits can be summed in 32
 NEED_A_FACTOR = ("linear", "yarn", "llama3")
 # Releases before 0.2 accepted and ignored these options of `neuron_groups` with decision magnitude.
@@ -104,7 +104,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             raise ValueError(f"head_directions must be a multiple of {GROUP} from {GROUP} to {most}, got {directions}")
 
     def _check_rope_numbers(self) -> None:
-        """Raise ValueError for RoPE parameters that are no numbers, or whose scaling needs a factor that is missing."""
+        """Raise ValueError for RoPE parameters that are no numbers above 0, and for a missing factor of a scaling."""
         for field in ("rope_parameters", "window_rope_parameters"):
             rope = getattr(self, field)
             if not isinstance(rope, dict):
@@ -113,8 +113,13 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             for key, value in rope.items():
                 if key in ROPE_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
                     raise ValueError(f"{field}.{key} must be a number, got {value!r}")
+                if key in ROPE_NUMBERS and not 0 < value < float("inf"):
+                    raise ValueError(f"{field}.{key} must be a number above 0, got {value!r}")
             if rope.get("rope_type") in NEED_A_FACTOR and "factor" not in rope:
                 raise ValueError(f"{field}.factor must be a number with rope_type {rope['rope_type']!r}, got none")
+            low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
+            if rope.get("rope_type") == "llama3" and low is not None and high is not None and low >= high:
+                raise ValueError(f"{field}.low_freq_factor ({low}) must be below high_freq_factor ({high})")
 
     def _check_names(self) -> None:
         for name, table in (("norm", NORMS), ("mlp", {**MLPS, "experts": None})):

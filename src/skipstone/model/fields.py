@@ -227,14 +227,20 @@ class ModelFields:
             )
 
     def weights(self) -> int:
-        """Return the number of parameters in the dense model's matrices: embeddings, head, attention and MLPs."""
+        """Return the number of parameters in the matrices: embeddings, head, attention, MLPs with all their experts."""
         assert self.intermediate_size is not None
         assert self.head_dim is not None
         assert self.num_key_value_heads is not None
         attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
-        mlp = (2 if self.mlp == "plain" else 3) * self.intermediate_size
+        mlp = (2 if self.mlp == "plain" else 3) * self._neurons_of_all_experts(self.intermediate_size)
         embeddings = self.vocab_size * (1 if self.tie_word_embeddings else 2)
         return self.hidden_size * (embeddings + self.num_hidden_layers * (attention + mlp))
+
+    def _neurons_of_all_experts(self, dense: int) -> int:
+        """Return the neurons of an MLP with all its experts, as far as they are written; without any, `dense`."""
+        written = self.experts if self.mlp == "experts" and isinstance(self.experts, Mapping) else {}
+        sizes = {key: value for key, value in written.items() if type(value) is int and value > 0}
+        return sizes.get("count", 1) * sizes.get("intermediate_size", dense // sizes.get("top_k", 1))
 
     def _check_positions(self) -> None:
         self.windowed_layers()
