@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,23 +22,33 @@ from skipstone.nn.block_table import sizes_of
 from skipstone.ops import decode_stack
 
 
-def test_compiling_for_long_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What is logged while the test runs."""
+    lines: list[str] = []
+    logger, handler = logging.getLogger(decode_stack.__name__), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def test_compiling_for_long_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     def slowly(*needed: bool) -> tuple[bool, ...]:
         time.sleep(0.2)
         return needed
 
     monkeypatch.setattr(decode_stack, "_native", lambda: SimpleNamespace(units=slowly))
-    caplog.set_level("INFO")
     for seconds in (0.01, 5.0):
         monkeypatch.setattr(decode_stack, "LONG_S", seconds)
         assert decode_stack._units.__wrapped__(True, False) == (True, False)
-    assert [record.getMessage() for record in caplog.records] == [decode_stack.COMPILING]
+    assert said == [decode_stack.COMPILING]
 
 
 def test_waiting_for_another_process_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
 ) -> None:
     @contextmanager
     def slowly(folder: Path, *, wait: bool) -> Iterator[None]:
@@ -47,11 +58,10 @@ def test_waiting_for_another_process_is_said_in_one_line(
     monkeypatch.setattr(decode_stack, "LONG_S", 0.05)
     monkeypatch.setattr(compiled_run, "locked", slowly)
     monkeypatch.setattr(decode_stack, "prepare", lambda program: None)
-    caplog.set_level("INFO")
     config = skipstone.SkipstoneConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=23)
     blocks = skipstone.SkipstoneForCausalLM(config).eval().model.layers
     compiled_run.CompiledRun(blocks, sizes_of(blocks))
-    assert [record.getMessage() for record in caplog.records] == [decode_stack.WAITING]
+    assert said == [decode_stack.WAITING]
 
 
 def test_only_what_a_model_needs_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

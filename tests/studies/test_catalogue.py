@@ -21,6 +21,7 @@ from skipstone_studies.page import lookup, pictures, render
 from skipstone_studies.quality.reset_s3 import JUDGED, captured, interpolate
 from skipstone_studies.study import SCALES, Study, seeded
 from skipstone_studies.timing import training_speeds
+from studies.kept_records import read_all
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 ALL = [(name, scale) for name, e in STUDIES.items() for scale in e.seeds]
@@ -59,19 +60,13 @@ STUDY_PAGES = [name for name in PAGES if not (RESULTS / name / PLAN).is_file()] 
 
 
 @cache
-def published(name: str) -> list[records.Record]:
-    """Every record of a page; reading all of them takes as long as rendering them."""
-    return records.read_all(RESULTS, name)
-
-
-@cache
 def drawn(name: str) -> dict[str, str]:
-    return pictures(STUDIES[name], published(name))
+    return pictures(STUDIES[name], read_all(RESULTS, name))
 
 
 @pytest.mark.parametrize("name", STUDY_PAGES)
 def test_what_is_published_is_what_its_records_say(name: str) -> None:
-    study, found = STUDIES[name], published(name)
+    study, found = STUDIES[name], read_all(RESULTS, name)
     page = render(study, found)
     assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == page
     assert "other configurations are left out" not in page, f"{name}: delete the records of earlier configurations"
@@ -93,7 +88,7 @@ def test_the_index_names_every_page() -> None:
 
 
 def test_converted_records_say_so_and_carry_no_digest() -> None:
-    found = [record for name in STUDY_PAGES for record in published(name)]
+    found = [record for name in STUDY_PAGES for record in read_all(RESULTS, name)]
     converted = [record for record in found if record.converted is not None]
     assert all(record.digest == "" and record.converted["commit"] for record in converted)  # type: ignore[index]
     assert all(len(record.digest) == records.DIGEST_LENGTH for record in found if record.converted is None)

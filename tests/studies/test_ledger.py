@@ -17,6 +17,7 @@ from skipstone_studies import ledger, ledger_page
 from skipstone_studies.ledger_charts import forest
 from skipstone_studies.record import Record, digest, write
 from skipstone_studies.study import Study
+from studies.kept_records import read_all
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 MACHINE: dict[str, Any] = {"cpu": "A CPU", "cores": 2, "threads": 2, "gpu": None}
@@ -75,7 +76,9 @@ def test_rows_are_sums(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def published() -> tuple[Section, list[ledger.Judged]]:
-    return ledger.compute_section(RESULTS), ledger.judged(RESULTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipstone_studies.record.read_all", read_all)
+        return ledger.compute_section(RESULTS), ledger.judged(RESULTS)
 
 
 def test_the_readme_shows_the_ledgers_of_the_records_beside_it(published: Any) -> None:
