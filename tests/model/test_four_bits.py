@@ -116,6 +116,32 @@ def test_matrices_that_cannot_have_four_bits_are_int8(tmp_path: Path) -> None:
         assert torch.allclose(again, dequantise(small)(ids()).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_every_weight_is_counted() -> None:
+    given = model(intermediate_size=96, attention_bias=True, tie_word_embeddings=True)
+    small = quantise(given, 4)
+    scales = sum(x.numel() for name, x in small.named_parameters() if name.endswith("weight_scale"))
+    assert small.num_parameters() - scales == given.num_parameters()
+    assert small.cost(tokens=1).parameters.total - scales == given.cost(tokens=1).parameters.total
+    assert small.num_parameters(only_trainable=True) < given.num_parameters()
+
+
+def test_blocks_that_moved_are_saved_as_they_are(tmp_path: Path) -> None:
+    """The names of int8 matrices follow their blocks."""
+    given = model(num_hidden_layers=3)
+    given.model.layers[2].mlp.up_proj.weight.data.mul_(1e-6)
+    small = quantise(given, 4)
+    assert small.config.weight_int8 == ["layers.2.mlp.up_proj"]
+    del small.model.layers[0]
+    small.config.num_hidden_layers = 2
+    for i, block in enumerate(small.model.layers):
+        block.self_attn.layer_idx = i
+    small.save_pretrained(tmp_path / "small")
+    again = load_model(tmp_path / "small")
+    assert again.config.weight_int8 == ["layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, small(ids()).logits)
+
+
 def test_neurons_that_are_chosen_are_read_from_int8() -> None:
     small = quantise(model(**BY_MAGNITUDE), 4)
     assert small.config.weight_int8 == [f"layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
+
+from skipstone.ops import int4
 
 
 def hooks_on_all_modules() -> bool:
@@ -55,15 +58,18 @@ def weights_multiplied(linear: nn.Module) -> int:
     not; `warn_of_uncounted` names them.
     """
     if not linear._modules:  # no adapter; looking for its parts takes a hundred times as long
-        if linear.weight.dtype == torch.uint8:  # several weights to a byte
-            return linear.in_features * linear.out_features  # type: ignore[operator, return-value]
-        return linear.weight.numel()  # type: ignore[operator, union-attr, no-any-return]
+        return parameter_count([linear.weight])  # type: ignore[list-item]
     return linear.weight.numel() + sum(  # type: ignore[union-attr, operator]
         matrix[name].weight.numel()
         for matrix in (getattr(linear, "lora_A", {}), getattr(linear, "lora_B", {}))
         for name in _active(linear)
         if name in matrix
     )
+
+
+def parameter_count(parameters: Iterable[Tensor]) -> int:
+    """Return the number of parameters in tensors, in which four-bit matrices (uint8, `ops/int4.py`) are packed."""
+    return sum(x.shape[0] * int4.inputs_of(x) if x.dtype == torch.uint8 else x.numel() for x in parameters)
 
 
 def warn_of_uncounted(layers: nn.Module) -> None:

@@ -22,7 +22,7 @@ from skipstone.core.cache import entries_held
 from skipstone.core.counts import Amount, TokenCounts
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
-from skipstone.core.weights import compute_dtype, warn_of_uncounted, weights_multiplied
+from skipstone.core.weights import compute_dtype, parameter_count, warn_of_uncounted, weights_multiplied
 from skipstone.model.build import SEGMENT, Attention, Block, pairs
 from skipstone.model.kept import DecoderLike as DecoderLike
 from skipstone.model.kept import Kept as Kept
@@ -353,4 +353,4 @@ def _parameters(model: ModelLike, mechanisms: bool) -> Parameters:
 
 
 def _numel(module: Weighted) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return parameter_count(module.parameters())

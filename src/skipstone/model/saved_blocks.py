@@ -10,10 +10,14 @@ from collections.abc import Callable
 from os import PathLike
 from typing import cast
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from skipstone.model.build import SITES, Blocks
+from skipstone.core.weights import parameter_count
+from skipstone.model.build import SITES, Blocks, Int8Linear
 from skipstone.model.config import SkipstoneConfig
+from skipstone.ops import int4
 
 
 class SavesItsBlocks(PreTrainedModel):
@@ -32,9 +36,15 @@ class SavesItsBlocks(PreTrainedModel):
         describe_blocks(self.config, cast("Blocks", self.base_model.layers))
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[arg-type]
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters as transformers does, with every weight of a four-bit matrix counted."""
+        found = super().num_parameters(only_trainable, exclude_embeddings)
+        packed = [] if only_trainable else [x for x in self.parameters() if x.dtype == torch.uint8]
+        return found + parameter_count(packed) - sum(x.numel() for x in packed)
+
 
 def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
-    """Set the fields of `config` for RoPE and windows by block to what the model's blocks are, before it is saved.
+    """Set the fields of `config` for RoPE, windows and int8 matrices to what the blocks are, before the model is saved.
 
     They differ if blocks were removed, copied or exchanged after the model was built. Raises ValueError if there are
     more or fewer blocks than `num_hidden_layers`, or if a block has other mechanisms than the configuration says.
@@ -57,6 +67,8 @@ def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
         config.window_layers = windowed if 0 < len(windowed) < count else None
         if not windowed:
             config.attention_window = config.window_rope_parameters = None
+    if config.weight_format == "int4":
+        config.weight_int8 = [name for i, block in enumerate(blocks) for name in _int8_matrices(i, block)] or None
     entries = SkipstoneConfig.from_dict(config.to_dict()).mechanism_entries  # as it will be read
     for i, block in enumerate(blocks):
         said = {site: [e.key for e in entries if e.site == site and i in e.layers] for site in SITES}
@@ -66,6 +78,12 @@ def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
                 f"block {i} has the mechanisms {own}, but config.mechanisms gives it {theirs}; blocks were moved: set "
                 "the layers of config.mechanisms to where the mechanisms are now before saving"
             )
+
+
+def _int8_matrices(layer: int, block: nn.Module) -> list[str]:
+    """Return the paths below the decoder of a block's int8 matrices that could have four bits by their width."""
+    named = block.named_modules()
+    return [f"layers.{layer}.{x}" for x, m in named if isinstance(m, Int8Linear) and int4.serves(m.in_features)]
 
 
 def _names(read: Callable[[], list[int]]) -> list[int] | None:

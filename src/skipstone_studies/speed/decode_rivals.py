@@ -12,7 +12,9 @@ import torch
 
 from skipstone.measure.speed import take_turns
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.pretrained import four_bit_rows
 from skipstone.model.quantise import quantise
+from skipstone_studies.adapting import source_path
 from skipstone_studies.speed.interleaved import ratio
 from skipstone_studies.speed.rivals import thin
 from skipstone_studies.speed.rivals.by_candidates import by_candidates, bytes_read, logits_of_steps, theirs
@@ -28,6 +30,8 @@ WAYS: dict[str, RecipeDict] = {
     "ours, int8": {"way": "int8"},
     "ours, int8, head by candidates": {"way": "candidates", "weights": "int8", **HEAD},
     "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
+    "ours, the file's four bits": {"way": "int4"},
+    "llama.cpp, the file": {"way": "llama.cpp", "format": "as it is"},
     "ours, fp32": {"way": "ours"},
     "ours, fp32, head by candidates": {"way": "candidates", "weights": "float", **HEAD},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
@@ -41,6 +45,8 @@ WAYS: dict[str, RecipeDict] = {
     "transformers, prompt lookup": {"way": "lookup", "count": 4, **LONGER},
     "ours, int8, two threads": {"way": "int8", "threads": 2},
     "llama.cpp, Q8_0, two threads": {"way": "llama.cpp", "format": "Q8_0", "threads": 2},
+    "ours, the file's four bits, two threads": {"way": "int4", "threads": 2},
+    "llama.cpp, the file, two threads": {"way": "llama.cpp", "format": "as it is", "threads": 2},
     "ours, fp32, two threads": {"way": "ours", "threads": 2},
     "torchao, int8": {"way": "torchao", "bits": 8},
     "torchao, int4": {"way": "torchao", "bits": 4},
@@ -55,6 +61,7 @@ WAYS: dict[str, RecipeDict] = {
 GEMMA = "gemma-3-270m"
 WAYS_OF_GEMMA: dict[str, RecipeDict] = {
     "ours, int8": {"way": "int8"},
+    "ours, the file's four bits": {"way": "int4"},
     "ours, int8, head by 16,384 candidates": {"way": "candidates", "weights": "int8", **HEAD, "candidates": 16384},
     "ours, int8, head by 32,768 candidates": {"way": "candidates", "weights": "int8", **HEAD, "candidates": 32768},
     "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
@@ -134,10 +141,19 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "candidates":
         fewer = by_candidates(name, recipe["weights"], recipe["candidates"], recipe["directions"])
         return Torch(fewer), logits_of_steps(fewer), bytes_read(fewer)
-    ours = source(name) if way == "ours" or recipe.get("weights") == "float" else quantise(source(name)).eval()
+    ours = _weights(name, way, recipe.get("weights"))
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
     drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
     return drafted, thin.whole(ours), float(read)
+
+
+def _weights(name: str, way: str, weights: str | None) -> SkipstoneForCausalLM:
+    """Return the source `name`: as it is for way "ours" or weights "float", in four bits for "int4", else int8."""
+    if way == "ours" or weights == "float":
+        return source(name)
+    if way == "int4":
+        return quantise(source(name), 4, four_bit_rows(source_path(name))).eval()
+    return quantise(source(name)).eval()
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
