@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from skipstone.evaluate.tables import Section, markdown
 from skipstone_studies.claims import ByArm
-from skipstone_studies.speed.growth import curves, loading, processes
+from skipstone_studies.speed.growth import curves, left_out, loading, processes
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 WITHIN = 0.05  # of the exponents of arithmetic
@@ -47,9 +47,9 @@ def details(figures: ByArm) -> str:
         near = [arm for arm, one in lines.items() if abs(one["apart"]["time"]) <= WITHIN]
         parts.append(
             f"Of {len(lines)} curves, {len(near)} grow in time within {WITHIN:g} of their FLOPs' exponent. In the "
-            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference. Work "
-            "between the products, of which PolyGLU has most, is not in the FLOPs; its share falls as attention grows."
+            "others the rate in GFLOP/s is still changing at the upper end, by exactly the difference."
         )
+        parts += [told] if (told := left_out.text(lines, WITHIN)) else []
     axes = {**curves.AXES, "processes": processes.COUNTS}
     parts += [_curves(axis, axes[axis], lines) for axis in axes if any(arm.startswith(f"{axis},") for arm in lines)]
     if "imports" in found:

@@ -1,0 +1,121 @@
+"""What a pass costs beyond the FLOPs of a growth curve, told by points of the curves that no exponent is fitted to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from skipstone_studies.speed.growth.curves import LAST, MODELS, SIZE, SIZES, exponent
+from skipstone_studies.study import Figures
+
+Points = Sequence[Mapping[str, float]]
+
+
+def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
+    """Return measured minus expected exponents of time of the curves whose further cost is known, by arm.
+
+    By rows, a pass has a fixed cost, which the first two points tell. By context, PolyGLU mixes activations between its
+    products; `mixing` tells how long. lines: the figures of the curves, as `curves.measured` returns them, by arm.
+    """
+    found = {}
+    for arm, one in lines.items():
+        points = one["points"]
+        if arm.startswith("rows,") and len(points) >= LAST + 2:
+            fixed, second = _line(points[0], points[1])
+            expected = [fixed + point["flops"] * second for point in points[-LAST:]]
+        elif arm == "context, polyglu" and "context, dense" in lines and (each := mixing(lines)) is not None:
+            flops = lines["context, dense"]["rate"]["last"] * 1e9
+            width = SIZES["context"]["width"]
+            expected = [p["flops"] / flops + each * _mixed(p, p["size"], width) for p in points[-LAST:]]
+        else:
+            continue
+        ends = points[-LAST:]
+        found[arm] = one["exponents"]["seconds"] - exponent([point["size"] for point in ends], expected)
+    return found
+
+
+def mixing(lines: Mapping[str, Figures]) -> float | None:
+    """Return the seconds that PolyGLU's mixture takes for a neuron and token, beside dense in the curves by rows.
+
+    Those of the largest number of rows; what PolyGLU has more of FLOPs is taken off at the rate of dense. None if one
+    of the two curves is missing. lines: as in `apart`.
+    """
+    if not {"rows, polyglu", "rows, dense"} <= set(lines):
+        return None
+    dense, mixed = (lines[f"rows, {name}"]["points"][-1] for name in ("dense", "polyglu"))
+    rate = dense["flops"] / dense["seconds"]
+    more = mixed["seconds"] - dense["seconds"] - (mixed["flops"] - dense["flops"]) / rate
+    return float(more / _mixed(mixed, mixed["size"] * SIZE["context"], SIZE["width"]))
+
+
+def text(lines: Mapping[str, Figures], within: float) -> str:
+    """Return a section of the page on what the FLOPs leave out; empty where no curve tells it.
+
+    lines: as in `apart`. within: largest difference of exponents that counts as agreement.
+    """
+    found, parts = apart(lines), []
+    if rows := [value for arm, value in found.items() if arm.startswith("rows,")]:
+        parts.append(
+            "*By rows*, a pass also costs what does not grow, the calls of its operations. With the fixed seconds and "
+            f"the rate that 1 and 2 rows tell, the exponents of the last points are {_span(rows)} apart from expected."
+        )
+    if "context, polyglu" in found:
+        each = mixing(lines)
+        assert each is not None  # or `apart` would not have it
+        parts.append(
+            f"*PolyGLU by context* also mixes activations, {each * 1e9:.0f} ns for each neuron and token by its curve "
+            f"by rows beside dense. With that at every length, it is {found['context, polyglu']:+.2f} apart."
+        )
+    steps = {axis: _steps(lines, axis) for axis in ("vocabulary", "processes")}
+    if steps["vocabulary"]:
+        before, last = ([pair[i] for pair in steps["vocabulary"]] for i in (-2, -1))
+        parts.append(
+            "*By vocabulary*, the logits presumably outgrow the processor's cache within the fitted points: between "
+            f"the last two, exponents are {_span(last)} apart, between the two before {_span(before)}."
+        )
+    if steps["processes"]:
+        first, last = ([pair[i] for pair in steps["processes"]] for i in (0, -1))
+        parts.append(
+            f"*By processes*, from 1 to 2 they are {_span(first)} apart, from 2 to 4 {_span(last)}: a CPU second "
+            "presumably does less where processes share the cores, whose number the last line of this page states."
+        )
+    if not parts:
+        return ""
+    beyond = [arm for arm, one in lines.items() if abs(one["apart"]["time"]) > within]
+    known = [arm for arm in beyond if abs(found.get(arm, math.inf)) <= within]
+    told = f"So {len(known)} of the {len(beyond)} curves are as arithmetic expects, once all their work is counted"
+    rest = [arm for arm in beyond if arm not in known]
+    end = f"; not so {'; '.join(rest)}, whose conditions change from point to point." if rest else "."
+    return "### What the FLOPs leave out\n\n" + " ".join(parts) + f" {told}{end}"
+
+
+def _line(one: Mapping[str, float], other: Mapping[str, float]) -> tuple[float, float]:
+    """Return the seconds at no FLOPs, and for each FLOP, of the line through two points."""
+    slope = (other["seconds"] - one["seconds"]) / (other["flops"] - one["flops"])
+    return one["seconds"] - slope * one["flops"], slope
+
+
+def _mixed(point: Mapping[str, float], tokens: float, width: int) -> float:
+    """Return the neurons that PolyGLU mixes in a pass, over tokens and blocks; `bytes` of the point tells their number.
+
+    The largest tensors of a pass by rows or context are the stream, twice, and three of the MLP.
+    """
+    neurons = (point["bytes"] / 4 / tokens - 2 * width) / 3
+    return float(SIZE["blocks"] * tokens * neurons)
+
+
+def _steps(lines: Mapping[str, Figures], axis: str) -> list[list[float]]:
+    """Return, for each curve along an axis, by how much the exponents of time and FLOPs differ from point to point."""
+    found = []
+    for model in MODELS:
+        points = lines.get(f"{axis}, {model}", {}).get("points", [])
+        pairs = itertools.pairwise(points)
+        rates = [(a["flops"] / a["seconds"], b["flops"] / b["seconds"], b["size"] / a["size"]) for a, b in pairs]
+        if len(rates) > 1:
+            found.append([-math.log(b / a) / math.log(grown) for a, b, grown in rates])
+    return found
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):+.2f} to {max(values):+.2f}"
