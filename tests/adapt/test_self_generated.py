@@ -70,6 +70,7 @@ def test_the_token_that_ends_a_text_is_the_start_and_is_not_written(tmp_path: Pa
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"length": 64}, r"length \(64\) and start \(1\) are longer than the source's context, 64 tokens"),
         ({"dtype": "int8"}, "dtype"),
+        ({"start": "\udcff"}, "start is no Unicode text: surrogates not allowed at character 0"),
         ({"start": ""}, "start must not be empty, got ''; leave it out for the token that begins a text"),
     ],
 )

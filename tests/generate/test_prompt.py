@@ -22,6 +22,7 @@ def model() -> skipstone.SkipstoneForCausalLM:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": IDS.tolist()}, "input_ids must be a tensor of shape .*, got list"),
+    ({"seed": 2**64}, r"seed must be a number of 64 bits, .*, got 18446744073709551616"),
     ({"input_ids": IDS[0]}, r"input_ids must be whole numbers of shape .*, got torch.int64 \[6\]"),
     ({"input_ids": IDS.float()}, "input_ids must be whole numbers .*, got torch.float32"),
     ({"attention_mask": torch.full_like(IDS, 2)}, "attention_mask must hold 1 for tokens and 0 for padding"),
@@ -44,3 +45,9 @@ def test_one_line(model: skipstone.SkipstoneForCausalLM, given: dict[str, Any], 
 @pytest.mark.parametrize("ends", [7, [7, 9], torch.tensor([7, 9]), torch.tensor(7)], ids=str)
 def test_ends_in_any_form(model: skipstone.SkipstoneForCausalLM, ends: Any) -> None:
     assert ends_of(model, ends) in ([7], [7, 9])
+
+
+def test_a_temperature_that_fp32_does_not_know_is_nearly_greedy(model: skipstone.SkipstoneForCausalLM) -> None:
+    """1e-300 became 0 in fp32, and probabilities no numbers."""
+    greedy = generate(model, IDS, max_new_tokens=4)
+    assert torch.equal(generate(model, IDS, max_new_tokens=4, temperature=1e-300, seed=0), greedy)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from skipstone.adapt.self_generated import begin
 from skipstone.core.atomic_write import complete
 from skipstone.core.checksums import but_cards, record
+from skipstone.core.plain_text import read_text
 from skipstone.core.progress_bar import stages
 from skipstone.generate import generate
 from skipstone.model.card import write_card
@@ -93,7 +94,7 @@ def _calibration(model: SkipstoneForCausalLM, tokenizer: Any, head: HeadCandidat
         return generate(model, begun_BT, max_new_tokens=new, temperature=1.0, seed=0, eos_token_id=[])
     if tokenizer is None:
         raise ValueError(f"{source}: without a tokenizer, no text can be read for the head candidates")
-    text = head.text.read_text(encoding="utf-8")[: 32 * tokens * head.rows]
+    text = read_text(head.text)[: 32 * tokens * head.rows]
     ids_N = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     if len(ids_N) < tokens:
         raise ValueError(f"{str(head.text)!r} has {len(ids_N)} tokens; head candidates need at least {tokens}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from skipstone.adapt.source import load_dense, tokenizer_of
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
+from skipstone.core.plain_text import check_text
 from skipstone.generate import ends_of, generate
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 
@@ -96,9 +97,11 @@ def begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) ->
     """Return the ids of the tokens with which each sampled text begins.
 
     start: their text; None means the tokenizer's token that begins a text, or else the one that ends it. source: name
-    of the checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty.
+    of the checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty or no Unicode
+    text.
     """
     if start is not None:
+        check_text(start, "start")
         ids: list[int] = tokenizer(start, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"start must not be empty, got {start!r}; leave it out for the token that begins a text")

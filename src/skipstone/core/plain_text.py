@@ -32,6 +32,17 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise ValueError, naming `what`, for a text that UTF-8 cannot encode.
+
+    Such are half of a surrogate pair, and a byte of the command line that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is no Unicode text: {error.reason} at character {error.start}") from None
+
+
 def read_object(path: Path) -> PlainDict:
     """Return the JSON object that the UTF-8 file `path` contains.
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from skipstone.generate.prompt import check_count
 from skipstone.generate.speculation import stand_or_redraw
 
+COLDEST = 1e-30  # lower temperatures would be 0 in fp32, by which nothing can be divided
+
 
 class Sampler:
     """Draws one token of each row from its logits when called.
@@ -25,6 +27,8 @@ class Sampler:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
         if top_k is not None:
             check_count("top_k", top_k)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be a number of 64 bits, from {-(2**63)} to {2**64 - 1}, got {seed}")
         self.temperature, self.top_k = temperature, top_k
         self.generator = torch.Generator(device)
         if seed is None:
@@ -55,7 +59,8 @@ class Sampler:
 
         Without top_k, these are the logits of the whole vocabulary, [B, V], and None. logits_BV: the logits.
         """
-        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow when nearly greedy
+        logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # no overflow when nearly greedy
+        logits_BV = logits_BV / max(self.temperature, COLDEST)
         if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
             return logits_BV, None
         best_BK, index_BK = logits_BV.topk(self.top_k)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from skipstone.budget import BudgetTable
+from skipstone.core.plain_text import check_text
 from skipstone.generate.build_draft import HEAD
 from skipstone.generate.detokenizer import Detokenizer
 from skipstone.generate.engine import Step
@@ -106,10 +107,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     if not prompt:
         raise ValueError("the prompt is empty: generation needs at least one character")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, or a byte of the command line that is no UTF-8
-        raise ValueError(f"the prompt is no Unicode text: {error.reason} at character {error.start}") from None
+    check_text(prompt, "the prompt")
     ids: list[int] = tokenizer(prompt)["input_ids"]
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids:

@@ -27,7 +27,7 @@ def write_card(
     that was not written by this function.
     """
     path = Path(folder) / "README.md"
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"model card {str(path)!r} was not written by skipstone and is not overwritten")
     card = render_card(model, title=title, source=source, realised=realised, losses=losses)
     path.write_text(card, encoding="utf-8")

@@ -100,6 +100,8 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         if candidates is None or not 1 <= candidates <= self.vocab_size:
             raise ValueError(f"head_candidates must be from 1 to vocab_size ({self.vocab_size}), got {candidates}")
         most = min(self.hidden_size, MOST_DIRECTIONS)
+        if most < GROUP:
+            raise ValueError(f"head_candidates needs a hidden_size of at least {GROUP}, got {self.hidden_size}")
         if directions is None or directions % GROUP or not GROUP <= directions <= most:
             raise ValueError(f"head_directions must be a multiple of {GROUP} from {GROUP} to {most}, got {directions}")
 
