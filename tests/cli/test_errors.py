@@ -37,6 +37,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["generate", ".", "--prompt", "a", "--temperature", "0"], "--temperature must be above 0, got 0"),
         (["generate", ".", "--prompt", "a", "--temperature", "nan"], "--temperature must be above 0, got nan"),
         (["convert", "gpt2", "taken.txt"], "output folder 'taken.txt' exists already"),
+        (["prepare", "jsonl:taken.txt", "--out", "a", "--tokenizer", ""], "unknown tokenizer ''"),  # was byte, silently
         (["reproduce"], "name a study"),
         (["reproduce", "demo", "--seeds", "0,x"], "--seeds must be different whole numbers"),
         (["reproduce", "demo", "--seeds", "1,1"], "--seeds must be different whole numbers"),

@@ -32,6 +32,8 @@ models = [*{WRONG!r}, {{"hidden_size": 64}}]
 light = [checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": model}}) for model in models]
 assert not any(name in sys.modules for name in HEAVY)
 assert not [name for name in {{*sys.modules}} - modules if name.startswith("skipstone")]
+kept = [vars(module).values() for name, module in {{**sys.modules}}.items() if name != "__main__"]
+assert "skipstone.core.placeholders" not in {{type(value).__module__ for values in kept for value in values}}
 print(json.dumps(light))
 """
 HEAVY = """

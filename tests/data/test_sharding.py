@@ -221,6 +221,11 @@ def test_refusals(source: str, more: dict[str, Any], message: str, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_field_is_no_default(lines: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no text under ''"):
+        write(lines, tmp_path / "out", field="")
+
+
 def test_a_split_without_text_is_named(lines: Path, tmp_path: Path) -> None:
     lines.write_text('{"text": "alone"}\n')
     with pytest.raises(ValueError, match=r"has no text for its split '(train|validation)'; name other shares"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ def test_a_budget_that_cannot_be_met_is_one_line(copied: Path, text: dict[str, A
         ValueError, match=r"kl 1e-06 cannot be met: the smallest that this model reaches is .* with 600 candidates"
     ):
         kl_run(copied, 1e-6, source=str(copied.parent / "other"), corpus=text["corpus"], context=24, rows=2)
-    with pytest.raises(ValueError, match="kl must be above 0"):
-        kl_run(copied, 0.0, corpus=text["corpus"])
+    for limit in (0.0, math.inf):
+        with pytest.raises(ValueError, match="kl must be a number above 0"):
+            kl_run(copied, limit, corpus=text["corpus"])
     with pytest.raises(ValueError, match="has nothing that a KL budget sets"):
         kl_run(copied.parent / "other", 0.1, corpus=text["corpus"], context=24)
 

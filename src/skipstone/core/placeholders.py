@@ -17,7 +17,11 @@ from types import ModuleType
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
-HEAVY = ("torch", "transformers", "huggingface_hub", "accelerate", "datasets", "numba", "numpy", "peft", "triton")
+# safetensors is light, but a module of it imports torch and would keep the placeholder.
+HEAVY = (
+    *("torch", "transformers", "huggingface_hub", "accelerate", "datasets", "numba", "numpy", "peft", "triton"),
+    "safetensors",
+)
 
 
 def checked_lightly(module: str, function: str, *arguments: object) -> list[str]:

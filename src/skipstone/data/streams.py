@@ -46,7 +46,7 @@ def open_source(name: str, field: str | None = None) -> Source:
         files = users.jsonl_files(argument)
         size = sum(f.stat().st_size for f in files)
         packed = any(f.suffix == ".gz" for f in files)
-        stream = partial(_lines, files, field or TEXT)
+        stream = partial(_lines, files, TEXT if field is None else field)
         return Source(streams={"": stream}, size=size, unit=users.BYTES, total=None if packed else size)
     if head == "hf":
         return _dataset(argument, field)

@@ -108,8 +108,8 @@ def kl_run(
     corpus, context, rows: as in `calibrate_run`. Writes the candidates to the configuration, thresholds to
     `budget.json` unless it exists. Raises ValueError for nothing to set, a limit out of reach, another vocabulary.
     """
-    if not limit > 0:
-        raise ValueError(f"kl must be above 0 nats a token, got {limit:g}")
+    if not 0 < limit < float("inf"):
+        raise ValueError(f"kl must be a number above 0, nats a token, got {limit:g}")
     loaded = load_run(folder, "train", corpus, context)
     if loaded.data is None:
         raise ValueError(f"{folder} is a saved model without a recipe; name the corpus to calibrate on")

@@ -23,7 +23,7 @@ def draft_head(
     context: Annotated[int | None, typer.Option(min=5, help="Tokens per row. Default: 128, or the run's own.")] = None,
     minutes: Annotated[float | None, typer.Option(help="How long to train. Default: 10.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of eight rows, in place of --minutes.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the rows and of the initial weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the rows and of the initial weights.")] = 0,
 ) -> None:
     """Train a block that guesses the next tokens, for `generate --draft head`, and write it beside the weights.
 

@@ -63,14 +63,15 @@ def prepare(
     from skipstone.data.tokenizers import check_spec
 
     find_entry(source)
-    check_spec(tokenizer or "byte")
+    spec = "byte" if tokenizer is None else tokenizer
+    check_spec(spec)
 
     from skipstone.data.sharding import SHARD_TOKENS, write_shards
 
     manifest = write_shards(
         source,
         out,
-        tokenizer=tokenizer or "byte",
+        tokenizer=spec,
         field=field,
         split=split,
         shard_tokens=shard_tokens or SHARD_TOKENS,
