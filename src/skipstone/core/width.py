@@ -234,10 +234,10 @@ class FeedForward(nn.Module):
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return the work that a forward pass caused in this MLP, by record name, in the form that `passes` accepts.
+        """Return how much of this MLP a forward pass computed, by record name, as its method `passes` takes it.
 
-        The number is, for example, the share of neuron groups that were on, or the number of choices of experts per
-        row. The dict is empty for a dense MLP. records: the records of that pass, by name.
+        What is measured is, for example, the share of neuron groups that were on, or the number of choices of experts
+        in a row of tokens. The dict is empty for a dense MLP. records: the records of that pass, by name.
         """
         return {}
 

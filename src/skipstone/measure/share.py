@@ -87,7 +87,8 @@ def observe(
 def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
     """Return a batch's forward FLOPs with its recorded decisions and without mechanisms, each summed over rows.
 
-    ids_BT: token ids [B, T], of which only the shape is used. records: decisions of the pass. Each row is counted by
+    ids_BT: token ids [B, T], of which only the shape is used. records: the decisions of a forward
+    pass over these ids, one entry for each block, as the model's output returns them. Each row is counted by
     itself, without the padding that a batch would add, because attention grows with the square of the tokens that a row
     keeps.
     """

@@ -135,10 +135,11 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Return the groups that are on for each token, with their gains and a record (`GroupChoice`).
+        """Return the groups that are on for each token, the factor of each one's output, and a record.
 
-        x_BTD: the MLP's input, with any padding in place. tokens: the tokens' positions and documents. cache: the
-        layer's KV cache, which also stores the router's sums over earlier tokens; None means no earlier tokens.
+        x_BTD: the MLP's input [B, T, D], padding included. tokens: the tokens' positions and documents. cache: the
+        layer's KV cache, which also stores the sums over earlier tokens of the input's projections, from which the
+        router computes its scores; None means no earlier tokens.
         """
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias

@@ -180,9 +180,11 @@ def or_all(count: int, rows: Array) -> int:
 def note(frame: Array, choice: Array, tokens: Array, on: Array, scores: Array, which: int) -> None:
     """Write the scores of neuron groups, and which groups are on, into the tables that become the caller's records.
 
-    Compiled by numba. frame: the thread's frame, whose address of scores is 0 if no records are wanted. choice: how
-    neurons are chosen. tokens: indices of the K tokens in the call. on: bool [K, F]. scores: fp32 [K, G]. which: 0 for
-    the groups that are tried, 1 for those that are kept.
+    Compiled by numba. frame: the addresses and sizes with which a thread computes its part (`ops/decode_frame.py`); its
+    address of scores is 0 if no records are wanted. choice: numbers that say how neurons are chosen, by the indices
+    `DECISION` to `BY_NEURON`. tokens: positions of the K tokens among those of the call. on: whether each of the F
+    neurons is on, bool [K, F], equal within a group. scores: scores of the G groups, fp32 [K, G]. which: 0 for the
+    groups that are tried, 1 for those that are kept.
     """
     (K, G), T, F = scores.shape, frame[of.TOKENS], frame[of.NEURONS]
     if not frame[of.SCORES]:

@@ -85,7 +85,7 @@ class Unit:
 
     @property
     def address(self) -> int:
-        """The address of the machine code."""
+        """The address of this unit's compiled function, by which others call it; valid as long as the unit lives."""
         return int(self.compiled.address)
 
     @property
