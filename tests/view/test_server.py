@@ -72,7 +72,7 @@ def test_a_saved_page_holds_what_the_models_did(saved: Path, tmp_path: Path) -> 
     (state,) = re.findall(r'<script id="saved" type="application/json">(.*?)</script>', text, re.DOTALL)
     found = json.loads(state)
     assert found["request"]["prompt"] == "</script><b>"
-    assert [model["name"] for model in found["models"]] == ["/".join(saved.parts[-2:])] * 2
+    assert [model["name"] for model in found["models"]] == [f"{saved.name} ({i})" for i in (1, 2)]
     assert sum(event["type"] == "pass" for event in found["events"]) == 6
     with pytest.raises(ValueError, match="new_tokens must be from 1"):
         save_page([saved], tmp_path / "b.html", "a", new_tokens=0)

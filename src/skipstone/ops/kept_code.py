@@ -21,7 +21,7 @@ from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 # The files of this folder that compiled functions consist of, or read constants from.
-SOURCES = ("*_native.py", "*_dot.py", "decode_*.py", "neuron_sums.py", "workers.py", "kept_code.py")
+SOURCES = ("*_native.py", "*_dot.py", "decode_*.py", "int*.py", "neuron_sums.py", "workers.py", "kept_code.py")
 
 
 class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
