@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import skipstone
@@ -114,6 +115,23 @@ def test_matrices_that_cannot_have_four_bits_are_int8(tmp_path: Path) -> None:
     with torch.no_grad():
         again = load_model(tmp_path / "small")(ids()).logits
         assert torch.allclose(again, dequantise(small)(ids()).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "type_"), [(4, "U8"), (8, "I8")])
+def test_stored_weights_of_another_type_and_scales_that_are_not_finite(tmp_path: Path, bits: int, type_: str) -> None:
+    quantise(model(), bits).save_pretrained(tmp_path)
+    (tmp_path / "files.json").unlink(missing_ok=True)  # another tool has written the weights
+    kept, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    save_file({**kept, name: kept[name].float()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} has type F32 in the checkpoint and {type_} in the model"):
+        load_model(tmp_path)
+    if bits == 4:
+        kept[name][0, :2] = torch.tensor([0, 0x7C], dtype=torch.uint8)  # inf in fp16
+    else:
+        kept[f"{name}_scale"][0, 0] = float("nan")
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} has a scale that is not finite"):
+        load_model(tmp_path)
 
 
 def test_every_weight_is_counted() -> None:

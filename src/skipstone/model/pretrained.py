@@ -31,6 +31,7 @@ from skipstone.model.families import FAMILIES, config_of, family_of
 from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.gguf_header import Header, check_tensors, complete_config, read_header
 from skipstone.model.loading import Dtype, about, check_complete, from_tensors, named_dtype, one_line, quiet
+from skipstone.model.quantise import check_quantised
 from skipstone.model.source_folder import ADAPTER, check_folder, check_room
 from skipstone.model.weight_files import check_weight_files
 
@@ -220,6 +221,7 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
             name, dtype=named_dtype(dtype, "auto"), ignore_mismatched_sizes=True, output_loading_info=True
         )
         check_complete(info)
+        check_quantised(model, Path(name))
     return model
 
 

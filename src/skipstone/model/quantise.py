@@ -8,6 +8,7 @@ their precision.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.loading import from_tensors
+from skipstone.model.weight_files import open_tensors, weight_files
 from skipstone.ops import int4, int8
 
 FLOAT = "float"
@@ -93,6 +95,24 @@ def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
         number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
         tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
     return rebuilt(model, config, tensors)
+
+
+def check_quantised(model: SkipstoneForCausalLM, folder: Path) -> None:
+    """Raise ValueError, which names the tensor, if quantised weights are of another type or a scale is not finite.
+
+    model: the model that was loaded from the weight files in `folder`; loading converts a tensor of another type, such
+    as weights that were never quantised, without a word.
+    """
+    stored = {name: kind for path in weight_files(folder) for name, (kind, _) in open_tensors(path).items()}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Int4Linear | Int8Linear | Int8Embedding):
+            continue
+        wanted = "U8" if isinstance(layer, Int4Linear) else "I8"
+        if (kind := stored.get(f"{name}.weight", wanted)) != wanted:
+            raise ValueError(f"{name}.weight has type {kind} in the checkpoint and {wanted} in the model")
+        scale = int4.factors(layer.weight) if isinstance(layer, Int4Linear) else layer.weight_scale
+        if not bool(scale.isfinite().all()):
+            raise ValueError(f"{name}.weight has a scale that is not finite")
 
 
 def _with_format(

@@ -74,6 +74,11 @@ def unpack(weight_OP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return number_OI, *(part.contiguous().view(torch.float16) for part in (scale, offset))
 
 
+def factors(weight_OP: Tensor) -> Tensor:
+    """Return the offsets and scales of a four-bit matrix, fp16 [O, 2 G]."""
+    return weight_OP[:, : inputs_of(weight_OP) // GROUP * 4].contiguous().view(torch.float16)
+
+
 def _woven(number_OI: Tensor) -> Tensor:
     """Put the inputs of each block in the order in which they are multiplied.
 
