@@ -206,7 +206,8 @@ class Run:
     def keep_view(self, view: PlainMapping) -> None:
         """Save what reports show of the trained model in view.json, so that they need not run the model.
 
-        view: a JSON object, that of `measure.token_trace.ModelView`. If the folder cannot be written, nothing happens.
+        view: a JSON object, as `measure.token_trace.ModelView.to_dict` returns it. If the folder cannot be written,
+        nothing happens.
         """
         try:
             values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}
@@ -240,7 +241,7 @@ class Run:
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """Return the folders' names, with as many parent folders as are needed to distinguish them.
 
-    A folder that is given twice gets its place among the folders behind its name, counted from 1.
+    If a folder is given twice, each name is followed by its number in the list, counted from 1.
     """
     paths = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, paths), default=0) + 1):

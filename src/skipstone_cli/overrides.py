@@ -124,7 +124,7 @@ def _said(error: BaseException) -> str:
 
 
 def _steps(config: DictConfig) -> tuple[Any, Any]:
-    """Return the present `train.steps` and `train.warmup_steps`."""
+    """Return the current `train.steps` and `train.warmup_steps`."""
     from omegaconf import OmegaConf
 
     train = OmegaConf.select(config, "train")

@@ -40,8 +40,8 @@ def style(compute: float) -> str:
 def show(pieces: Iterable[ShadedPiece], *, colour: bool, console: Console | None = None) -> None:
     """Print pieces of text as they arrive; with `colour`, shade each by its share of compute and print a legend.
 
-    If the output is no colour terminal (a pipe, or NO_COLOR is set), `colour` writes one line for each piece instead:
-    per cent, tab, text as JSON. console: where to print; None means stdout.
+    If the output is not a colour terminal (a pipe, or NO_COLOR is set), `colour` writes one line for each piece
+    instead: per cent, tab, text as JSON. console: where to print; None means stdout.
     """
     from rich.console import Console
 

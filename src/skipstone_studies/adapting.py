@@ -52,8 +52,8 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 def source_of(recipe: RecipeDict, folder: Path) -> str:
     """Return the path or hub name of the checkpoint that a recipe begins with.
 
-    recipe: a recipe with a key `source`. folder: the run folder of the arm, beside which other arms' runs are. Raises
-    FileNotFoundError if the checkpoint does not exist.
+    recipe: a recipe with a key `source`. folder: the run folder of the arm; other arms' run folders lie beside it.
+    Raises FileNotFoundError if the checkpoint does not exist.
     """
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())

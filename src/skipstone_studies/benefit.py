@@ -82,7 +82,7 @@ class _Seen:
 
 
 def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit]) -> Traced:
-    """Run the whole model over rows and return the figures of each token from which routers' scores are derived.
+    """Run the whole model over rows and return each token's figures, from which the scores of routers are derived.
 
     model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. units: tuples of indices of
     blocks that are skipped together.
@@ -234,12 +234,12 @@ def oracle(
     """Measure how much blocks of a dense model lower each token's loss, and how well scores find the tokens that gain.
 
     fit: rows to which a regression of this benefit is fitted. held_out: rows on which everything else is measured.
-    units: tuples of indices of blocks that are skipped together. repeats: as in `measured_benefit`. seed: that of all
-    random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction; `predictions`
-    and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these keys for each:
-    `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the benefit's variance
-    that the regression predicts; `correlation` of each score with the benefit, by the score's name; `kept`, the loss if
-    the blocks update only the tokens with the highest scores, {share of tokens: {score: loss}}.
+    units: tuples of indices of blocks that are skipped together. repeats: as in `measured_benefit`. seed: the seed of
+    all random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction;
+    `predictions` and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these
+    keys for each: `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the
+    benefit's variance that the regression predicts; `correlation` of each score with the benefit, by the score's name;
+    `kept`, the loss if the blocks update only the tokens with the highest scores, {share of tokens: {score: loss}}.
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)

@@ -75,7 +75,7 @@ def variants(folder: Path) -> dict[str, float]:
     folder: its run folder. Keys: `gate` and `one`, passes that skip, in which a kept token's update has the weight of
     its gate or weight 1 (the paper's sparse mode); `random`, as `one`, but each block keeps random tokens, as many as
     its gates keep; `constant`, a soft pass with each gate replaced by its block's mean, whose additional loss is what
-    the gates know about tokens. `at_start` is no loss, but the share of (token, block) pairs that the paper's metric
+    the gates know about tokens. `at_start` is not a loss but the share of (token, block) pairs that the paper's metric
     counts as saved before any training. The result is {} for other models.
     """
     loaded = load_run(folder)

@@ -98,9 +98,10 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Return pairs of a claim's text and its picture (`forest`), for each claim that is made about arms of a study.
+    """Return pairs (text, picture), one for each claim of a study; the picture (`forest`) has a row per arm.
 
-    study: its name, for titles. claims: its claims about all arms.
+    study: the name of the study, for titles. claims: the claims about all of its arms; those of one text share a
+    picture.
     """
     by_text: dict[str, list[Claim]] = {}
     for claim in claims:

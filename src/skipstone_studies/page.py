@@ -52,7 +52,7 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 
 
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
-    """Return the records that belong to the arms' present recipes, in the order of arms and seeds.
+    """Return the records that belong to the arms' current recipes, in the order of arms and seeds.
 
     arms: recipes by name, without seeds. Records converted from earlier scripts' output, which have no recipe, are
     included.

@@ -76,8 +76,8 @@ def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: Plain
     """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
 
     model, data, train, protocol: sections of the recipe, of which `train` needs no steps; protocol holds the fields of
-    `ProtocolConfig`, and optionally `least_tokens`. Raises ValueError if a step has fewer tokens than that (8,192 by
-    default).
+    `ProtocolConfig`, and optionally `least_tokens`. Raises ValueError if a step has fewer than `least_tokens` tokens
+    (8,192 by default).
     """
     protocol = dict(protocol)
     least = protocol.pop("least_tokens", LEAST_TOKENS)
@@ -188,9 +188,9 @@ def tuned_run(
     """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
     If another study has finished a run of the same recipe, it is copied instead. The rates are stored in the folder
-    `rates/` beside the run folders. recipe: that of `planned`, with a seed. folder: the run folder. resume: whether to
-    continue an interrupted run. callbacks: those of the trainer. blocks: blocks of the model that gives all arms their
-    first weights.
+    `rates/` beside the run folders. recipe: what `planned` returned, with a seed. folder: the run folder. resume:
+    whether to continue an interrupted run. callbacks: further callbacks of the trainer. blocks: blocks of the model
+    that gives all arms their first weights.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return

@@ -65,7 +65,7 @@ class Session:
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
-        """Return the record of an arm and seed, made with the arm's present recipe; None if there is none."""
+        """Return the record of an arm and seed, made with the arm's current recipe; None if there is none."""
         record = records.find(self.out, self.study.name, self.scale, arm, seed)
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 

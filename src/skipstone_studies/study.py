@@ -37,9 +37,9 @@ class Column:
     """A column of a study's table.
 
     key: dotted path of the figure in a record's figures. title: the heading. format: a format specification, as for
-    Python's format(). unit: the figure is divided by it. better: which end, "low" or "high", is shown in bold; None
-    means neither. relative: whether to add each arm's ratio to the first arm. spread: whether the figure is {median,
-    min, max} of several measurements, all of which are shown.
+    Python's format(). unit: the number by which the figure is divided. better: which end, "low" or "high", is shown in
+    bold; None means neither. relative: whether to add each arm's ratio to the first arm. spread: whether the figure is
+    {median, min, max} of several measurements, all of which are shown.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""The trainer behind `skipstone adapt`: that of `skipstone train` with stages, a teacher and a budget for gates."""
+"""The trainer of `skipstone adapt`: the trainer of `skipstone train` with stages, a teacher and a budget for gates."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 def losses(model: SkipstoneForCausalLM) -> list[str]:
     """Return one sentence per kind of depth mechanism, and one for neuron groups, that a dense export leaves out.
 
-    Each sentence says what is lost by it. The list is empty if the export computes the same as `model`.
+    Each sentence says what the export loses with it. The list is empty if the export computes the same as `model`.
     """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):

@@ -1,4 +1,4 @@
-"""The influence of each block on the stream, measured on text, and the choice of blocks by it.
+"""The influence of each block on the stream, measured on text, and the choice of blocks by their influence.
 
 Shape letters: B rows, T tokens, D width, N tokens of all rows.
 """

@@ -156,7 +156,7 @@ def _dropped(
 ) -> tuple[SkipstoneForCausalLM, list[int]]:
     """Return the source without the blocks that the recipe drops, and their indices.
 
-    scores: the influence of each block; None if the recipe chooses none by it.
+    scores: the influence of each block; None if the recipe chooses no blocks by influence.
     """
     wanted = recipe.model.get("drop_layers")
     if wanted is None:
@@ -178,8 +178,8 @@ def _config(
     """Return the student's configuration, and what meets the budget: a capacity, or the share that gates let pass.
 
     At most one of the two is not None. recipe: the adaptation's recipe. base: the dense source, after blocks were
-    dropped. scores: the influence of each block; None if the recipe chooses none by it. flops: the source's FLOPs for a
-    row. tokenizer: the source's, from which the ids at which words begin are found.
+    dropped. scores: the influence of each block; None if the recipe chooses no blocks by influence. flops: the source's
+    FLOPs for a row. tokenizer: the source's, from which the ids at which words begin are found.
     """
     entries = with_boundary_ids(student.with_defaults(student.mechanisms_of(recipe.model)), tokenizer)
     for i, entry in enumerate(entries):

@@ -97,8 +97,8 @@ def begin(tokenizer: PreTrainedTokenizerBase, start: str | None, source: str) ->
     """Return the ids of the tokens with which each sampled text begins.
 
     start: their text; None means the tokenizer's token that begins a text, or else the one that ends it. source: name
-    of the checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty or no Unicode
-    text.
+    of the checkpoint, for messages. Raises ValueError if there is no such token, or if `start` is empty or not valid
+    Unicode.
     """
     if start is not None:
         check_text(start, "start")

@@ -121,7 +121,7 @@ class BudgetTable:
 
     @contextmanager
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
-        """Set the model to a budget inside a `with` block, and restore its present thresholds afterwards.
+        """Set the model to a budget inside a `with` block, and restore its thresholds afterwards.
 
         model, budget and the errors raised are as in `set`.
         """
@@ -134,7 +134,7 @@ class BudgetTable:
                 handle.restore(state)
 
     def present(self, model: SkipstoneForCausalLM) -> float:
-        """Return the budget that the model's present thresholds meet, roughly: the share of the nearest point.
+        """Return the budget that the model's current thresholds meet, roughly: the share of the nearest point.
 
         For a model as it was trained, this is exactly the share of the dense FLOPs that calibration measured for it.
         Raises ValueError for another model: one whose thresholds are not those named in `handles`.
@@ -213,7 +213,7 @@ class BudgetTable:
 
 
 def _of_today(values: object) -> Any:
-    """Return the values of a legacy file under the present names."""
+    """Return the values of a legacy file under the current names."""
     if isinstance(values, Mapping):
         return {LEGACY_KEYS.get(key, key): _of_today(value) for key, value in values.items()}
     return [_of_today(value) for value in values] if isinstance(values, list) else values

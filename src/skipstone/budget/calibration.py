@@ -85,7 +85,7 @@ class _Path:
     """The path of thresholds from u = 0, no token kept, through the model as trained to u = 1, every token kept.
 
     u is the variable of the formula at the head of this file. model: the model. handles: its thresholds. rows: the
-    calibration batches. seen: the decisions at the present thresholds. base: the share of tokens that each threshold
+    calibration batches. seen: the decisions at the current thresholds. base: the share of tokens that each threshold
     kept as trained. trained: the operating point as trained.
     """
 

@@ -151,7 +151,8 @@ def check_writable(path: Path) -> None:
 def sync(folder: Path) -> None:
     """Flush a file, or a folder and everything below it, to disk (fsync), passing over what cannot be opened.
 
-    Files that only their owner may read get the mode that the umask gives to new files: safetensors ignores the umask.
+    folder: the file or folder. Files that only their owner may read also get the mode that the umask gives to new
+    files, because safetensors ignores the umask.
     """
     for path in (*folder.rglob("*"), folder):
         with suppress(OSError):  # some systems cannot open folders

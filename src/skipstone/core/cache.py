@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` are held: all without a window or up to window + 128, else window + 64."""
+    """Return how many of a row's `entries` a cache holds: all of them, or window + 64 of more than window + 128."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -30,9 +30,9 @@ class RaggedStore:
     """Append-only storage for rows of different lengths: named tensors [B, C, ...], one column per entry.
 
     entries: the tensors by name; "slot" holds the index of each entry's token in its row. lengths: number of entries of
-    each row, on the CPU; None means that all rows have `width`. width: length of the longest row. forgotten: number of
-    oldest entries that each row has dropped, or None. Methods given `rows` read or write these rows only, with tensors
-    of as many rows.
+    each row, on the CPU; None means that every row has `width` entries. width: number of entries of the longest row.
+    forgotten: number of oldest entries that each row has dropped, or None. Methods given `rows` read or write these
+    rows only, with tensors of as many rows.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop tokens from index `slots` on; ValueError if a window of `window` tokens would need forgotten entries."""
+        """Drop the tokens in slots from `slots` on; ValueError if a window of `window` needs forgotten entries."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -319,7 +319,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Append this call's keys and values, [B, H, T, E], without padding.
+        """Append this call's keys `key_BHTE` and values `value_BHTE`, [B, H, T, E], without padding.
 
         document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not. slot_BT,
         real_BT and rows are as in `RaggedStore.append`.
@@ -385,7 +385,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
             store.take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search: row i becomes the present row `beam_idx[i]`."""
+        """Reorder the rows for beam search: row i becomes the row that is now `beam_idx[i]`."""
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

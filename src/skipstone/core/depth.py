@@ -59,7 +59,7 @@ class DepthModule(RoutingModule):
 
     @property
     def intended_share(self) -> float | None:
-        """The share of the tokens reaching the mechanism that a training pass should keep at present.
+        """The share of the tokens reaching the mechanism that a training pass should currently keep.
 
         None if such a pass computes all of them or has no such target.
         """

@@ -23,7 +23,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of the UTF-8 file `path`. Raises ValueError, naming it, if it is not UTF-8 or no file."""
+    """Return the text of the UTF-8 file `path`. Raises ValueError, naming it, if it is not a file or not UTF-8."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{str(path)!r} cannot be read: it is a device or a pipe")
     try:
@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 def check_text(text: str, what: str) -> None:
     """Raise ValueError, naming `what`, for a text that UTF-8 cannot encode.
 
-    Such are half of a surrogate pair, and a byte of the command line that is no UTF-8.
+    Half of a surrogate pair is such a text, and so is an argument of the command line with bytes that are not UTF-8.
     """
     try:
         text.encode()
@@ -46,8 +46,8 @@ def check_text(text: str, what: str) -> None:
 def read_object(path: Path) -> PlainDict:
     """Return the JSON object that the UTF-8 file `path` contains.
 
-    Raises ValueError, naming the file, if its text is not JSON, is nested too deeply or is no object, and OSError if
-    the file cannot be opened.
+    Raises ValueError, naming the file, if its text is not JSON, is nested too deeply or is not an object, and OSError
+    if the file cannot be opened.
     """
     text = read_text(path)
     try:

@@ -142,7 +142,7 @@ def show(shown: bool = True) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to stderr if progress is shown (see `show`)."""
+    """Print the line `text` to stderr if progress is shown (see `show`)."""
     if _shown:
         print(text, file=sys.stderr)  # noqa: T201
 

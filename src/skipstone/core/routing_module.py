@@ -41,10 +41,10 @@ class RoutingModule(nn.Module):
     """The base class of all modules that make routing decisions: depth mechanisms, activations, neuron groups, experts.
 
     Thresholds and schedules change once per optimizer step (`advance`), never in forward. config: the parsed options.
-    placement: the position in the model. built_in: whether it replaces a part of the decoder (an MLP of experts, say)
-    instead of being added. cast_with_model: names of its parameters, buffers or children that are cast to the dtype in
-    which a model is loaded; all others stay fp32. adapt_defaults: options that `skipstone adapt` sets if a recipe does
-    not.
+    placement: the position in the model. built_in: whether the module replaces a part of the decoder (an MLP of
+    experts, say) instead of being added to it. cast_with_model: names of its parameters, buffers or children that are
+    cast to the dtype in which a model is loaded; all others stay fp32. adapt_defaults: options that `skipstone adapt`
+    sets if a recipe does not.
     """
 
     config: Any

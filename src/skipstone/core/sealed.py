@@ -1,8 +1,8 @@
 """Small text files that state their own SHA-256 or CRC-32, so that damage is noticed when they are read.
 
-A JSON object has it under the key `sha256`, a YAML file in a comment at its beginning, and each line of a JSON-lines
-file has a `crc32`. Files of earlier releases, and files whose owner has removed the statement after editing, are read
-without.
+A JSON object states its hash under the key `sha256`, a YAML file in a comment at its beginning, and each line of a
+JSON-lines file under the key `crc32`. Files of earlier releases, and files from which an editor of the text has removed
+the hash, are read unchecked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMMENT = "# sha256 of the lines below, by which damage is noticed; remove this 
 
 
 def sealed(values: PlainMapping) -> PlainDict:
-    """Return a copy of a JSON object with the SHA-256 of its content under the last key, `sha256`."""
+    """Return a copy of the JSON object `values` with the SHA-256 of its content under the last key, `sha256`."""
     return {**values, KEY: _digest(values)}
 
 
@@ -43,10 +43,10 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
 
 
 def read_sealed(path: Path) -> PlainDict:
-    """Return the JSON object in a file that `sealed` made, without the key `sha256`, after comparing the hash.
+    """Return the JSON object in the file `path`, made by `sealed`, without the key `sha256`, after comparing the hash.
 
-    A file without that key is read unchecked. Raises what `plain_text.read_object` raises, and `Damaged` if the
-    content has a different SHA-256.
+    A file without this key is read unchecked. Raises what `plain_text.read_object` raises, and `Damaged` if the content
+    has a different SHA-256.
     """
     return unsealed(read_object(path), path)
 
@@ -70,7 +70,7 @@ def check_text(text: str, path: Path) -> None:
 
 
 def sealed_line(values: PlainMapping) -> str:
-    """Return a JSON object as one line of text, with the CRC-32 of its content under the last key, `crc32`."""
+    """Return the JSON object `values` as one line, with the CRC-32 of its content under the last key, `crc32`."""
     return json.dumps({**values, LINE_KEY: _crc(values)})
 
 

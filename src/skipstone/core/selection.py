@@ -134,7 +134,7 @@ class InPlace(Selection):
 class Gathered(Selection):
     """A selection of exactly K tokens in every row, copied next to each other.
 
-    index_BK: int64, their positions among the T tokens, ascending. length: T.
+    index_BK: int64, their indices among the T tokens, ascending. length: T.
     """
 
     real_first = True

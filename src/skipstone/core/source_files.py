@@ -25,12 +25,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the text t
 
 
 def is_present(path: Path) -> bool:
-    """Return whether something has this path, a link whose target is gone included."""
+    """Return whether there is anything at `path`; a link whose target is gone counts."""
     return path.is_symlink() or path.exists()
 
 
 def require_file(path: Path) -> None:
-    """Raise ValueError if `path` is a folder, a link whose target is gone, a pointer of git-lfs, or no file at all."""
+    """Raise ValueError if `path` is a folder, a link whose target is gone, a git-lfs pointer, or not there."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{str(path)!r} is a link to a file that is not there")
     if not path.is_file():

@@ -59,9 +59,9 @@ class StreamGate(NamedTuple):
     "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the factor
     multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that the MLP
     sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys" and
-    values. state: the name of a tensor in `Tokens.state` that enters the opening and is then replaced by it; None means
-    that 1 takes the tensor's place. loss: the opening times this coefficient is the auxiliary loss in the record; None
-    means no loss.
+    values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then set
+    to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss in the
+    record; None means no loss.
     """
 
     scorer: Scorer
@@ -104,7 +104,7 @@ class Mixture(NamedTuple):
 
     There are A functions, `ops.reference.ACTIVATIONS`; x is the MLP's input, of width D; R is a hidden width. mean: the
     mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
-    None, of the present token alone. name: the name of the record, and of the cache store that holds the running sums.
+    None, of the current token alone. name: the name of the record, and of the cache store that holds the running sums.
     context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
     neurons' learned logits. tau: scalar tensor, the temperature.
     """

@@ -33,7 +33,7 @@ def mistakes(error: ValueError) -> list[str]:
 
 
 def refuse(lines: Iterable[str]) -> None:
-    """Raise an error with these messages: ValueError for one, `Mistakes` for several; do nothing if there are none."""
+    """Raise an error with the messages `lines`: ValueError for one, `Mistakes` for several; do nothing for none."""
     lines = list(lines)
     if lines:
         raise Mistakes(lines) if len(lines) > 1 else ValueError(lines[0])
@@ -200,7 +200,7 @@ def _meant(hint: Any, value: Any) -> bool:
 
 
 def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
-    """Convert a value to a type that is no union, literal or list, such as int, str, dict or a dataclass.
+    """Convert a value to a type that is not a union, literal or list, such as int, str, dict or a dataclass.
 
     hint: the type. origin: the type without parameters if it has some (dict for `dict[str, int]`), else None. where:
     the path shown in errors.

@@ -35,8 +35,8 @@ BENEFIT = "benefit/{layer}"
 class PassMode:
     """How a forward pass decides and executes: plain values, fixed before it starts.
 
-    routing: "oracle": decisions may look at the whole row, as in training; "causal": at earlier tokens only, as in
-    generation. noise: whether mechanisms may draw random numbers (exploration in training). executor: "gathered"
+    routing: "oracle" (decisions may look at the whole row, as in training) or "causal" (they look at no later token, as
+    in generation). noise: whether mechanisms may draw random numbers (exploration in training). executor: "gathered"
     computes kept tokens only; "masked" computes all tokens and discards the updates of the others (the slow
     specification of "gathered"). per_row_gather: whether calls with one token per row leave out the rows whose token is
     not kept. never_empty: whether at least one column is gathered even if no token is kept. single_token: whether the

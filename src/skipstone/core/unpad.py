@@ -65,7 +65,7 @@ class Unpadding:
 def unpadding_of(index_BK: Tensor, valid_BK: Tensor, count: int, length: int) -> Unpadding | None:
     """Return the indices that leave out the padding of gathered rows; None if there is too little padding to save time.
 
-    index_BK: int64, position of each column among the T tokens of its row. valid_BK: bool, False for padding. count:
+    index_BK: int64, index of each column among the T tokens of its row. valid_BK: bool, False for padding. count:
     number of valid columns. length: T. Under torch.compile the result is None, because `count` would change the shapes
     from call to call.
     """

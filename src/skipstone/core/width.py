@@ -94,7 +94,7 @@ class GroupRouter(RoutingModule):
 
 
 class GroupChoice(NamedTuple):
-    """The neuron groups that each token uses, K of them.
+    """The K neuron groups that each token uses.
 
     group_BTK: int64, indices of the groups, ascending. gain_BTK: fp32, factor on the output of each of these groups.
     record: the decisions, for the caller of the model.
@@ -129,12 +129,12 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of groups per token for which the second matrix is multiplied at present."""
+        """The number of groups per token for which the second matrix is currently multiplied."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """The number of groups per token for which the last matrix is multiplied at present, at most `tried`."""
+        """The number of groups per token for which the last matrix is currently multiplied, at most `tried`."""
         raise NotImplementedError
 
     @property
@@ -179,7 +179,7 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def stream_choice(self) -> NeuronChoice | None:
-        """Return a description of how the router chooses neurons at present, for compiled decoding steps.
+        """Return a description of how the router currently chooses neurons, for compiled decoding steps.
 
         Return None if it cannot be described so; compiled steps then call the MLP as usual.
         """

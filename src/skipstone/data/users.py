@@ -24,8 +24,8 @@ def text(argument: str) -> Corpus:
     """Return the corpus `text:PATH`: a UTF-8 file, or all .txt files below a folder, each of which is a document.
 
     Files are ordered by path. The text is cut into 90 % train and 10 % validation, unless the folder has train.txt and
-    validation.txt (or valid.txt, val.txt; optionally test.txt). argument: PATH. Raises FileNotFoundError if there is no
-    such file.
+    validation.txt (or valid.txt, val.txt; optionally test.txt). argument: the PATH. Raises FileNotFoundError if there
+    is no such file.
     """
     files, path = _files("text", argument, ".txt"), Path(argument).expanduser()
     if path.is_dir():

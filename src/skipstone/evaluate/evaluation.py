@@ -207,8 +207,8 @@ def evaluate(
     batch_size: rows of a forward pass. corpus, context: name of the corpus to evaluate on (as in data.corpus) and
     tokens of a row; None means the value of the run's recipe. budgets: shares of the dense model's FLOPs at which the
     model is also evaluated, with the thresholds stored beside its weights, or else with thresholds measured on rows
-    that are not evaluated. Raises ValueError or FileNotFoundError if there is no such folder or no data, if they do not
-    fit, and for a budget out of reach.
+    that are not evaluated. Raises ValueError or FileNotFoundError if the folder or its data do not exist, if they do
+    not fit, and for a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

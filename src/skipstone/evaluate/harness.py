@@ -92,7 +92,7 @@ def evaluate_tasks(
 
 
 def _harness_model() -> Any:
-    """Return lm_eval's model class, which scores a whole text behind one BOS, not BOS after BOS.
+    """Return lm_eval's model class, which scores a whole text after a single BOS, not after two.
 
     It puts BOS before a text and lets a tokenizer that adds BOS put another one there, whose probability is then scored
     as that of the text.

@@ -32,7 +32,7 @@ class Draft:
     """The base class of drafts: cheap guesses at the next tokens, which the model then checks in one pass.
 
     cost: time of one guess as a share of a decoding step of the model, an estimate that is used until it is measured.
-    seconds: the least that a guess takes, in seconds. reads_states: whether the draft needs the hidden states of
+    seconds: the least time that a guess takes, in seconds. reads_states: whether the draft needs the hidden states of
     the model's passes (`see`).
     """
 
@@ -56,7 +56,7 @@ class Draft:
         """
 
     def rest(self) -> None:
-        """Be told that the model computes some tokens whose hidden states `see` will not receive."""
+        """Note that the model computes some tokens whose hidden states `see` will not receive."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.

@@ -50,8 +50,9 @@ class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
     fixed: a constant number; None means that it is chosen. cost: time of one guess as a share of a decoding step, used
-    until it is measured. seconds: the least that a guess takes, however small the model; least: the least that checking
-    one takes. Time lost by drafts is bounded, so that decoding takes at most about 2 % longer than without drafts.
+    until it is measured. seconds: the least time in seconds that a guess takes, however small the model. least: the
+    least time in seconds that checking a guess takes. Time lost by drafts is bounded, so that decoding takes at most
+    about 2 % longer than without drafts.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Files of mechanisms beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights.
 
-The first states its own SHA-256 and that of the second.
+The JSON file states its own SHA-256 and the SHA-256 of the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, 
 def read_mechanisms(folder: Path) -> list[PlainDict]:
     """Return the configuration entries of the mechanisms saved in a folder, after comparing checksums.
 
-    The entries are in skipstone_routing.json, which contains its own SHA-256 and that of the weights,
+    The entries are in skipstone_routing.json, which contains its own SHA-256 and the SHA-256 of the weights,
     skipstone_routing.safetensors. Files of earlier releases without hashes are not compared. Raises ValueError for a
     file of entries that is missing or invalid, and for an entry or weights file that differs from its hash.
     """

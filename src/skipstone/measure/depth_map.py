@@ -1,7 +1,7 @@
 """The depth map: the decision of each depth mechanism for each token of a text, and the loss of its prediction.
 
-It is a table with one line for each token, block and mechanism; a `DepthMap` is some rows of text of it. `skipstone
-trace` writes it, and the live page reads the same decisions (`read_decisions`) token by token.
+It is a table with one line for each token, block and mechanism; a `DepthMap` is the part of this table for some rows of
+text. `skipstone trace` writes it, and the live page reads the same decisions (`read_decisions`) token by token.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """

@@ -132,7 +132,7 @@ class Accuracy:
         """Add the predictions of one batch.
 
         logits_BTV: [B, T, V], whose argmax is the prediction. target_BT: int64, the token to predict. difficulty_BT:
-        int64, negative for tokens that are no operation.
+        int64, negative for tokens that are not operations.
         """
         operation_BT = difficulty_BT >= 0
         columns = logits_BTV.argmax(-1), target_BT, difficulty_BT
@@ -162,9 +162,9 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
     """Return (learned - dense) / (forced - dense) for each bin of difficulty, as `headroom_captured` does.
 
-    learned: accuracies with the model's own router. dense: those of a dense model. forced: those with routing by the
-    known difficulty. All are dicts as `Accuracy.by_bin` returns them, with the keys "0-3", "4-7", "8-15", "16+" and
-    "all operations".
+    learned: accuracies with the model's own router. dense: accuracies of a dense model. forced: accuracies with routing
+    by the known difficulty. All are dicts as `Accuracy.by_bin` returns them, with the keys "0-3", "4-7", "8-15", "16+"
+    and "all operations".
     """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 

@@ -19,12 +19,13 @@ class RecordMeter:
     """Averages figures of mechanisms over micro-batches for the training log; only `read` makes the host wait.
 
     The figures' names end in /L/NAME: index of the block, and name of the mechanism in it. capacity: kept tokens as a
-    share of those that reached the mechanism. gate: mean factor on their updates. entropy: mean entropy of a neuron's
-    mix of activation functions, or of a token's softmax over experts, as a share of its maximum. diversity: share of
-    neurons whose strongest activation is not the most common one. dynamic_entropy, static_entropy: entropies in nats at
-    temperature 1, as in the PolyGLU paper: with all logits, and with the neurons' learned preferences alone. no_op,
-    busiest: the no-ops' share, and that of a pass's most chosen expert, in all choices. on: mean share of neuron groups
-    that are on for a token. changing: share of groups that are on for some tokens of a pass and off for others.
+    share of those that reached the mechanism. gate: mean factor on the updates of the tokens that reached the
+    mechanism, 0 for a skipped one. entropy: mean entropy of a neuron's mix of activation functions, or of a token's
+    softmax over experts, as a share of its maximum. diversity: share of neurons whose strongest activation is not the
+    most common one. dynamic_entropy, static_entropy: entropies in nats at temperature 1, as in the PolyGLU paper: with
+    all logits, and with the neurons' learned preferences alone. no_op: share of all choices that are no-ops. busiest:
+    share of all choices that fall on the expert chosen most often in a pass. on: mean share of neuron groups that are
+    on for a token. changing: share of groups that are on for some tokens of a pass and off for others.
     """
 
     def __init__(self) -> None:

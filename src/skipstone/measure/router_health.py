@@ -20,7 +20,7 @@ CERTAIN = 0.9999  # probability of a token's most probable expert
 
 
 def bad_scores(records: Iterable[Records]) -> dict[str, Tensor]:
-    """Return for each router, by `block L NAME`, whether it gave a token that reached it a NaN or infinite score.
+    """Return whether each router gave a NaN or infinite score to a token that reached it, by `block L NAME`.
 
     records: decisions of a pass, a dict by mechanism name for each block. The values are bool scalars on the device, so
     the host does not wait. Records of one shape are checked together, which keeps the number of operations small.

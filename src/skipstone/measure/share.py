@@ -41,9 +41,9 @@ class ScoreReader(Protocol):
 class Seen:
     """The decisions of passes that look at no later token (as in generation), and the FLOPs that they need.
 
-    needed, dense: forward FLOPs per token by the cost model, with these decisions and without any mechanism. scores:
-    one fp32 tensor [N] for each threshold, with the scores of the N tokens that reached its blocks. kept: for each
-    threshold, the share of these scores above it.
+    needed: forward FLOPs per token by the cost model with these decisions. dense: forward FLOPs per token without any
+    mechanism. scores: one fp32 tensor [N] for each threshold, with the scores of the N tokens that reached its blocks.
+    kept: for each threshold, the share of these scores above it.
     """
 
     needed: float

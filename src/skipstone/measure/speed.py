@@ -172,8 +172,8 @@ def finish(device: torch.device) -> None:
 class CacheBytes:
     """The bytes of a cache, over all layers, per token that the model has seen (including tokens that blocks skipped).
 
-    kv: bytes of the stored tokens' keys, values and slot numbers (positions in the row). state: bytes of what
-    mechanisms store, with slot numbers. allocated: bytes that the cache has reserved, used or not.
+    kv: bytes of the stored tokens' keys, values and slots (indices in the row). state: bytes of what mechanisms store,
+    with its slots. allocated: bytes that the cache has reserved, used or not.
     """
 
     kv: float

@@ -97,7 +97,7 @@ class Reader(Generic[AnyModule, AnyRecord]):
 
 
 class Summaries:
-    """Accumulates the figures of every mechanism in every layer.
+    """Accumulates the figures of every mechanism in every layer of a model.
 
     activation_rows: number of rows from which figures of activation mechanisms (PolyGLU) are taken, because they take
     as long as the MLPs themselves; 0 leaves them out.
@@ -161,10 +161,10 @@ class PrecisionRecall:
 class DepthReader(Reader[DepthMechanism, DepthRecord]):
     """Accumulates figures of a depth mechanism.
 
-    `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
-    share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept
-    tokens, against those known to need depth; if the data do not state these, against the tokens of each row with the
-    highest scores (missing for mechanisms where that is undefined). A figure is None if no token counts towards it.
+    `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: its 99th percentile over
+    rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept tokens, against
+    those known to need depth; if the data do not state these, against the tokens of each row with the highest scores
+    (missing where these are undefined). A figure is None if no token counts towards it. activation_rows: not used.
     """
 
     tables = (
@@ -295,7 +295,7 @@ class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
 
     `experts`: list of each expert's share of all choices (token, chosen expert). `no_op`: share of choices that are
     no-ops. `entropy`: mean entropy of the softmax over experts and no-ops, as a share of its maximum. All are None if
-    no token reached the experts.
+    no token reached the experts. activation_rows: not used.
     """
 
     tables = (
@@ -346,6 +346,7 @@ class NeuronGroupsReader(Reader[GroupRouter, NeuronGroupsRecord]):
 
     `groups`: list of the share of tokens for which each group is on; empty if no token reached the MLP. `on`: mean of
     these shares, or None. `always_on`, `never_on`: number of groups that are on for all tokens, and for none.
+    activation_rows: not used.
     """
 
     tables = (

@@ -37,11 +37,11 @@ def trace_tokens(
 ) -> TokenTrace:
     """Run a model on a batch, in evaluation mode and without noise, and return its decisions for every token.
 
-    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: text of the first row's
-    tokens, of which as many are shown. known_BT: bool [B, T], the tokens that every block with a depth mechanism has to
-    keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an index in
-    `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, or whose decisions the caller
-    has to provide.
+    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: texts of the first tokens
+    of the first row; the trace shows these tokens. known_BT: bool [B, T], the tokens that every block with a depth
+    mechanism has to keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an
+    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, or whose decisions the
+    caller has to provide.
     """
     require_ours(model)
     blocks = list(model.decoder.layers)

@@ -27,7 +27,7 @@ from skipstone.core.tokens import Tokens
 class Memory:
     """The running sums that a gate stored in the KV cache in earlier calls; empty without a cache.
 
-    tokens: the tokens of the present call. cache: the cache of this layer, or None. name: the name under which the gate
+    tokens: the tokens of the current call. cache: the cache of this layer, or None. name: the name under which the gate
     stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
     """
 

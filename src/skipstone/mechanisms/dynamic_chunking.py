@@ -63,8 +63,8 @@ class DynamicChunking(DepthMechanism):
 
     Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. The update z that these blocks (a
     segment) compute for it is smoothed over chunks, h = p z + (1 - p) h_before, and every token receives the h of its
-    chunk's first token. `DynamicChunkingConfig` describes its options. threshold: fp32 [], initially 0; a token begins
-    a chunk if 2 p - 1 exceeds it.
+    chunk's first token. `DynamicChunkingConfig` describes its options; hidden_size, placement and keyword arguments are
+    as in `DepthMechanism`. threshold: fp32 [], initially 0; a token begins a chunk if 2 p - 1 exceeds it.
     """
 
     Config = DynamicChunkingConfig
@@ -245,7 +245,8 @@ def _before(key_BTD: Tensor, tokens: Tokens, memory: Memory) -> tuple[Tensor, Te
 class ChunkThreshold(ScoreThreshold):
     """Reads and sets the threshold of dynamic chunking on scores 2 p - 1, above which a token begins a chunk.
 
-    It is a buffer that is saved with the model, initially 0. p: the probability that a chunk begins.
+    The threshold is a buffer that is saved with the model, initially 0. p: the probability that a chunk begins.
+    mechanism: the mechanism whose threshold this is.
     """
 
     def __init__(self, mechanism: DynamicChunking) -> None:

@@ -63,7 +63,8 @@ class GateSkip(DepthMechanism):
 
     Training scales the updates of all tokens. Generation and evaluation skip tokens whose mean gate is below a running
     quantile of the gates seen in training, but still compute their keys and values; with `execution: soft`, they skip
-    nothing. `GateSkipConfig` describes its options.
+    nothing. `GateSkipConfig` describes its options. hidden_size, placement and keyword arguments are as in
+    `DepthMechanism`.
     """
 
     Config = GateSkipConfig

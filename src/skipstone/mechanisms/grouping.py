@@ -106,7 +106,7 @@ class ScheduledGroups(GroupRouter):
         self.schedule = Capacity(config.capacity, config.capacity_warmup)
 
     def in_force(self, schedule: Capacity) -> int:
-        """Return the number of groups that are on for a token at present.
+        """Return the number of groups that are currently on for a token.
 
         schedule: the share of groups to keep, of those before pruning. The result is at most the number left after
         pruning.

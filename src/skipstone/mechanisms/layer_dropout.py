@@ -58,7 +58,8 @@ class LayerDropout(DepthMechanism):
     """Layer dropout (stochastic depth, arXiv 1603.09382): training leaves a block out for random rows of a batch.
 
     Rows that are left out cost nothing, because the others are gathered into a smaller batch. In evaluation and
-    generation it does nothing. `LayerDropoutConfig` describes its options.
+    generation it does nothing. `LayerDropoutConfig` describes its options. hidden_size, placement and keyword arguments
+    are as in `DepthMechanism`.
     """
 
     Config = LayerDropoutConfig
@@ -74,7 +75,7 @@ class LayerDropout(DepthMechanism):
 
     @property
     def rate(self) -> float:
-        """The present probability with which a row of the batch skips this block in training."""
+        """The current probability with which a row of the batch skips this block in training."""
         return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:

@@ -70,7 +70,8 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     W_up x is multiplied ("tried"), then, among these, the groups with the largest mean |a * W_up x|, for which W_down
     is multiplied ("kept"). Time is saved in calls of one token. typical_F: the root mean square of each neuron of W_up
     x over the text that `skipstone adapt` reads for it; 1 before that. hidden_size: not used. neurons: MLP neurons
-    before pruning. config: the options, or pass its fields as keyword arguments. Related: CATS (arXiv 2404.08763).
+    before pruning. placement: the block in which it is used; None outside of a model. config: the options, or pass its
+    fields as keyword arguments. Related: CATS (arXiv 2404.08763).
     """
 
     Config: ClassVar[type[MagnitudeGroupsConfig]] = MagnitudeGroupsConfig
@@ -105,12 +106,12 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of neuron groups for which the down projection is multiplied at present, for each token."""
+        """The number of neuron groups for which the down projection is currently multiplied, for each token."""
         return self.in_force(self.down_schedule)
 
     @property
     def tried(self) -> int:
-        """The number of neuron groups for which the up projection is multiplied at present, for each token."""
+        """The number of neuron groups for which the up projection is currently multiplied, for each token."""
         return self.in_force(self.schedule)
 
     @property

@@ -47,8 +47,9 @@ class MixtureOfDepths(DepthMechanism):
     """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
 
     Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
-    nothing, or a learned low-rank update. `MixtureOfDepthsConfig` describes its options. adapt_defaults: options that
-    `skipstone adapt`, which turns a dense model into a routed one, sets if its recipe does not.
+    nothing, or a learned low-rank update. `MixtureOfDepthsConfig` describes its options. hidden_size, placement and
+    keyword arguments are as in `DepthMechanism`. adapt_defaults: options that `skipstone adapt`, which turns a dense
+    model into a routed one, sets if its recipe does not.
     """
 
     Config = MixtureOfDepthsConfig
@@ -90,7 +91,7 @@ class MixtureOfDepths(DepthMechanism):
     def capacity(self) -> float:
         """The share of a document's tokens that the block keeps after any warm-up.
 
-        `decision.capacity.now` is the present share.
+        `decision.capacity.now` is the current share.
         """
         return self.decision.capacity.final
 

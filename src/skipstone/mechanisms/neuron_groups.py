@@ -74,7 +74,8 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     It scores G groups from an exponential mean of the tokens up to the chunk's first one, keeps the floor(capacity * G)
     best, and multiplies their output by 2 sigmoid(score), through which it learns. hidden_size: width of the MLP's
-    input. neurons: MLP neurons before pruning. config: the options, or pass its fields as keyword arguments.
+    input. neurons: MLP neurons before pruning. placement: the block in which it is used; None outside of a model.
+    config: the options, or pass its fields as keyword arguments.
     """
 
     Config: ClassVar[type[NeuronGroupsConfig]] = NeuronGroupsConfig
@@ -119,7 +120,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
 
     @property
     def kept(self) -> int:
-        """The number of neuron groups that are on (multiplied) for each token at present."""
+        """The number of neuron groups that are on (multiplied) for each token now."""
         return self.in_force(self.schedule)
 
     @property

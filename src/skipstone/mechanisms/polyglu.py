@@ -101,7 +101,8 @@ class PolyGLU(MixFigures, Activation):
 
     The mix of a neuron is softmax((preference + scale * gate_net(context)) / tau), with a learned preference for each
     neuron and a small network on a mean of hidden states. hidden_size: width of the MLP's input. neurons: MLP neurons.
-    config: the options (`PolyGLUConfig`), or pass its fields as keyword arguments.
+    placement: the block in which it is used; None outside of a model. config: the options (`PolyGLUConfig`), or pass
+    its fields as keyword arguments.
     """
 
     Config: ClassVar[type[PolyGLUConfig]] = PolyGLUConfig

@@ -1,4 +1,4 @@
-"""Schedules over a training: their progress, and the capacity at present.
+"""Schedules over a training: their progress, and the current capacity.
 
 A trainer advances schedules between optimizer steps, not in forward, which activation checkpointing repeats.
 """
@@ -136,7 +136,7 @@ class Capacity(nn.Module):
 
     final: the share after the warm-up. warmup: the length of the warm-up as a fraction of the training; 0 means no
     warm-up. shape: the shape of the fall, "linear" or "cosine". A warm-up lets a block learn on every token before it
-    has to choose; Mixture-of-Recursions (arXiv 2507.10524) has one as well. The present share is `now`.
+    has to choose; Mixture-of-Recursions (arXiv 2507.10524) has one as well. The current share is `now`.
     """
 
     def __init__(self, final: float, warmup: float = 0.0, shape: Shape = "linear") -> None:
@@ -146,7 +146,7 @@ class Capacity(nn.Module):
 
     @property
     def now(self) -> float:
-        """The present share of tokens: between 1 and `final` during a warm-up, else `final`."""
+        """The current share of tokens: between 1 and `final` during a warm-up, else `final`."""
         if self.progress is None:
             return self.final
         return between(1.0, self.final, self.progress.share, self.shape)

@@ -54,8 +54,8 @@ class ZeroNeurons(ActivationGroupRouter):
     """A router that keeps, for each token, the MLP neurons whose activation is not exactly 0; outputs do not change.
 
     In calls of one token, rows of the up projection and columns of the down projection of other neurons are not
-    multiplied. hidden_size: not used. neurons: number of MLP neurons. config: the options, or pass its fields as
-    keyword arguments.
+    multiplied. hidden_size: not used. neurons: number of MLP neurons. placement: the block in which it is used; None
+    outside of a model. config: the options, or pass its fields as keyword arguments.
     """
 
     Config: ClassVar[type[ZeroNeuronsConfig]] = ZeroNeuronsConfig

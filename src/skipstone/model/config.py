@@ -106,7 +106,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
             raise ValueError(f"head_directions must be a multiple of {GROUP} from {GROUP} to {most}, got {directions}")
 
     def _check_rope_numbers(self) -> None:
-        """Raise ValueError for RoPE parameters that are no numbers above 0, and for a missing factor of a scaling."""
+        """Raise ValueError for RoPE parameters that are not numbers above 0, and for a missing factor of a scaling."""
         for field in ("rope_parameters", "window_rope_parameters"):
             rope = getattr(self, field)
             if not isinstance(rope, dict):

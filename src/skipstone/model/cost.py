@@ -71,7 +71,7 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """The number of parameters of a model, and of parts of it.
+    """The numbers of parameters of a model and of its parts.
 
     total: all parameters of the model. embedding: parameters of token and position embeddings (a tied head adds none).
     mechanism: parameters of routers and other mechanisms, included in total. active: total without the experts that a

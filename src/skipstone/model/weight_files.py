@@ -62,7 +62,7 @@ def _is_inside(name: object) -> bool:
 def check_weight_files(folder: Path, *, quantised: bool) -> None:
     """Raise ValueError, which names the file, if transformers would misread the weights in `folder` or fail to.
 
-    That is: a damaged or missing file, an entry that is no tensor, one tensor in two files with different values
+    That is: a damaged or missing file, an entry that is not a tensor, one tensor in two files with different values
     (transformers takes the last one, whatever the index says), and, unless `quantised`, weights or biases that are
     integers or 8-bit floats: their scales are elsewhere, but transformers would take them for the values themselves.
     """

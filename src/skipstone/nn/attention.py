@@ -45,7 +45,7 @@ class AttentionShape:
     from its width; None means no norm. norm_over: what it normalises: "head" (each head, one shared weight),
     "each_head" (each head, with a weight of its own) or "all_heads" (all heads together). scale: factor on q k; None
     means 1/sqrt(head_dim). soft_cap: c, if scores become c tanh(score / c); None means no cap. window: number of slots
-    (positions in the row, skipped tokens counted) that a query sees, its own included; None means all of them.
+    (indices in the row, skipped tokens counted) that a query sees, its own included; None means all of them.
     """
 
     hidden_size: int
@@ -73,8 +73,9 @@ class Attention(nn.Module):
     """Causal self-attention, softmax(q k / sqrt(E)) v for heads of E features, with grouped key/value heads.
 
     A query sees keys of its own document in its own and earlier slots (a slot is a token's index in its row, padding
-    and skipped tokens counted); with `shape.window`, in the last slots only. shape: sizes and settings. config: read
-    only for the name of the attention implementation (`config._attn_implementation`). layer_idx: index of the block.
+    and skipped tokens counted); with `shape.window`, only in the last `shape.window` of these. shape: sizes and
+    settings. config: read only for the name of the attention implementation (`config._attn_implementation`). layer_idx:
+    index of the block.
     """
 
     is_causal = True

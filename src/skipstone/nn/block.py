@@ -56,8 +56,8 @@ class Block(GradientCheckpointingLayer):
     for each place in `SITES` (around a segment of blocks, the block, its attention, its MLP) the names of the
     mechanisms there, outermost first; those around a segment are in `mechanisms` of the segment's first block only.
     span: number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to
-    which this block belongs; None if there is no segment or this is its first block. turned_by: the
-    name of the rotary angles of its queries and keys, which stay its own when blocks are removed, copied or exchanged.
+    which this block belongs; None if there is no segment or this is its first block. turned_by: the name of the rotary
+    angles of its queries and keys; a block keeps them when blocks are removed, copied or exchanged.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
         """Return the residual stream after this block, [B, T, D], and the records of its mechanisms by name.
 
-        x_BTD: the stream before the block. tokens: the tokens' slots (positions in the row), padding and documents, and
+        x_BTD: the stream before the block. tokens: the tokens' slots (indices in the row), padding and documents, and
         how mechanisms decide. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None means no
         cache.
         """

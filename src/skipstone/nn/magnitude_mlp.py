@@ -88,7 +88,7 @@ class MagnitudeMLP(DivisibleMLP):
     def divisible(self) -> bool:
         """Whether slices of the weight matrices can be multiplied directly, without calling the linear layers.
 
-        Matrices that torchao has quantised cannot: they would be dequantised for every token.
+        Slices of matrices that torchao has quantised cannot: the matrices would be dequantised for every token.
         """
         return super().divisible and not any(map(is_quantised, self.matrices()))
 

@@ -24,7 +24,7 @@ class Places:
 
     of: the `CompiledRun` that made this object; no other may use it. kv: for each block, the store of keys, values and
     slots (indices in the row). sums: for each block, the store of the running sums of its activation mechanism, or
-    None. A deep copy or pickle of it is None, because the entries of a copied cache lie elsewhere.
+    None. A deep copy or pickle of this object is None, because the entries of a copied cache lie elsewhere.
     """
 
     def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:

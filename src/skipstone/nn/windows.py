@@ -19,7 +19,7 @@ from skipstone.core.tokens import Tokens
 def slot_mask(
     key_slot_BC: Tensor, key_document_BC: Tensor | None, queries: Tokens, window: int | None = None
 ) -> Tensor:
-    """Return the causal attention mask by slots (positions in the row), bool [B, 1, K, C]; True lets a query see a key.
+    """Return the causal attention mask by slots (indices in the row), bool [B, 1, K, C]; True lets a query see a key.
 
     key_slot_BC: int64, slots of C keys. key_document_BC: int64, their documents; None means one per row. queries: the K
     query tokens. window: number of slots that a query sees, its own included; None means all of them. A query sees keys
@@ -43,7 +43,7 @@ def slot_mask(
 def closes(window: int | None, tokens: Tokens) -> bool:
     """Return whether an attention window may hide any key of these rows from any query.
 
-    window: number of slots (positions in the row) that a query sees; None means all of them. tokens: the tokens of the
+    window: number of slots (indices in the row) that a query sees; None means all of them. tokens: the tokens of the
     call. True also if the host does not know the distances between slots (`tokens.reach` is None).
     """
     return window is not None and (tokens.reach is None or tokens.reach > window)

@@ -40,9 +40,9 @@ def multiplied(
 ) -> Tensor:
     """Return the product of few tokens x with a matrix, [..., O] in the dtype of x, on one thread or several.
 
-    rows: what computes a range of the outputs, such as `grouped_rows`. matrix: its first arguments, the addresses of
-    weights, scales and biases, and the number of scales. sizes: outputs and inputs. rounded: whether it is given the
-    tokens in int16.
+    rows: the kernel that computes a range of the outputs, such as `grouped_rows`. matrix: the kernel's first arguments,
+    which are the addresses of weights, scales and biases, and the number of scales. sizes: numbers of outputs and
+    inputs. rounded: whether the kernel takes the tokens in int16.
     """
     (outputs, inputs), given = sizes, _plain(x)
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)

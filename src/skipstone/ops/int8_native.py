@@ -60,7 +60,7 @@ def grouped_rows(
 
     weight_at, scale_at, bias_at: the addresses of int8 weights [O, I], of their fp32 scales and of fp32 biases (0:
     none). scales: scales per output. x_at, unit_at: the addresses of the int16 tokens and of the factors that restore
-    them. y_at: that of the fp32 outputs [N, O]. tokens, outputs, inputs: N, O and I, a multiple of 64.
+    them. y_at: the address of the fp32 outputs [N, O]. tokens, outputs, inputs: N, O and I, a multiple of 64.
     """
     y, unit = _lying(y_at, (tokens, outputs), SINGLE), _lying(unit_at, (tokens,), SINGLE)
     groups, stride, row = inputs // GROUP, 4 if scales > 1 else 0, 2 * inputs
@@ -107,7 +107,7 @@ def single_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that is no multiple of 64.
+    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that is not a multiple of 64.
 
     Compiled by numba. x_at: the address of the fp32 tokens. There is one scale for each row.
     """

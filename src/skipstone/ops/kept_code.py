@@ -39,7 +39,7 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
 
 
 class KeptCode(FunctionCache):  # type: ignore[misc]
-    """What numba keeps of one function, valid for as long as none of the `SOURCES` changes.
+    """The compiled code that numba keeps of one function, valid for as long as none of the `SOURCES` changes.
 
     function: the Python function. Raises RuntimeError if there is no folder that can be written to.
     """
@@ -52,7 +52,7 @@ class KeptCode(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled function, or None if it is not there or cannot be read.
 
-        sig, target_context: numba's types of the arguments, and for what it compiles.
+        sig: numba's types of the arguments. target_context: numba's description of the machine for which it compiles.
         """
         try:
             return super().load_overload(sig, target_context)
@@ -62,9 +62,9 @@ class KeptCode(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled function, unless that is impossible: then the next process compiles again.
+        """Keep a compiled function on disk; if that is impossible, the next process compiles it again.
 
-        sig, data: numba's types of the arguments, and what it has compiled.
+        sig: numba's types of the arguments. data: what numba has compiled for them.
         """
         with suppress(Exception):  # a full disk, or damage that cannot be removed
             super().save_overload(sig, data)

@@ -150,9 +150,10 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype of autocast, or as it is if that is off.
+    """Return x in the dtype of autocast, or x itself if autocast is off.
 
-    Several products with the result save one copy of it for the backward pass, where each would save one of its own.
+    Several products with the result then share one saved copy of it for the backward pass; otherwise each would save
+    its own.
     """
     kind = x.device.type
     casts = under_autocast(kind) and x.dtype != torch.float64  # autocast does not convert fp64 either

@@ -221,7 +221,8 @@ integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleTyp
 def call(context, address, given):  # type: ignore[no-untyped-def]
     """Call a `Unit` by its address; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. address: the unit's. given: its arguments, a tuple of int64.
+    context: supplied by numba, not by the caller. address: what `Unit.address` returned for the unit. given: the unit's
+    arguments, a tuple of int64.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]

@@ -49,7 +49,7 @@ def _read(file: Path) -> tuple[str, Points]:
 
 
 def _of_today(point: PlainMapping) -> PlainDict:
-    """Return the point under the present names; versions before 0.2 called the target `asked`."""
+    """Return the point under the current names; versions before 0.2 called the target `asked`."""
     return {"target" if key == "asked" else key: value for key, value in point.items()}
 
 

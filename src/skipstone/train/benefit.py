@@ -80,9 +80,9 @@ def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], st
 def measured_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> Iterator[None]:
     """Measure by how much a block lowers the loss of each token, and provide it to passes inside a `with` block.
 
-    The values, those of `measure_benefit`, are in `model.decoder.benefits`, from which routers read their targets; it
-    is emptied on leaving. batch: the training batch, by name. step: the optimizer step, which chooses the block and
-    seeds the measurement.
+    The values are as `measure_benefit` returns them. They are in `model.decoder.benefits`, from which routers read
+    their targets; it is emptied on leaving. batch: the training batch, by name. step: the optimizer step, which chooses
+    the block and seeds the measurement.
     """
     model.decoder.benefits = measure_benefit(model, batch, step)
     try:

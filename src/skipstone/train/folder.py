@@ -137,7 +137,7 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
 def check_data(folder: Path, data: str | None) -> None:
     """Raise ValueError if the data have changed since the run in `folder` began.
 
-    data: fingerprint of the present data; None if they have none. Runs of earlier releases know the fingerprint of
+    data: fingerprint of the data as it is now; None if they have none. Runs of earlier releases know the fingerprint of
     sharded data only; without a known fingerprint nothing is checked.
     """
     known = Run(folder).environment().get(DATA)

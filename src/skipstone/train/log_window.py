@@ -22,7 +22,7 @@ class LogWindow:
     """Sums of losses, tokens and seconds for the next log line; adding to them never causes a host sync.
 
     device: where the losses are summed. sums: fp32 [2], the token loss and the auxiliary loss in this process. began:
-    the step after which the present window began. tokens: tokens of the window over all processes. skipped: steps of
+    the step after which the current window began. tokens: tokens of the window over all processes. skipped: steps of
     the window that were skipped because their numbers were not finite. seconds: time of the window without evaluation
     and saving. total_tokens, total_skipped, total_seconds: the same three quantities over the whole training.
     """
@@ -51,7 +51,7 @@ class LogWindow:
         self._before = (self.sums.clone(), self.tokens, self.total_tokens)
 
     def skip_step(self) -> None:
-        """Remove the present step from the sums and count it as skipped, because its numbers are not finite."""
+        """Remove the current step from the sums and count it as skipped, because its numbers are not finite."""
         sums, self.tokens, self.total_tokens = self._before
         self.sums.copy_(sums)
         self.skipped += 1

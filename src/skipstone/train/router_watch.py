@@ -36,7 +36,7 @@ class RouterWatch:
 
     Each warning is given once. Decisions are examined in every tenth step (more often in a training of less than 1,000
     steps). The gain over chance is measured for one block at a time in two extra forward passes over a few rows of the
-    present micro-batch: one with the tokens that the router has kept, and one with as many tokens drawn at random,
+    current micro-batch: one with the tokens that the router has kept, and one with as many tokens drawn at random,
     without gradients, dropout or noise. The interval between measurements is chosen so that they take 0.4 % of the
     training time. No random number of the training is drawn, so the watch changes no result. Blocks with several depth
     mechanisms, and gates that only scale updates and skip nothing, are not compared with chance.

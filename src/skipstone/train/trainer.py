@@ -198,7 +198,7 @@ class RunTrainer(RoutingTrainer):
         return None
 
     def _forget_step(self, model: nn.Module) -> None:
-        """Drop the present step's gradients, log sums and routing statistics, so that it changes nothing."""
+        """Drop the current step's gradients, log sums and routing statistics, so that it changes nothing."""
         for parameter in model.parameters():
             parameter.grad = None  # the optimizer passes over parameters without a gradient
         self.routing.forget()

@@ -227,9 +227,9 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return figures of each arm and text that follow from all arms of a seed; {} without the source.
 
-    The result is {arm: {"by_text": {text: {"share": FLOPs relative to the source's, "perplexity": that of the arm,
-    "over": this perplexity relative to that of the tuned source (or the source, if none was tuned), minus 1}}}}.
-    figures: the figures of all arms with one seed, by arm.
+    The result is {arm: {"by_text": {text: {"share": FLOPs relative to the source's, "perplexity": the perplexity of the
+    arm, "over": the arm's perplexity divided by that of the tuned source (or the source, if none was tuned), minus
+    1}}}}. figures: the figures of all arms with one seed, by arm.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)

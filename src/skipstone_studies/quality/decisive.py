@@ -151,7 +151,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm the claims that its test loss is .02 nats below dense-8's and below that of random tokens.
 
     figures: the figures of every run, by arm and seed. The verdict is "no headroom" if the dense model of 8 blocks is
-    not better than that of 5, because then depth does not pay.
+    not better than the dense model of 5 blocks, because then depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 

@@ -106,7 +106,9 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: what 3 more blocks gain by width and length, and the learning rates.
+    """Return the Markdown below the table: what 3 more blocks gain in each setting, and the learning rates.
+
+    A setting is a width and a training budget.
 
     figures: the figures of every run, by arm and seed.
     """

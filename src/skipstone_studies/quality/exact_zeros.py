@@ -1,4 +1,4 @@
-"""Exact zeros behind ReLU: the loss of models that read fewer bytes of their MLPs for a decoded token, without error.
+"""Exact zeros after ReLU: the loss of models that read fewer bytes of their MLPs for a decoded token, without error.
 
 The weights of a neuron whose activation is exactly 0 need not be read.
 """

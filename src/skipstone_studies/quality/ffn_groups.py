@@ -71,8 +71,8 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run folder: training, evaluation, the MLPs' FLOPs, and TEAL's losses.
 
     Keys: `training` and `evaluation` (`measure.standard`); `mlp_flops`, the MLPs' forward FLOPs per token; for models
-    without neuron groups, `teal`, by the share of the MLPs' inputs that TEAL does not set to 0: as `loss` that of the
-    model in nats per token, as `executed` the share of the MLPs' multiplications whose input is not 0.
+    without neuron groups, `teal`: {share of the MLPs' inputs that TEAL does not set to 0: {"loss": the model's loss in
+    nats per token, "executed": the share of the MLPs' multiplications whose input is not 0}}.
     """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)

@@ -86,7 +86,7 @@ def measured(recipe: RecipeDict) -> Figures:
     """Measure one way to decode a checkpoint with less work.
 
     recipe: an entry of `arms`, with the keys "way", "source" (name of the checkpoint), "prompt" and "new" (tokens),
-    "turns", "threads", and options of the way. Keys of the result: `distance`, that of its predictions from the
+    "turns", "threads", and options of the way. Keys of the result: `distance`, how far its predictions are from the
     source's (`rivals.source.distance`; empty for ways that change no prediction); `bytes` of weights that decoding one
     token reads; `share`, these bytes relative to those of the source in fp32; `speed`, the result of `speed`, absent
     for ways that only compute what leaving out weights would give; `guessed`, with a draft, the share of the tokens

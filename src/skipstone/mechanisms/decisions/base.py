@@ -19,6 +19,8 @@ from skipstone.ops import reference as ops
 class Decision(nn.Module):
     """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
+    The constructor takes what every decision may need: the capacity (a share of tokens, or its schedule), the width of
+    the hidden states, and the arguments of `build_decision` by these names: seed, threshold, norm, noise_key.
     is_causal: whether it can be made without later tokens, as generation requires. static: whether the number of kept
     tokens is known in training before the scores are, so that the CPU need not wait for the GPU to gather them.
     has_loss: whether it adds an auxiliary loss. trains_router: whether this loss sends gradients into the router.

@@ -138,9 +138,9 @@ def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokeniz
 class Boundary(Decision):
     """A decision that keeps tokens at word boundaries, recognised by their ids, and each document's first token.
 
-    boundary: the options; None means the defaults. seed: the seed of the pattern of positions that are kept too during
-    a warm-up of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table are not. With
-    bytes and the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
+    width: not used. boundary: the options; None means the defaults. seed: the seed of the pattern of positions that are
+    kept too during a warm-up of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table
+    are not. With bytes and the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
     """
 
     is_causal = True

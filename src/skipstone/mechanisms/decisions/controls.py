@@ -30,8 +30,8 @@ class Random(Decision):
     """A control that keeps random tokens at the rate `capacity`.
 
     With noise, as in training, they are drawn anew in each pass; without, as in evaluation and generation, a fixed
-    pseudo-random pattern of positions is kept. seed: the seed of this pattern; blocks with different seeds keep
-    different tokens.
+    pseudo-random pattern of positions is kept. width: not used. seed: the seed of this pattern; blocks with different
+    seeds keep different tokens.
     """
 
     is_causal = True

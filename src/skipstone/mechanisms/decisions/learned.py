@@ -115,10 +115,11 @@ class Predictor(Decision):
 class ThresholdP(Decision):
     """A decision that keeps tokens with sigmoid(score) > p, in training and generation alike.
 
-    threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a threshold. How many tokens
-    are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls the load, the share of a row's tokens
-    that is kept, to the capacity. The load has the gradient of the row's mean of sigmoid(score). The coefficient of the
-    loss, the mechanism's `auxiliary_weight`, must be large enough to outweigh the language-model loss.
+    width: not used. threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a
+    threshold. How many tokens are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls the load, the
+    share of a row's tokens that is kept, to the capacity. The load has the gradient of the row's mean of
+    sigmoid(score). The coefficient of the loss, the mechanism's `auxiliary_weight`, must be large enough to outweigh
+    the language-model loss.
     """
 
     is_causal = True

@@ -1,4 +1,4 @@
-"""Cohere's Command R, Aya and Command A: attention and MLP in parallel behind one norm, scaled logits.
+"""Cohere's Command R, Aya and Command A: attention and MLP in parallel after one norm, scaled logits.
 
 RoPE turns neighbouring features. Command R+ has a norm of queries and keys with a weight for each head; in Command R7B
 and Command A (`cohere2`), the blocks with a window have RoPE and the others have no positions.

@@ -51,7 +51,7 @@ class Bench:
         self.release()
 
     def write(self) -> None:
-        """Write everything that was measured so far."""
+        """Write everything that was measured so far to the file `out`."""
         write_whole(self.out, json.dumps({"measurements": self.found, "failures": self.failures}))
 
     def release(self) -> None:

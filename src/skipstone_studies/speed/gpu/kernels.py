@@ -73,7 +73,7 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
     """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
 
-    dtype: that of the gate values. per_row: whether static logits differ between rows. per_token: whether dynamic
+    dtype: the dtype of the gate values. per_row: whether static logits differ between rows. per_token: whether dynamic
     logits differ between tokens. Returns the errors of the result and of every gradient (`compared`). Raises ValueError
     without Triton.
     """
@@ -87,8 +87,8 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
 def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
     """Compare a mixture of experts by grouped products with the reference.
 
-    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: that of inputs and matrices. Returns
-    the errors of the result and of every gradient (`compared`).
+    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: the dtype of inputs and matrices.
+    Returns the errors of the result and of every gradient (`compared`).
     """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]

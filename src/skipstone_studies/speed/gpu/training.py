@@ -31,9 +31,9 @@ def both(bench: Bench, way: str) -> PlainDict:
     """Time training steps of the dense and the routed model in turns.
 
     way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the result: `dense_ms` and `routed_ms`; `time`,
-    their ratio, and `flops`, that of the FLOPs by the cost model, both routed relative to dense; `tokens_per_second` of
-    the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second relative to the GPU's peak, if it is known; on a
-    GPU `peak_gb`.
+    the routed milliseconds divided by the dense ones; `flops`, the same ratio of the FLOPs by the cost model;
+    `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second relative to the GPU's peak,
+    if it is known; on a GPU `peak_gb`.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}

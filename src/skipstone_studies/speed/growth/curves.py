@@ -63,9 +63,9 @@ def with_exponents(points: list[dict[str, float]]) -> Figures:
 
     points: in order of size, each with `size`, `seconds` (CPU), `flops` (by `causal_flops`), `peak` (bytes of peak
     memory) and `bytes` (of the largest tensors that a pass holds at once). Keys of the result: `points`; `exponents` of
-    all but the size, fitted to the last three points; `apart`, as `time` the exponent of the seconds minus that of the
-    FLOPs, and as `memory` that of the peak minus that of the bytes; `rate`, the GFLOP/s of the `first` and the `last`
-    point and their `exponent`; `seconds` and `peak_mb` of the last point.
+    all but the size, fitted to the last three points; `apart`, {"time": exponent of the seconds minus exponent of the
+    FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the GFLOP/s of the `first` and the
+    `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
     """
     ends = points[-LAST:]
     sizes = [point["size"] for point in ends]
@@ -134,7 +134,7 @@ def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
 
 
 def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
-    """Build a model with random weights in the sizes of a curve's point.
+    """Build a model with random weights for one point of a cost curve.
 
     recipe: has the keys "seed", "model" (a key of `MODELS`), "width", "blocks", "context" and "vocabulary".
     """

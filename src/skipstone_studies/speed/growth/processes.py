@@ -31,8 +31,8 @@ def measured(recipe: RecipeDict) -> Figures:
     """Measure a training step under FSDP2 by 1, 2 and 4 processes of this machine (gloo), which divide its rows.
 
     recipe: an entry of `arms` with a key "seed". The result is that of `curves.with_exponents`, with the number of
-    processes as the size; seconds are the CPU seconds of the process that spends most, memory that of the process that
-    uses most. Ideally both fall in proportion to the number of processes.
+    processes as the size; the seconds are CPU seconds of the process that spends most, and the memory is what the
+    process that uses most has used. Ideally both fall in proportion to the number of processes.
     """
     return with_exponents([_point(recipe, count) for count in recipe["values"]])
 
