@@ -30,7 +30,7 @@ with app.setup:
     from skipstone.core.tokens import Tokens, real_mask
     from skipstone.measure.trace import trace_tokens
     from skipstone.mechanisms import DEPTH, DepthMechanism, Placement, register
-    from skipstone.mechanisms.gating import gate, is_hard
+    from skipstone.mechanisms.gating import apply_gate, is_hard
     from skipstone.ops import score_linear
     from skipstone.report import show_trace
     from skipstone.train import RoutingTrainer
@@ -91,7 +91,7 @@ class Sluice(DepthMechanism):
         if is_hard("hard", tokens):  # in training the gain is soft, and every token is computed
             kept_BT = open_BT > self.config.threshold if tokens.forced_BT is None else tokens.forced_BT
             kept_BT = kept_BT & reached_BT
-        delta_BTD, inner = gate(update, x_BTD, tokens, open_BT, kept_BT)
+        delta_BTD, inner = apply_gate(update, x_BTD, tokens, open_BT, kept_BT)
         shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,

@@ -35,7 +35,7 @@ from skipstone.evaluate.budget_curve import calibrate_run
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.generate.text_generation import stream_text
 from skipstone.mechanisms import DEPTH, DepthMechanism, Placement, register
-from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.gating import apply_gate, is_hard
 from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.ops import score_linear
 from skipstone.report.rendering import write_report
@@ -97,7 +97,7 @@ class Valve(DepthMechanism):
             least = OptionThreshold(self, keeps_above=True).get()
             kept_BT = score_BT > least if tokens.forced_BT is None else tokens.forced_BT
             kept_BT = kept_BT & reached_BT
-        delta_BTD, inner = gate(update, x_BTD, tokens, open_BT, kept_BT)
+        delta_BTD, inner = apply_gate(update, x_BTD, tokens, open_BT, kept_BT)
         shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,

@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 from skipstone.ops import workers
 from skipstone.ops.decode_step_native import compiled
 from skipstone.ops.magnitude_native import Array, _lying
-from skipstone.ops.workers import BARRIER, doubles, integers, part_of, parts_of, team, wait
+from skipstone.ops.workers import BARRIER, GIVEN, integers, part_of, parts_of, team, wait
 
 ROUNDS = 200
 
@@ -31,7 +31,8 @@ def _told(seen: Array, written: Array, part: int, parts: int, barrier: int, fact
 
 @team
 def told(packet: int) -> None:
-    (seen_at, written_at, rounds), (factor,) = integers(packet, 0, 3), doubles(packet, 3, 1)
+    seen_at, written_at, rounds = integers(packet, 0, 3)
+    factor = _lying(packet + GIVEN, (4,), np.float64(0))[3]
     part, parts = part_of(packet), parts_of(packet)
     seen, written = _lying(seen_at, (rounds, 8), np.float64(0)), _lying(written_at, (2, 8), np.float64(0))
     _told(seen, written, part, parts, packet + BARRIER, factor)

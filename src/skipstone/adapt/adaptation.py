@@ -16,7 +16,7 @@ from skipstone.adapt import flop_budget as budgets
 from skipstone.adapt import stages
 from skipstone.adapt.adapt_recipe import AdaptRecipe, read_recipe
 from skipstone.adapt.adapt_trainer import AdaptTrainer, on_device
-from skipstone.adapt.plan import AdaptPlan, check_early, prepare_plan, say
+from skipstone.adapt.plan import AdaptPlan, announce, check_early, prepare_plan
 from skipstone.core import checksums
 from skipstone.core.atomic_write import write_json
 from skipstone.core.sealed import sealed
@@ -150,10 +150,10 @@ def _finish(plan: AdaptPlan, tuner: Any, folder: Path, trainer: RunTrainer) -> N
     more = {"neutral_start": plan.record["neutral_start"], "executed_share": reached, "budget": asked}
     if model.config.neuron_groups is not None:  # which save where one token is computed at a time
         more["decoding_share"] = round(model.cost(tokens=1, past=plan.recipe.data.context).ratio, 4)
-        say(f"in decoding: {more['decoding_share']:.1%} of the dense FLOPs a token")
+        announce(f"in decoding: {more['decoding_share']:.1%} of the dense FLOPs a token")
     if asked is not None and reached is not None:
         within = abs(reached / asked - 1) <= budgets.WITHIN
-        say(f"executed: {reached:.1%} of the dense FLOPs a token, budget {asked:.1%}")
+        announce(f"executed: {reached:.1%} of the dense FLOPs a token, budget {asked:.1%}")
         more["within_budget"] = within
         if not within:
             warnings.warn(f"the budget of {asked:.1%} was missed: {reached:.1%} is executed", stacklevel=2)

@@ -56,5 +56,5 @@ def export(
             tokenizer = loaded.run.load_tokenizer()
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            checksums.record(partial, checksums.but_cards(partial))
+            checksums.record(partial, checksums.all_but_model_cards(partial))
     return changed

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from skipstone.adapt.self_generated import begin
 from skipstone.core.atomic_write import complete
-from skipstone.core.checksums import but_cards, record
+from skipstone.core.checksums import all_but_model_cards, record
 from skipstone.core.plain_text import read_text
 from skipstone.core.progress_bar import stages
 from skipstone.generate import generate
@@ -75,7 +75,7 @@ def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | Non
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_card(model, partial, title=out.name, source=source)
-        record(partial, but_cards(partial))
+        record(partial, all_but_model_cards(partial))
 
 
 def _calibration(model: SkipstoneForCausalLM, tokenizer: Any, head: HeadCandidates, source: str) -> Tensor:

@@ -80,8 +80,8 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Ad
     neutral = student.neutral_start(model, base, rows[:NEUTRAL_ROWS])
     chosen = {e.kind: list(e.layers) for e in config.mechanism_entries if isinstance(e.get("layers"), list)}
     if scores is not None:
-        say(influence.table(scores, {"drop_layers": dropped} if dropped else chosen))
-    say(str(neutral))
+        announce(influence.table(scores, {"drop_layers": dropped} if dropped else chosen))
+    announce(str(neutral))
     neutral.require(recipe.adapt.tolerance)
     record = {
         "source": source,
@@ -212,7 +212,7 @@ def _config(
         entry["capacity"] = capacity
     config = SkipstoneConfig.from_plain(values)
     what = f"capacity {capacity:g}" if capacity is not None else f"gates let {passing:.1%} of tokens pass"
-    say(f"budget: {budget:.1%} of the dense FLOPs a token at {recipe.data.context} tokens; {what}")
+    announce(f"budget: {budget:.1%} of the dense FLOPs a token at {recipe.data.context} tokens; {what}")
     return config, capacity, passing
 
 
@@ -225,7 +225,7 @@ def _check_streams(model: SkipstoneForCausalLM, teacher: SkipstoneForCausalLM) -
         )
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     """Print `text` to stderr, from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, file=sys.stderr)  # noqa: T201

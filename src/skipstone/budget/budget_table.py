@@ -157,7 +157,7 @@ class BudgetTable:
 
         Raises FileExistsError if there is a table already, OSError or `WriteError` if the file cannot be written.
         """
-        path = self.refuse(folder)
+        path = self.free_path(folder)
         write_whole(path, json.dumps(sealed(asdict(self)), indent=1) + "\n")
         return path
 
@@ -170,7 +170,7 @@ class BudgetTable:
         return next((path for name in (FILE, LEGACY) if (path := Path(folder) / name).is_file()), None)
 
     @classmethod
-    def refuse(cls, folder: str | Path) -> Path:
+    def free_path(cls, folder: str | Path) -> Path:
         """Return the path that `save` would write in `folder`, after checking that it may be written.
 
         Raises FileExistsError if there is a table already, OSError or `WriteError` if no file can be created there.

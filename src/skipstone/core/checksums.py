@@ -40,7 +40,7 @@ def record(folder: Path, paths: Iterable[Path] | None = None) -> None:
         (folder / FILES).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
 
 
-def but_cards(folder: Path) -> list[Path]:
+def all_but_model_cards(folder: Path) -> list[Path]:
     """Return all files below `folder` except model cards (`*.md`), which people edit and no program reads again."""
     return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
 

@@ -150,7 +150,7 @@ def calibrate_run(
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()
-    BudgetTable.refuse(where)
+    BudgetTable.free_path(where)
     if loaded.data is None:
         raise ValueError(f"{folder} is a saved model without a recipe; name the corpus to calibrate on")
     budget_table = _calibrated(loaded, "train", rows)

@@ -272,5 +272,5 @@ def _write(folder: Path, candidates: int) -> str:
     values["head_candidates"] = candidates
     write_whole(path, json.dumps(values, indent=2) + "\n")
     if (folder / checksums.FILES).is_file():
-        checksums.record(folder, checksums.but_cards(folder))
+        checksums.record(folder, checksums.all_but_model_cards(folder))
     return f"head_candidates {candidates} in {path.name}"

@@ -44,12 +44,12 @@ class OneTable:
         return markdown([self.section()])
 
     def table(self) -> Table:
-        """Return the table for a terminal."""
+        """Return the table as an object of rich, for printing on a terminal."""
         return rich_table([self.section()])
 
 
 def rich_table(sections: Iterable[Section]) -> Table:
-    """Lay out all sections, one below the other, for a terminal."""
+    """Return all sections, one below the other, as an object of rich, for printing on a terminal."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,8 +1,8 @@
-"""Contexts that the gates of PolyGLU and of neuron groups read: means of projected tokens over the row or the past.
+"""Contexts that the routers of PolyGLU and of neuron groups read: means of projected tokens over the row or the past.
 
-The gate's first layer is linear, so projecting and then averaging equals averaging and then projecting. The cache then
-keeps 32 sums per token instead of the whole width, and cropping and reordering it stay exact. Only tokens that reach
-the gate are counted: means leave out padding and tokens that an outer mechanism skips.
+The router's first layer is linear, so projecting and then averaging equals averaging and then projecting. The cache
+then keeps 32 sums per token instead of the whole width, and cropping and reordering it stay exact. Only tokens that
+reach the router are counted: means leave out padding and tokens that an outer mechanism skips.
 
 All means are fp32 [B, T, R]; `sequence_mean` is [B, 1, R] if each row is one document. The last entry of a sum is its
 number of tokens (with decay, their sum of weights).
@@ -25,10 +25,10 @@ from skipstone.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Memory:
-    """The running sums that a gate stored in the KV cache in earlier calls; empty without a cache.
+    """The running sums that a router stored in the KV cache in earlier calls; empty without a cache.
 
-    tokens: the tokens of the current call. cache: the cache of this layer, or None. name: the name under which the gate
-    stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
+    tokens: the tokens of the current call. cache: the cache of this layer, or None. name: the name under which the
+    router stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
     """
 
     tokens: Tokens

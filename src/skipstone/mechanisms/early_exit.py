@@ -24,7 +24,7 @@ from skipstone.core.stream_gate import EVERY, Line, StreamGate
 from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
-from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.gating import apply_gate, is_hard
 from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import LinearRouter, scorer_of
 from skipstone.ops import reference as ops
@@ -121,7 +121,7 @@ class EarlyExit(DepthMechanism):
         if is_hard(self.config.execution, tokens):
             kept_BT = survival_BT > self.config.threshold if tokens.forced_BT is None else tokens.forced_BT
             kept_BT = reached_BT & kept_BT
-        delta_BTD, inner = gate(update, x_BTD, tokens, survival_BT, kept_BT)
+        delta_BTD, inner = apply_gate(update, x_BTD, tokens, survival_BT, kept_BT)
         shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,

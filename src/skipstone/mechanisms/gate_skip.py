@@ -28,7 +28,7 @@ from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import EmaThreshold
-from skipstone.mechanisms.gating import gate, is_hard
+from skipstone.mechanisms.gating import apply_gate, is_hard
 from skipstone.mechanisms.routers import LinearRouter
 from skipstone.mechanisms.schedules import require_capacity
 
@@ -107,7 +107,7 @@ class GateSkip(DepthMechanism):
         mean_BT = open_BTG.mean(-1)
         score_BT, reached_BT = torch.logit(mean_BT.detach(), eps=EPSILON), real_mask(tokens, mean_BT)
         kept_BT = reached_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None
-        delta_BTD, inner = gate(update, x_BTD, tokens, None, kept_BT, self.capacity)
+        delta_BTD, inner = apply_gate(update, x_BTD, tokens, None, kept_BT, self.capacity)
         shown_BT = reached_BT if kept_BT is None else kept_BT
         records = self.record(
             score_BT=score_BT,

@@ -22,7 +22,7 @@ def is_hard(execution: str, tokens: Tokens) -> bool:
     return tokens.forced_BT is not None or (execution == "hard" and tokens.mode.routing == "causal")
 
 
-def gate(
+def apply_gate(
     update: Update,
     x_BTD: Tensor,
     tokens: Tokens,

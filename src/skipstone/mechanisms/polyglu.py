@@ -11,8 +11,8 @@ deterministic. alpha is `preference_scale` times `preference_bias`, whose name e
 step of an adaptive optimizer does not depend on the size of the gradient, alpha moves `preference_scale` times as fast
 as other weights. tau is a buffer that the trainer anneals.
 
-A price on neurons that are on (`price`) draws neurons to ReLU whose gates are often negative, because only ReLU is then
-exactly 0. Hardened, such a model leaves these neurons out when it decodes (`zeros.py`):
+A price on neurons that are on (`price`) draws neurons to ReLU whose pre-activations W_gate x are often negative,
+because only ReLU is then exactly 0. Hardened, such a model leaves these neurons out when it decodes (`zeros.py`):
 
     on     = mean over neurons of 1 - g_relu * P(gate <= 0)    without noise; P over the tokens of the pass, a constant
     loss  += price * on
@@ -56,16 +56,16 @@ SUMS = {"running_mean": 1, "exponential_mean": 1, "chunk": 2}  # sums per token 
 
 @dataclass(frozen=True, kw_only=True)
 class PolyGLUConfig:
-    """The options of PolyGLU, in which a gate mixes several activation functions in each neuron.
+    """The options of PolyGLU, in which a router mixes several activation functions in each neuron.
 
-    context: the gate's input at a token. "running_mean": the mean of the document's tokens so far; "exponential_mean":
-    the same with weight decay^n for a token n back; "token": the token alone; "chunk": the mean of all earlier chunks
-    of chunk_size tokens, 0 in the first; "sequence": the mean of the whole document as in the paper, which includes
-    later tokens and cannot generate. decay: the decay of "exponential_mean", in (0, 1). tau_start, tau_end: softmax
-    temperature at the start and the end of the training. noise: whether training adds Gumbel noise to the logits.
-    router_width: hidden width of the gate. preference_scale: factor between a neuron's preference parameters and its
-    logits; above 1, preferences learn faster. price: coefficient of an auxiliary loss on the expected share of neurons
-    with a nonzero activation.
+    context: the router's input at a token. "running_mean": the mean of the document's tokens so far;
+    "exponential_mean": the same with weight decay^n for a token n back; "token": the token alone; "chunk": the mean of
+    all earlier chunks of chunk_size tokens, 0 in the first; "sequence": the mean of the whole document as in the paper,
+    which includes later tokens and cannot generate. decay: the decay of "exponential_mean", in (0, 1). tau_start,
+    tau_end: softmax temperature at the start and the end of the training. noise: whether training adds Gumbel noise to
+    the logits. router_width: hidden width of the router. preference_scale: factor between a neuron's preference
+    parameters and its logits; above 1, preferences learn faster. price: coefficient of an auxiliary loss on the
+    expected share of neurons with a nonzero activation.
     """
 
     context: Context = "running_mean"
@@ -135,9 +135,10 @@ class PolyGLU(MixFigures, Activation):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw small random weights for the gate, and set all other parameters so that functions are mixed evenly.
+        """Draw small random weights for the router, and set all other parameters so that functions are mixed evenly.
 
-        Preferences and biases become 0, the factor on the gate's logits 1, and the temperature tau becomes `tau_start`.
+        Preferences and biases become 0, the factor on the router's logits 1, and the temperature tau becomes
+        `tau_start`.
         """
         for parameter in (self.preference_bias, self.context_bias, self.mix_bias):
             init.zeros_(parameter)
@@ -304,7 +305,7 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return how many bytes of its own the gate caches for a row of `tokens` tokens.
+        """Return how many bytes of its own the router caches for a row of `tokens` tokens.
 
         For each token it stores sums of the projected inputs so far and their count, fp32, and the token's index,
         int64; nothing if its context needs no sums.

@@ -31,7 +31,7 @@ from skipstone.core.threshold import ScoreThreshold
 from skipstone.core.tokens import Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.decisions import DECISIONS, Decision, build_decision
-from skipstone.mechanisms.gating import gate, is_hard, straight_through
+from skipstone.mechanisms.gating import apply_gate, is_hard, straight_through
 from skipstone.mechanisms.guidance import guided
 from skipstone.mechanisms.option_threshold import OptionThreshold
 from skipstone.mechanisms.routers import ConstantRouter, MLPRouter, hidden_width, scorer_of
@@ -217,7 +217,7 @@ class TokenSelective(DepthMechanism):
         if kept_BT is not None and self.config.kv == "kept":
             delta_BTD, inner = self._alone(update, x_BTD, tokens, gain_BT, kept_BT)
         else:
-            delta_BTD, inner = gate(update, x_BTD, tokens, gain_BT, kept_BT, self.capacity)
+            delta_BTD, inner = apply_gate(update, x_BTD, tokens, gain_BT, kept_BT, self.capacity)
         loss_BT = open_BT * (self.config.depth_weight / self.placement.count)
         if self.config.guidance and self._share < 1 and self._trains(tokens):
             delta_BTD, guided_BT = guided(delta_BTD, score_BT, reached_BT, self._share)

@@ -95,7 +95,7 @@ def _kind(x: Tensor) -> str:
 def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int]) -> None:
     """Raise ValueError unless a cache was made for this model and this batch.
 
-    cache: the argument `past_key_values`. blocks: the numbers of layers that the cache may have. rows: the batch size,
+    cache: the argument `past_key_values`. blocks: the possible numbers of layers of the cache. rows: the batch size,
     which a cache with content must have. heads: number of key/value heads and their size, which cached keys must have.
     Offloaded caches are refused.
     """

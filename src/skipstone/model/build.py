@@ -109,7 +109,7 @@ class Blocks(nn.ModuleList):
 
 
 def quantised_layers(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Replace the linear layers and the token embedding below a decoder by layers of the configured weight format."""
+    """Replace the linear layers and the token embedding below `module` by layers of the format that `config` names."""
     if config.weight_format == "int4":
         int4_layers(module, config.weight_group, config.weight_int8 or ())
     else:

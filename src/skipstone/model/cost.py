@@ -43,7 +43,7 @@ class Flops:
 
     attention_linear: the projections of queries, keys, values and outputs. attention_score: products of queries and
     keys, and of attention weights and values. mlp: the MLP's matrices. router: what mechanisms compute themselves,
-    PolyGLU's gate included. head: the output head.
+    PolyGLU's router included. head: the output head.
     """
 
     attention_linear: float = 0

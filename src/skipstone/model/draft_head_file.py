@@ -37,7 +37,7 @@ def require_draft_head(folder: str | Path) -> Path:
 def refuse_draft_head(folder: str | Path) -> None:
     """Raise an error if no draft head can be saved in a folder.
 
-    It is FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written.
+    Raises FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written.
     Weights without their description do not count as a head: a killed process has left them.
     """
     path = Path(folder) / ABOUT

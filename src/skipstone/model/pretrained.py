@@ -165,7 +165,7 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
                 tokenizer.save_pretrained(partial)
             write_card(model, partial, title=Path(out).name, source=_public(name, gguf_file))
             next(stage)
-            checksums.record(partial, checksums.but_cards(partial))
+            checksums.record(partial, checksums.all_but_model_cards(partial))
 
 
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:

@@ -17,9 +17,9 @@ def check_folder(folder: Path) -> None:
     """Raise ValueError if the files of a checkpoint folder are damaged or would be read wrongly.
 
     It finds git-lfs pointers, files that differ from the checksums in the folder's `files.json` or from the SHA-256 in
-    their name in the hub's cache (files up to 256 MiB), a config.json or generation_config.json that holds no JSON
-    object, an adapter beside a whole model, and special token ids that are not integers. Nothing is checked if `folder`
-    is a hub name and not a folder.
+    their name in the hub's cache (files up to 256 MiB), a config.json or generation_config.json that does not hold a
+    JSON object, an adapter beside a whole model, and special token ids that are not integers. Nothing is checked if
+    `folder` is a hub name and not a folder.
     """
     if not folder.is_dir():
         return

@@ -62,7 +62,7 @@ class _Mix(torch.autograd.Function):
             shares.weigh(b, at, work[:4], total_NF)
             for k, value in enumerate(_VALUES):
                 value(g_NF, h_NF)
-                _add_product(y_NF, w[k], h_NF, first=k == 0)
+                _multiply_add(y_NF, w[k], h_NF, first=k == 0)
             out[b, at] = y_NF.div_(total_NF)
         return out
 
@@ -77,7 +77,7 @@ class _Mix(torch.autograd.Function):
             shares.weigh(b, at, work[:4], total_NF)
             for k, value in enumerate(_VALUES):
                 value(g_NF, h[k])
-                _add_product(y_NF, w[k], h[k], first=k == 0)
+                _multiply_add(y_NF, w[k], h[k], first=k == 0)
             y_NF.div_(total_NF)
             work[:4].mul_(torch.div(grad[b, at].float(), total_NF, out=total_NF))  # dy p_k
             for k, slope in enumerate(_SLOPES):
@@ -179,7 +179,7 @@ def _chunks(gate: Tensor, parts: int) -> Iterator[tuple[int, slice, Tensor, list
             yield (b, at, work, whole) if rest is None else (b, at, rest, list(rest))
 
 
-def _add_product(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> None:
+def _multiply_add(sum_NF: Tensor, x_NF: Tensor, y_NF: Tensor, *, first: bool) -> None:
     """Add x_NF * y_NF to sum_NF in place; if `first`, write it there instead."""
     if first:
         torch.mul(x_NF, y_NF, out=sum_NF)

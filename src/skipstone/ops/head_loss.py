@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from skipstone.ops.reference import wide, wide_dtype
+from skipstone.ops.reference import add_matmul, wide, wide_dtype
 
 IGNORED = -100  # target of a token that is not predicted
 
@@ -202,7 +202,7 @@ def _forward(
         if d_x_ND is not None:
             torch.mm(d_logits_CV, weight_VD, out=d_x_ND[at])
         if d_weight_VD is not None:
-            _add_product(d_weight_VD, d_logits_CV.T, x_ND[at])
+            add_matmul(d_weight_VD, d_logits_CV.T, x_ND[at])
     return (nats, divergence), d_x_ND, d_weight_VD
 
 
@@ -248,11 +248,3 @@ def _distillation_chunk(
     far_C = (teacher_CV.sub_(ours_CV)).mul_(odds_CV).sum(1)
     far_C = torch.where(real_C1[:, 0], far_C, 0.0) * temperature**2
     return far_C.sum(), ours_CV.exp_().sub_(odds_CV).mul_(real_C1 * temperature)
-
-
-def _add_product(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
-    """Add the matrix product of a_VC and b_CD to sum_VD in place; in fp32, no second [V, D] tensor is needed."""
-    if a_VC.dtype == torch.float32:
-        torch.addmm(sum_VD, a_VC, b_CD, out=sum_VD)
-    else:
-        sum_VD.add_(a_VC @ b_CD)

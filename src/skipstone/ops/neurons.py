@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from skipstone.ops import mix_activations
+from skipstone.ops.reference import add_matmul
 
 Block = tuple[slice, slice]  # range of neurons among those that are on, and among all
 
@@ -129,8 +130,8 @@ class _IntoNeurons(torch.autograd.Function):
         d_x, d_weight = _zeros(x_NI), _zeros(weight_FI)
         for at, blocks in ctx.runs:
             for on, among in blocks:
-                _add_product(d_x[at], grad_NJ[at, on], weight_FI[among])
-                _add_product(d_weight[among], grad_NJ[at, on].t(), x_NI[at])
+                add_matmul(d_x[at], grad_NJ[at, on], weight_FI[among])
+                add_matmul(d_weight[among], grad_NJ[at, on].t(), x_NI[at])
         return d_x.to(x_NI.dtype), d_weight.to(weight_FI.dtype), None
 
 
@@ -144,7 +145,7 @@ class _OutOfNeurons(torch.autograd.Function):
         y_NO = _zeros(x_NJ.new_empty(len(x_NJ), len(weight_OF)))
         for at, blocks in runs:
             for on, among in blocks:
-                _add_product(y_NO[at], x_NJ[at, on], weight_OF[:, among].t())
+                add_matmul(y_NO[at], x_NJ[at, on], weight_OF[:, among].t())
         return y_NO.to(x_NJ.dtype)
 
     @staticmethod
@@ -155,18 +156,10 @@ class _OutOfNeurons(torch.autograd.Function):
         for at, blocks in ctx.runs:
             for on, among in blocks:
                 torch.mm(grad_NO[at], weight_OF[:, among], out=d_x[at, on])
-                _add_product(d_weight[:, among], grad_NO[at].t(), x_NJ[at, on])
+                add_matmul(d_weight[:, among], grad_NO[at].t(), x_NJ[at, on])
         return d_x, d_weight.to(weight_OF.dtype), None
 
 
 def _zeros(like: Tensor) -> Tensor:
     """Return zeros shaped as `like`, in fp32 at least, so that a sum over many runs is not rounded after each."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the matrix product of a and b to `into`, in place."""
-    if into.dtype == a.dtype:
-        torch.addmm(into, a, b, out=into)
-    else:
-        into.add_(torch.mm(a, b))

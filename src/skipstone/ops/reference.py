@@ -125,6 +125,17 @@ def added(x: Tensor, update: Tensor) -> Tensor:
     return x + (update.float() if x.dtype == torch.float32 else update)
 
 
+def add_matmul(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the matrix product a b to `into`, in place, without a second tensor of that size if their dtypes are equal.
+
+    into: [M, N]. a: [M, K]. b: [K, N], in the dtype of a.
+    """
+    if into.dtype == a.dtype:
+        torch.addmm(into, a, b, out=into)
+    else:
+        into.add_(torch.mm(a, b))
+
+
 def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
     """Return x after dropout, x itself if `probability` is 0 or `training` False.
 

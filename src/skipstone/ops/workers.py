@@ -194,27 +194,20 @@ def parts_of(context, packet):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), generate
 
 
-def _tuple(kind: Any, lower: Any) -> Any:
-    """Return a numba intrinsic `read(packet, first, count)` that reads arguments of a packet (see `share`) as a tuple.
+@intrinsic(prefer_literal=True)
+def integers(context, packet, first, count):  # type: ignore[no-untyped-def]
+    """Return int64 arguments of a packet (see `share`) as a tuple; for code compiled by numba only.
 
-    first, count: index of the first argument and number of arguments, constants. kind, lower: numba's and LLVM's type
-    of an argument.
+    context: supplied by numba, not by the caller. packet: address of the packet. first, count: index of the first
+    argument and number of arguments, constants.
     """
+    at, length = first.literal_value, count.literal_value
 
-    @intrinsic(prefer_literal=True)
-    def read(context, packet, first, count):  # type: ignore[no-untyped-def]
-        at, length = first.literal_value, count.literal_value
+    def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
+        places = [_place(builder, given[0], GIVEN + 8 * (at + i), I64) for i in range(length)]
+        return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in places])
 
-        def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
-            places = [_place(builder, given[0], GIVEN + 8 * (at + i), lower) for i in range(length)]
-            return context.make_tuple(builder, signature.return_type, [builder.load(place) for place in places])
-
-        return types.UniTuple(kind, length)(types.int64, first, count), generate
-
-    return read
-
-
-integers, doubles = _tuple(types.int64, I64), _tuple(types.float64, ir.DoubleType())
+    return types.UniTuple(types.int64, length)(types.int64, first, count), generate
 
 
 @intrinsic

@@ -18,7 +18,7 @@ OWN = ("loss", "gradient")  # the first columns; one for each router follows
 
 
 class NotFinite(ValueError):
-    """A training stopped because its loss, gradient or router scores are not finite; the message is one line."""
+    """Error for a training whose loss, gradient or router scores are not finite; the message is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)

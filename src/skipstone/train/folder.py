@@ -203,7 +203,7 @@ def save_model(
             write_card(model, partial, title=folder.resolve().name, **card)
             for part, write in (parts or {}).items():
                 write(partial / part)
-            checksums.record(partial, checksums.but_cards(partial))
+            checksums.record(partial, checksums.all_but_model_cards(partial))
         except BaseException:
             atomic_write.remove(partial)
             raise

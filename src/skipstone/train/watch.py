@@ -76,7 +76,7 @@ class ProgressReporter(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             if state.global_step:
-                print(kept_words(state), file=sys.stderr)  # noqa: T201
+                print(resumption(state), file=sys.stderr)  # noqa: T201
             self.bar = ProgressBar(state.max_steps, "steps", done=state.global_step, seconds=SECONDS)
 
     def on_step_end(
@@ -115,7 +115,7 @@ class ProgressReporter(TrainerCallback):
         return "  ".join(f"{k} {v:,.0f}" if k == "tokens/s" else f"{k} {v:.4f}" for k, v in self.shown.items())
 
 
-def kept_words(state: TrainerState) -> str:
+def resumption(state: TrainerState) -> str:
     """Return a line of text for a resumed run: its step, what is restored, and the last validation loss.
 
     state: Trainer's, after the checkpoint was loaded.

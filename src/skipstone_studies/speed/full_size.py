@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.train import setup
 from skipstone.train.decay import decaying
 from skipstone.train.recipe import Recipe, read_recipe
+from skipstone_studies.speed.resident import resident_peak
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 POLYGLU = {"name": "polyglu", "context": "running_mean", "tau_start": 1.0, "tau_end": 0.1}
@@ -70,7 +70,7 @@ def measured(recipe: RecipeDict) -> Figures:
         "uniform_loss": math.log(config.vocab_size),
         "first": {"loss": steps[0]["loss"], "gradient_norm": steps[0]["gradient_norm"]},
         "last": steps[-1],
-        "peak_gb": (torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()) / 1e9,
+        "peak_gb": (torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()) / 1e9,
         "flops": flops,
         "flops_per_second": flops / (taken["forward"] + taken["backward"]),
         "tokens_per_second": recipe["tokens"] / sum(taken.values()),
@@ -133,12 +133,6 @@ def _now(device: str) -> float:
         return time.process_time()
     finish(torch.device(device))
     return time.perf_counter()
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes (Linux only)."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 FULL_SIZE = Study(

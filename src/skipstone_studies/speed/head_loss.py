@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipstone.ops.head_loss import linear_cross_entropy, plain_linear_cross_entropy
-from skipstone_studies.speed.full_size import peak_memory
 from skipstone_studies.speed.interleaved import ratio, seconds, timed
+from skipstone_studies.speed.resident import resident_peak
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 
 ALL = "all logits"
@@ -95,9 +95,9 @@ def memory_of(recipe: RecipeDict) -> float:
     recipe: an entry of `arms`.
     """
     given = inputs(recipe)
-    before = peak_memory()
+    before = resident_peak()
     step(recipe["kind"], given, recipe)
-    return (peak_memory() - before) / 2**30
+    return (resident_peak() - before) / 2**30
 
 
 HEAD_LOSS = Study(

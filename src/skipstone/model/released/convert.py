@@ -56,7 +56,7 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
         with quiet():
             model.save_pretrained(partial)
             write_card(model, partial, title=Path(out).name, source=Path(file).name)
-            checksums.record(partial, checksums.but_cards(partial))
+            checksums.record(partial, checksums.all_but_model_cards(partial))
 
 
 def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:

@@ -131,8 +131,8 @@ def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def error_of(got: Tensor, wanted: Tensor) -> float:
-    """Return max |got - wanted|, relative to max |wanted| but at least to 1."""
+def scaled_error(got: Tensor, wanted: Tensor) -> float:
+    """Return max |got - wanted| / max(1, max |wanted|): relative for large values, absolute for small ones."""
     scale = max(1.0, wanted.float().abs().max().item()) if wanted.numel() else 1.0
     return (got.float() - wanted.float()).abs().max().item() / scale if wanted.numel() else 0.0
 
@@ -144,7 +144,7 @@ def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Pl
     `error` (the largest), `tolerance`, `equal` (1 if no error exceeds the tolerance, else 0) and `of` (all errors, as
     text).
     """
-    errors = {name: error_of(*pair) for name, pair in pairs.items()}
+    errors = {name: scaled_error(*pair) for name, pair in pairs.items()}
     worst = max(errors.values())
     return {
         "error": worst,

@@ -17,6 +17,7 @@ import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.strict import PlainDict
+from skipstone_studies.speed.resident import resident_bytes, resident_peak
 from skipstone_studies.study import Figures, RecipeDict
 
 MODELS: dict[str, PlainDict] = {
@@ -174,18 +175,9 @@ def peak_bytes(run: Callable[[], object]) -> float:
     if trim is not None:
         trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # starts the peak anew
-    before = resident("VmRSS")
+    before = resident_bytes()
     run()
-    return float(max(resident("VmHWM") - before, 1))
-
-
-def resident(name: str) -> int:
-    """Return a size in bytes from this process's status file.
-
-    name: the entry of the file, such as VmRSS or VmHWM.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+    return float(max(resident_peak() - before, 1))
 
 
 def _free_memory_is(thresholds: tuple[int, int]) -> None:

@@ -41,10 +41,11 @@ import json, sys
 from pathlib import Path
 import torch
 from skipstone.model.pretrained import convert, load_pretrained
-from skipstone_studies.speed.growth.curves import resident
+import skipstone_studies.speed.growth.curves  # loads what the measured calls need, before memory is read
+from skipstone_studies.speed.resident import resident_bytes, resident_peak
 what, source, out = sys.argv[1:]
 Path("/proc/self/clear_refs").write_text("5")
-before = resident("VmRSS")
+before = resident_bytes()
 if what == "converting":
     convert(source, Path(out))
     size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
@@ -53,7 +54,7 @@ else:
     for parameter in model.parameters():
         parameter.sum()  # files are mapped: read every page
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-print(json.dumps({"size": size, "peak": resident("VmHWM") - before}))
+print(json.dumps({"size": size, "peak": resident_peak() - before}))
 """
 
 
