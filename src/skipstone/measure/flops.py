@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
 
 from skipstone.core.progress_bar import advance
 from skipstone.core.strict import PlainDict
@@ -63,23 +64,7 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
     fn: called once, without arguments. Pointwise operations, norms and copies count as 0. A forward pass that
     activation checkpointing repeats is counted, as backward.
     """
-    by_kind: Counter[str] = Counter()
-
-    def tally(formula: Callable[..., int]) -> Callable[..., int]:
-        def counted(*args: Any, **kwargs: Any) -> int:
-            flops = formula(*args, **kwargs)
-            tracker = counter.mod_tracker
-            by_kind["backward" if tracker.is_bw else kind_of(tracker.parents)] += flops
-            return flops
-
-        counted._get_raw = True  # type: ignore[attr-defined]  # the counter then passes tensors, not their shapes
-        return counted
-
-    counter = FlopCounterMode(display=False, custom_mapping={op: tally(formula) for op, formula in TABLE.items()})
-    with _Operations() as operations, counter:
-        fn()
-    unknown = sorted({str(op) for op in operations.seen if op.overloadpacket not in TABLE and not is_free(op)})
-    return FlopCount(total=counter.get_total_flops(), by_kind=dict(by_kind), unknown=tuple(unknown))
+    return _counted(fn)[0]
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
@@ -89,7 +74,22 @@ def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
     """
     with _Operations() as operations:
         fn()
-    return Counter(str(op) for op, synced in zip(operations.seen, operations.synced, strict=True) if synced)
+    return operations.syncs
+
+
+def _counted(fn: Callable[[], object]) -> tuple[FlopCount, Counter[str]]:
+    """Return what `count_flops` and `count_host_syncs` return, from one call of `fn`."""
+    by_kind: Counter[str] = Counter()
+
+    def tally(op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: PlainDict, out: Any) -> None:
+        if (formula := TABLE.get(op.overloadpacket)) is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            by_kind["backward" if tracker.is_bw else kind_of(tracker.parents)] += flops
+
+    with ModuleTracker() as tracker, _Operations(tally) as operations:
+        fn()
+    unknown = sorted(str(op) for op in operations.seen if op.overloadpacket not in TABLE and not is_free(op))
+    return FlopCount(total=by_kind.total(), by_kind=dict(by_kind), unknown=tuple(unknown)), operations.syncs
 
 
 def kind_of(modules: set[str]) -> str:
@@ -124,28 +124,49 @@ def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
     if op.overloadpacket in (aten._to_copy, aten.copy_):
         source = args[1] if op.overloadpacket is aten.copy_ else args[0]
         return bool(source.device.type != "cpu" and out.device.type == "cpu")
+    return _shape_or_value_depends_on_data(op)
+
+
+@cache  # an operation that runs is asked this and the next each time; its tags never change
+def _shape_or_value_depends_on_data(op: torch._ops.OpOverload) -> bool:
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags))
 
 
-class _Operations(TorchDispatchMode):
-    """A dispatch mode that lists every torch operation that runs (`seen`) and whether the host waited (`synced`)."""
+@cache
+def _consists_of_others(op: object) -> bool:
+    """Return whether an operation has no kernel of its own, but is written in terms of other operations."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return isinstance(op, torch._ops.OpOverload) and (
+        composite in op.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), composite)
+    )
 
-    def __init__(self) -> None:
+
+class _Operations(TorchDispatchMode):
+    """A dispatch mode that notes which torch operations ran (`seen`) and how often each made the host wait (`syncs`).
+
+    tally: called with each operation after it has run, with its arguments and its result.
+    """
+
+    def __init__(self, tally: Callable[[torch._ops.OpOverload, tuple[Any, ...], PlainDict, Any], None] | None = None):
         super().__init__()
-        self.seen: list[object] = []
-        self.synced: list[bool] = []
+        self.seen: set[torch._ops.OpOverload] = set()
+        self.syncs: Counter[str] = Counter()
+        self._tally = tally
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: PlainDict | None = None
     ) -> Any:
-        with self:  # inference mode hands over whole functions, such as linear; what they consist of is listed
-            out = func.decompose(*args, **(kwargs or {})) if hasattr(func, "decompose") else NotImplemented
-        if out is not NotImplemented:
-            return out
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _consists_of_others(func):
+            with self:  # inference mode hands over whole functions, such as linear; what they consist of is counted
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         if isinstance(func, torch._ops.OpOverload):
-            self.seen.append(func)
-            self.synced.append(is_sync(func, args, out))
+            self.seen.add(func)
+            if is_sync(func, args, out):
+                self.syncs[str(func)] += 1
+            if self._tally is not None:
+                self._tally(func, args, kwargs, out)
         return out
 
 
@@ -251,24 +272,24 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
     """Count the FLOPs of a model's forward passes and compare them with the cost model's prediction.
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
-    `input_ids` [B, T] (rows, tokens). Each batch is run three times: for the FLOPs, the records and the host syncs.
+    `input_ids` [B, T] (rows, tokens). Each batch is run twice: for the FLOPs and host syncs, and for the records.
     FLOPs are means over all tokens, syncs the mean over batches.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()
     for batch in batches:
         run = partial(forward.run, model, batch)
-        found = count_flops(run)
+        found, syncs = _counted(run)
         for name, value in {**_predicted(model, forward, batch), "counted": found.total}.items():
             totals[name] += value
         totals["tokens"] += batch["input_ids"].numel()
-        totals["syncs"] += count_host_syncs(run).total()
+        totals["syncs"] += syncs.total()
         unknown |= {*found.unknown}
         passes += 1
         advance("rows", len(batch["input_ids"]), "counting FLOPs")
-    tokens, syncs = totals.pop("tokens"), totals.pop("syncs")
+    tokens, waits = totals.pop("tokens"), totals.pop("syncs")
     per_token = {name: value / tokens for name, value in totals.items()}
-    return FlopCheck(**per_token, syncs=syncs / passes, unknown=tuple(sorted(unknown)))
+    return FlopCheck(**per_token, syncs=waits / passes, unknown=tuple(sorted(unknown)))
 
 
 def _predicted(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
