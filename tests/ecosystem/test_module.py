@@ -50,13 +50,21 @@ def test_a_fault_of_the_tool_keeps_its_traceback(
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [([], "Missing argument 'MODULE'"), (["no_such_tool.main"], "there is no module 'no_such_tool.main'")],
+    [
+        ([], "Missing argument 'MODULE'"),
+        (["no_such_tool.main"], "there is no module 'no_such_tool.main'"),
+        (["os.path.x"], "there is no module 'os.path.x'"),
+        (["os..path"], "there is no module 'os..path'"),
+        (["xml.etree"], "module 'xml.etree' is a package without __main__"),
+    ],
 )
 def test_mistakes(
     words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, *words) == 2
-    assert says in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert says in told
+    assert "Traceback" not in told
 
 
 def test_the_server_finds_the_class_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -51,3 +52,11 @@ def test_a_temperature_that_fp32_does_not_know_is_nearly_greedy(model: skipstone
     """1e-300 became 0 in fp32, and probabilities no numbers."""
     greedy = generate(model, IDS, max_new_tokens=4)
     assert torch.equal(generate(model, IDS, max_new_tokens=4, temperature=1e-300, seed=0), greedy)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_finite(model: skipstone.SkipstoneForCausalLM, temperature: float) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(broken, IDS, max_new_tokens=2, temperature=temperature)

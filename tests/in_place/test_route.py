@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -345,3 +346,28 @@ def test_low_precision_and_low_rank(ids: Tensor) -> None:
     handle.set_identity()
     assert mechanism.skip is not None
     assert torch.equal(model(ids).logits, plain)  # all are kept: the very numbers, in bf16 too
+
+
+@pytest.mark.parametrize("mechanisms", [None, 3, [3], {"name": "mixture_of_depths"}], ids=str)
+def test_mechanisms_are_a_list_of_mappings(mechanisms: Any) -> None:
+    with pytest.raises(ValueError, match="mechanisms must be a list of mappings"):
+        skipstone.route(built("llama"), mechanisms)
+
+
+def test_our_own_models_are_configured_instead() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="takes mechanisms in its configuration"):
+        skipstone.route(skipstone.SkipstoneForCausalLM(skipstone.SkipstoneConfig(**sizes)), [MOD])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_routed_once_and_can_be_undone(way: Any, ids: Tensor, mask: Tensor) -> None:
+    """A pickled model (`torch.save(model)`) ran its mechanisms inside each other."""
+    model, _ = routed("llama", [MOD])
+    twin = way(model)
+    assert torch.equal(twin(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+    twin.skipstone_routing.undo()
+    assert torch.equal(twin(ids, attention_mask=mask).logits, built("llama")(ids, attention_mask=mask).logits)

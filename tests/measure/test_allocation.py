@@ -70,3 +70,10 @@ def test_groups_cover_all_tokens_and_the_frequent_ones_come_first() -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_dense_model_has_nothing_to_correlate(value: float) -> None:
     assert found(torch.full((B, T), value), random(0, B, T)).correlation is None
+
+
+def test_a_text_without_a_single_prediction_has_no_correlations() -> None:
+    one = measure_allocation(
+        torch.ones(1, 1), torch.full((1, 1), torch.nan), torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), None
+    )
+    assert (one.correlation, one.without_position, one.without_token, one.without_both) == (None,) * 4

@@ -29,7 +29,7 @@ class Sampler:
             check_count("top_k", top_k)
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must be a number of 64 bits, from {-(2**63)} to {2**64 - 1}, got {seed}")
-        self.temperature, self.top_k = temperature, top_k
+        self.temperature, self.top_k, self._checked = temperature, top_k, False
         self.generator = torch.Generator(device)
         if seed is None:
             self.generator.seed()
@@ -40,8 +40,13 @@ class Sampler:
         """Return one token for each row, int64 [B], drawn from its logits.
 
         logits_BV: the logits. guess_B: int64, a drafted token for each row; it is returned exactly as often as it would
-        be drawn without a draft. None means no draft.
+        be drawn without a draft. None means no draft. Raises ValueError if the logits of the first call are not finite,
+        as those of damaged or diverged weights.
         """
+        if not self._checked:  # once: every check waits for a GPU
+            self._checked = True
+            if not bool(logits_BV.amax(-1).isfinite().all()):  # NaN is the largest; -inf only excludes a token
+                raise ValueError("the model's logits are not finite (NaN or infinite), so no token can be chosen")
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         best_BK, index_BK = self._candidates(logits_BV.float())

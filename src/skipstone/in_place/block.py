@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +61,6 @@ class RoutedBlock:
         self.signature = signature
         self.rest: tuple[object, ...] | None = None  # what the block returns besides the stream
         self._before = block.__dict__.get("forward")  # set by a hook, for example
-        self._original: Callable[..., Any] = block.forward
         block.add_module("mechanisms", mechanisms)
         block.forward = self.forward  # type: ignore[method-assign]
 
@@ -70,6 +70,11 @@ class RoutedBlock:
         found = self.block.mechanisms
         assert isinstance(found, DepthModules)
         return found
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        """The block's own forward, looked up anew: a pickled bound method would become the one that replaced it."""
+        return MethodType(type(self.block).forward, self.block) if self._before is None else self._before
 
     def undo(self) -> None:
         """Restore the block's original forward and remove the mechanisms.

@@ -21,6 +21,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
         raise ValueError(f"route needs a decoder of transformers, got {kind}; wrap single blocks by skipstone.Routed")
     if any(isinstance(module, RoutingModule) for module in model.modules()):
         raise ValueError(f"{kind} carries mechanisms already; undo() them first, or name them in its configuration")
+    if getattr(config, "model_type", None) == "skipstone":
+        raise ValueError(f"{kind} takes mechanisms in its configuration (SkipstoneConfig.mechanisms), not by route")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} has an encoder, which route does not support; a decoder-only model is needed")
     found = model.get_decoder()  # type: ignore[operator]

@@ -6,9 +6,9 @@ Shape letters: B rows, T tokens of the call, D width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from functools import update_wrapper
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -240,14 +240,21 @@ class _WithLosses:
 
     def __init__(self, handle: RoutedDecoder, model: nn.Module) -> None:
         self._handle, self._model = handle, model
-        self._before, self._original = model.__dict__.get("forward"), model.forward
-        update_wrapper(self, self._original)  # transformers reads the allowed arguments from its signature
+        self._before: Callable[..., Any] | None = model.__dict__.get("forward")
         model.forward = self
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The model's own forward, whose signature names the arguments that transformers allows.
+
+        It is looked up anew, because a pickled bound method would become the one that replaced it.
+        """
+        return MethodType(type(self._model).forward, self._model) if self._before is None else self._before
 
     def __call__(self, *args: object, **kwargs: Any) -> Any:
         self._handle.in_forward = True
         try:
-            out = self._original(*args, **kwargs)
+            out = self.__wrapped__(*args, **kwargs)
         finally:
             self._handle.in_forward = False
         loss = getattr(out, "loss", None)

@@ -42,8 +42,7 @@ def route(
     require_kernel(decoder)
     blocks = blocks_of(decoder)
     folder = Path(mechanisms) if isinstance(mechanisms, str | Path) else None
-    written = read_mechanisms(folder) if folder is not None else mechanisms
-    assert not isinstance(written, str | Path)
+    written = _entries(mechanisms) if folder is None else read_mechanisms(folder)
     entries = parse_mechanisms([_completed(entry, dense_start) for entry in written], len(blocks))
     _refuse_sites(entries)
     handle = RoutedDecoder(model, decoder, blocks, entries)
@@ -59,6 +58,13 @@ def route(
         handle.undo()
         raise
     return handle
+
+
+def _entries(mechanisms: object) -> list[Written]:
+    """Return the argument `mechanisms` as a list. Raises ValueError unless it is one of mappings."""
+    if not isinstance(mechanisms, list | tuple) or not all(isinstance(entry, Mapping) for entry in mechanisms):
+        raise ValueError(f"mechanisms must be a list of mappings or a folder, got {mechanisms!r}")
+    return [*mechanisms]
 
 
 def _completed(written: Written, dense_start: bool) -> dict[str, object]:

@@ -91,6 +91,8 @@ def _without(x_N: Tensor, groups: list[Tensor]) -> Tensor:
     groups: groupings of the N values, each an integer tensor [N] with the group of each value. Of several groupings,
     the subtraction is repeated, so that in the end the groups of all have a mean of nearly 0.
     """
+    if not len(x_N):
+        return x_N
     for _ in range(ROUNDS if len(groups) > 1 else 1):
         for group_N in groups:
             _, at_N = group_N.unique(return_inverse=True)
