@@ -95,7 +95,7 @@ def _show(
 
 
 def describe(error: Exception) -> str:
-    """Return an error's text as one line, without the number of an error of the operating system."""
+    """Return an error's text as one line, without the error number if the operating system raised it."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     else:

@@ -24,7 +24,7 @@ class Figures(Protocol):
         """Return the table as Markdown."""
 
     def table(self) -> Table:
-        """Return the table for a terminal."""
+        """Return the table as an object of rich, for printing on a terminal."""
 
 
 class Reporter:

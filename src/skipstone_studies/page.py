@@ -35,7 +35,7 @@ def render(study: Study, records: Sequence[Record]) -> str:
 def left_out(shown: int, known: int) -> str:
     """Return a sentence on records that a page leaves out; "" if there are none.
 
-    shown, known: numbers of records that the page shows, and of all.
+    shown: number of records that the page shows. known: number of all records.
     """
     return f"{known - shown} records of other configurations are left out." if shown < known else ""
 

@@ -102,7 +102,7 @@ def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
-    """Build the dense model without the blocks of the indices `layers`, all others unchanged.
+    """Build the dense model without the blocks with the indices `layers`; all others are unchanged.
 
     Raises ValueError if no block is left.
     """

@@ -55,12 +55,12 @@ class StreamGate(NamedTuple):
         score = sign * scorer(x)        opening = sigmoid(score) * state
 
     It applies where the caller imposes no decisions. scorer: the router. line: the limit that the score must exceed, or
-    the opening, as `compares` says. weight: the factor on the update of a kept token: "none" (1), "raw" (the score),
-    "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the factor
-    multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that the MLP
-    sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys" and
-    values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then set
-    to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss in the
+    the opening if `compares` is "opening". weight: the factor on the update of a kept token: "none" (1), "raw" (the
+    score), "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the
+    factor multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that
+    the MLP sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys"
+    and values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then
+    set to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss in the
     record; None means no loss.
     """
 

@@ -158,8 +158,8 @@ def _char_table(state: PlainDict) -> NDArray[np.uint32] | None:
 def text_bytes(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, tokens: int) -> int:
     """Return how many UTF-8 bytes of text the first `tokens` tokens encode; an eos counts 0.
 
-    tokenizer: the one that encoded the text. encoded: the split. If the last document is cut, its part is decoded to
-    count it.
+    tokenizer: the tokenizer that encoded the text. encoded: the split. If the last document is cut, the tokens of its
+    part are decoded to count their bytes.
     """
     ends = np.append(encoded.document_starts[1:], len(encoded.ids))
     whole = int(np.searchsorted(ends, tokens, side="right"))

@@ -68,10 +68,10 @@ def places(source: SourceFile) -> list[Path]:
 
 
 def locate(source: SourceFile) -> Path:
-    """Return the path of a published file on this machine, downloading it to the cache folder if it is nowhere.
+    """Return the path of a published file on this machine, downloading it to the cache folder if it is not there yet.
 
-    Raises FileNotFoundError if it is neither here nor can be downloaded; ValueError if a file at one of its places has
-    another size or hash (that file is left unchanged), or if the download has.
+    Raises FileNotFoundError if the file is not on this machine and cannot be downloaded, and ValueError if a file at
+    one of its places, or the downloaded one, has another size or hash (a file that was there is left unchanged).
     """
     looked = places(source)
     for path in looked:

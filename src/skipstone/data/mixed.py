@@ -1,13 +1,13 @@
 """The mixed corpus: text in which half of the windows contain a span of 32 entries of Switched-S3.
 
-The depth that text needs is unknown, while that of a span's operations is known. The corpus thus shows whether a model
-spends depth where it is needed, and what that costs on text.
+The depth that text needs is unknown, while the depth that a span's operations need is known. The corpus thus shows
+whether a model spends depth where it is needed, and what that costs on text.
 
 A span begins at a uniformly random place, at least one token from either end of its window, and is independent of other
 spans. Its symbols are 15 additional tokens after the text's vocabulary. Targets are aligned with the inputs
 (`shift_labels`): in text the next token, at a span's entry the label of Switched-S3. There is no target at the token
-before a span, whose first entry is random, and at the window's last token. `difficulty` is -2 in text, and that of
-Switched-S3 in spans. Shapes: B rows, T tokens per row, S entries of a span.
+before a span, whose first entry is random, and at the window's last token. `difficulty` is -2 in text, and in spans it
+is as in Switched-S3. Shapes: B rows, T tokens per row, S entries of a span.
 """
 
 from __future__ import annotations

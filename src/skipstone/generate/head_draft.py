@@ -27,7 +27,8 @@ class HeadDraft(Draft):
     """A draft by a trained draft head, one block that reads the hidden states of the model's last pass.
 
     model: the model that is to be sped up. ready: the head (`model/draft_head.py`), prepared for this model. The cache
-    of the head's block holds entries of true hidden states only; those of guesses are removed after each proposal.
+    of the head's block holds entries of true hidden states only; the entries of guesses are removed after each
+    proposal.
     """
 
     reads_states = True

@@ -60,8 +60,8 @@ class Signature:
 class Subset:
     """Some of the B x T tokens of a call: whole rows, or K tokens of every row.
 
-    shape: (B, T). rows: the whole rows; None means that `index_BK` says which tokens. index_BK: int64, positions of the
-    K tokens in each row, or None.
+    shape: (B, T). rows: the whole rows; None means that `index_BK` says which tokens. index_BK: int64, indices of the K
+    tokens in each row, or None.
     """
 
     shape: torch.Size  # B, T
@@ -70,7 +70,7 @@ class Subset:
 
     @classmethod
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
-        """Return the tokens that a selection selects, as positions in the whole call.
+        """Return the tokens that a selection selects, as indices in the whole call.
 
         part: the selection. shape: (B, T) of the call. device: the device of the tokens.
         """

@@ -39,9 +39,9 @@ class RoutedDecoder:
     records: decisions of the last forward pass, for each block a dict by mechanism name. executor: "gathered" computes
     kept tokens only; "masked" computes all tokens and discards the others' updates, with equal results.
     training_routing: how passes in training mode with gradients and without cached tokens decide: "oracle" may look at
-    the whole row, "causal" at earlier tokens only; all other passes are causal. routing: "oracle" or "causal" for every
-    pass; None means the rule just described. forced: decisions to impose, bool masks [B, T] of kept tokens by block
-    index.
+    the whole row, "causal" looks at no later token; all other passes are causal. routing: "oracle" or "causal" for
+    every pass; None means the rule just described. forced: decisions to impose, bool masks [B, T] of kept tokens by
+    block index.
     """
 
     def __init__(

@@ -173,7 +173,7 @@ class CacheBytes:
     """The bytes of a cache, over all layers, per token that the model has seen (including tokens that blocks skipped).
 
     kv: bytes of the stored tokens' keys, values and slots (indices in the row). state: bytes of what mechanisms store,
-    with its slots. allocated: bytes that the cache has reserved, used or not.
+    with the slots of the entries. allocated: bytes that the cache has reserved, used or not.
     """
 
     kv: float

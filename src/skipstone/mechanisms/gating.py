@@ -44,7 +44,7 @@ def apply_gate(
 
 
 def straight_through(open_BT: Tensor, gain_BT: Tensor | None, kept_BT: Tensor) -> Tensor:
-    """Return factors on updates: forward those of a pass that skips tokens, backward the gradient of the soft gates.
+    """Return factors on updates with the values of a pass that skips tokens and the gradient of the soft gates.
 
     The result is fp32 [B, T]. open_BT: soft gates in (0, 1), which receive the gradient. gain_BT: the factor for a kept
     token; None means 1. kept_BT: bool; the factor for other tokens is 0. Their gates get a gradient too, so their

@@ -4,11 +4,11 @@
     x_i <- x_i                                   otherwise
 
 A segment has one router, one threshold and one gather. Kept tokens pass all of its blocks together and attend to each
-other there, so the stack sees a shorter sequence; a skipped token is exactly that of the model without these blocks.
-With `kv: full`, the other tokens give keys and values to every block of the stack, from the stream as it enters it. All
-options are those of `mixture_of_depths`. The middle of the model as one stack on few positions is what SpaceByte (arXiv
-2404.14408, with `decision: boundary`) and H-Net (arXiv 2507.07955) do; Mixture-of-Depths (arXiv 2404.02258) routes
-single blocks.
+other there, so the stack sees a shorter sequence; a skipped token is computed exactly as in the model without these
+blocks. With `kv: full`, the other tokens give keys and values to every block of the stack, from the stream as it enters
+it. All options are those of `mixture_of_depths`. The middle of the model as one stack on few positions is what
+SpaceByte (arXiv 2404.14408, with `decision: boundary`) and H-Net (arXiv 2507.07955) do; Mixture-of-Depths (arXiv
+2404.02258) routes single blocks.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations; of a quantised model, that of the final norm."""
+        """The dtype of activations; for a quantised model, the dtype of the final norm's weight."""
         if self.config.weight_format == "float":
             return super().dtype
         return next(self.decoder.norm.parameters()).dtype

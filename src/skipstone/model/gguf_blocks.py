@@ -26,8 +26,8 @@ OF_K = 256  # weights of a block of Q4_K
 class FourBitRows:
     """The rows of all tensors of a GGUF file whose blocks have four bits, by the values that they restore to.
 
-    any: whether there is one. Formats are Q4_0 and Q4_1, whose values are kept exactly, and Q4_K, whose scales are
-    products of two numbers and are rounded to fp16 here.
+    path: the file. any: whether it has any such row. Formats are Q4_0 and Q4_1, whose values are kept exactly, and
+    Q4_K, whose scales are products of two numbers and are rounded to fp16 here.
     """
 
     def __init__(self, path: Path) -> None:

@@ -20,7 +20,7 @@ MODEL, OPTIMIZER = "model", "optimizer"
 def save(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Write the state of a sharded model and its optimizer to `folder`; all processes call it.
 
-    model: sharded by FSDP2. optimizer: torch's, or accelerate's wrapper of it.
+    model: sharded by FSDP2. optimizer: an optimizer of torch, or accelerate's wrapper around one.
     """
     state = _model_state(model) | _optimizer_state(model, optimizer)
     flat = {name: _flat(value) for name, value in state.items()}
@@ -35,8 +35,8 @@ def load_model(folder: Path, model: nn.Module) -> None:
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Read the state of a sharded model's optimizer from `folder`, as `save` wrote it, in place.
 
-    model: owns the parameters. optimizer: torch's, or accelerate's wrapper of it. Parameters that had no state when it
-    was written have none afterwards.
+    model: owns the parameters. optimizer: an optimizer of torch, or accelerate's wrapper around one. Parameters that
+    had no state when it was written have none afterwards.
     """
     reader = HuggingFaceStorageReader(str(folder))
     prefix = f"{OPTIMIZER}."

@@ -215,4 +215,4 @@ def _agreed(received: int | None, due: bool, device: torch.device, step: int) ->
 
 
 class Interrupted(SystemExit):
-    """Training was stopped by a signal and can be resumed. The exit status is 128 + the signal's number."""
+    """Error for a training that a signal stopped and that can be resumed; exit status 128 + the signal's number."""

@@ -77,7 +77,7 @@ def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
 
 
 def step_times_at(grid: Grid, flops_per_second: float) -> dict[ModelShape, StepTime]:
-    """Return the step times of every model of a grid on a machine that reaches so many training FLOPs per second.
+    """Return the step times of every model of a grid on a machine that reaches `flops_per_second` in training.
 
     flops_per_second: the machine's speed. Raises ValueError unless it is above 0.
     """

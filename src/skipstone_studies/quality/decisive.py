@@ -165,7 +165,7 @@ def details(figures: ByArm) -> str:
 
 
 def narrow_details(figures: ByArm) -> str:
-    """Return the Markdown below the table of narrow models: the same as `details`, without what goes on.
+    """Return the Markdown below the table of narrow models: the same as `details`, without the paragraph `GOES_ON`.
 
     figures: the figures of every run, by arm and seed.
     """

@@ -53,8 +53,8 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def name_of(shape: str, dtype: str, up: float, down: float) -> str:
     """Return the name of an arm.
 
-    shape: name of the model's shape. dtype: of the weights. up, down: shares of the neurons for which the up and the
-    down projection are multiplied.
+    shape: name of the model's shape. dtype: dtype of the weights. up, down: shares of the neurons for which the up and
+    the down projection are multiplied.
     """
     return f"{shape}, {dtype}, {up:.2f} and {down:.2f}"
 

@@ -43,14 +43,14 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
     """Return the name of a training arm.
 
-    width: of the residual stream. precision: "fp32" or "bf16". tau: temperature of the mixture, by which the logits are
-    divided. noise: whether Gumbel noise is added to the logits.
+    width: width of the residual stream. precision: "fp32" or "bf16". tau: temperature of the mixture, by which the
+    logits are divided. noise: whether Gumbel noise is added to the logits.
     """
     return f"training, width {width}, {precision}, tau {tau:g}, noise {'on' if noise else 'off'}"
 
 
 def decoding_name(width: int) -> str:
-    """Return the name of a decoding arm. width: of the model's residual stream."""
+    """Return the name of a decoding arm. width: width of the model's residual stream."""
     return f"decoding, width {width}, hardened"
 
 

@@ -70,7 +70,7 @@ def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Fig
     """Return the figures of prefill: `skipped`, `flops`, `time`, and `over`, the median time divided by FLOPs.
 
     skipped: share of pairs of a token and a gated block that were skipped. flops: FLOPs of a prefill relative to the
-    dense model's. time: the same of its seconds, as {"median", "min", "max"} over turns.
+    dense model's. time: seconds of a prefill relative to the dense model's, as {"median", "min", "max"} over turns.
     """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 

@@ -1,4 +1,4 @@
-"""What a pass costs beyond the FLOPs of a growth curve, told by points of the curves that no exponent is fitted to."""
+"""What a pass costs beyond the FLOPs of a growth curve, from points of the curves to which no exponent is fitted."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ Points = Sequence[Mapping[str, float]]
 def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
     """Return measured minus expected exponents of time of the curves whose further cost is known, by arm.
 
-    By rows, a pass has a fixed cost, which the first two points tell. By context, PolyGLU mixes activations between its
-    products; `mixing` tells how long. lines: the figures of the curves, as `curves.measured` returns them, by arm.
+    In the curves by rows, a pass has a fixed cost, which the first two points show. In the curves by context, PolyGLU
+    mixes activations between its products, which takes as long as `mixing` says. lines: the figures of the curves, as
+    `curves.measured` returns them, by arm.
     """
     found = {}
     for arm, one in lines.items():
@@ -36,10 +37,11 @@ def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
 
 
 def mixing(lines: Mapping[str, Figures]) -> float | None:
-    """Return the seconds that PolyGLU's mixture takes for a neuron and token, beside dense in the curves by rows.
+    """Return the seconds that PolyGLU's mixture takes for a neuron and token, from the curves by rows.
 
-    Those of the largest number of rows; what PolyGLU has more of FLOPs is taken off at the rate of dense. None if one
-    of the two curves is missing. lines: as in `apart`.
+    They are measured at the largest number of rows: PolyGLU's seconds minus the dense model's, minus the time that
+    PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: as in
+    `apart`.
     """
     if not {"rows, polyglu", "rows, dense"} <= set(lines):
         return None

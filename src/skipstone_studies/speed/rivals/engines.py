@@ -102,7 +102,7 @@ class PromptLookup:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         """Time the decoding of `new` tokens after the prompt `ids_1T`, with transformers' prompt lookup.
 
-        The time is that of `generate` for `new` + 1 tokens, minus that for the first one.
+        The time is that of generating `new` + 1 tokens minus that of generating the first one.
         """
         options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         seconds = []
@@ -162,7 +162,8 @@ class LlamaCpp:
 def llama(name: str) -> LlamaForCausalLM:
     """Return transformers' Llama with the weights of the source model `name`, in fp32.
 
-    Raises ValueError if its logits differ from the source's, whose architecture is then no Llama.
+    Raises ValueError if its logits differ from the source's, because the architecture of the source is then not a
+    Llama.
     """
     ours = source(name)
     values = {field: getattr(ours.config, field) for field in SHARED}

@@ -71,7 +71,7 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """Set the inputs of every matrix to 0 that lie below a threshold of the matrix (TEAL, arXiv 2408.14690, uniform).
+    """Set to 0 the inputs of every matrix that lie below a threshold of the matrix (TEAL, arXiv 2408.14690, uniform).
 
     name: the name of the source model. sparsity: share of a matrix's inputs that lie below its threshold on the
     calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
@@ -88,7 +88,7 @@ def teal(name: str, sparsity: float) -> Way:
 
 
 def cats(name: str, sparsity: float) -> Way:
-    """Set neurons to 0 whose activation lies below a threshold of their block (CATS, arXiv 2404.08763).
+    """Set to 0 the neurons whose activation lies below a threshold of their block (CATS, arXiv 2404.08763).
 
     name: the name of the source model. sparsity: share of a block's activations that lie below its threshold on the
     calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
