@@ -30,12 +30,12 @@ class TimeLeft(TrainerCallback):
 
     The first step is not measured: text is encoded and code compiled in it.
 
-    share: the work that follows this training, as a multiple of its own. say: receives each message, after 20 steps and
-    then after every checkpoint.
+    following: the work that follows this training, as a multiple of the work of this training. say: receives each
+    message, after 20 steps and then after every checkpoint.
     """
 
-    def __init__(self, share: float, say: Callable[[str], None]) -> None:
-        self.share, self.say = share, say
+    def __init__(self, following: float, say: Callable[[str], None]) -> None:
+        self.following, self.say = following, say
         self.since = 0.0
         self.first = 0
 
@@ -59,8 +59,8 @@ class TimeLeft(TrainerCallback):
     def tell(self, step: int, steps: int) -> None:
         """Report the time left after `step` of `steps` training steps."""
         seconds = (monotonic() - self.since) / (step - self.first - 1)
-        here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.share * steps)
-        whole = f", about {duration(all_of_it)} of all" if self.share else ""
+        here, all_of_it = seconds * (steps - step), seconds * (steps - step + self.following * steps)
+        whole = f", about {duration(all_of_it)} of all" if self.following else ""
         self.say(f"step {step:,} of {steps:,}, {seconds:.3g} s each: {duration(here)} left of this arm{whole}")
 
 

@@ -126,8 +126,8 @@ class Session:
         if not is_made(folder):
             if folder.is_dir() and last_checkpoint(folder) is None:
                 shutil.rmtree(folder)  # interrupted before its first checkpoint
-            share = sum(work(self.arms[other]) for other in after) / work(recipe)
-            time_left = TimeLeft(share, lambda line: self.say(f"{arm}, seed {seed}: {line}"))
+            following = sum(work(self.arms[other]) for other in after) / work(recipe)
+            time_left = TimeLeft(following, lambda line: self.say(f"{arm}, seed {seed}: {line}"))
             self.study.make(recipe, folder, folder.is_dir(), [time_left])
         self.say(f"[bold]{arm}[/bold], seed {seed}: measuring")
         return dict(self.study.measure(folder))

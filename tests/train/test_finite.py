@@ -16,7 +16,7 @@ from torch import Tensor
 from skipstone.core.routing_module import Placement
 from skipstone.measure.router_health import bad_scores
 from skipstone.mechanisms import MixtureOfDepths
-from skipstone.train.finite import FiniteGuard, NotFinite, Share
+from skipstone.train.finite import FiniteGuard, NotFinite, RowTurns
 from skipstone.train.trainer import RunTrainer
 from train.ranks import on_ranks
 from train.tool import DENSE, MODELS, lines, mod, recipe, train, weights
@@ -122,9 +122,9 @@ def test_all_processes_stop_together(kind: str, tmp_path: Path) -> None:
 
 
 def test_rows_of_parts_and_processes() -> None:
-    share = Share(rows=2, parts=3, rank=0, count=2)
-    assert [share.first(2, part, rank) for part in range(3) for rank in range(2)] == [12, 14, 16, 18, 20, 22]
-    guard = FiniteGuard([], Share(rows=2, parts=2), Path("none"), 0, lambda flags: flags)
+    turns = RowTurns(rows=2, parts=3, rank=0, count=2)
+    assert [turns.first(2, part, rank) for part in range(3) for rank in range(2)] == [12, 14, 16, 18, 20, 22]
+    guard = FiniteGuard([], RowTurns(rows=2, parts=2), Path("none"), 0, lambda flags: flags)
     for loss in (0.0, math.nan):
         guard.add(5, torch.tensor(loss), [])
     guard.add_gradient(1.0)

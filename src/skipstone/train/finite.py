@@ -22,7 +22,7 @@ class NotFinite(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RowTurns:
     """Which training rows a process reads when several processes take turns by micro-batches.
 
     rows: rows of a micro-batch in one process. parts: micro-batches of an optimizer step. rank: index of this process.
@@ -48,17 +48,17 @@ class FiniteGuard:
 
     All processes decide alike. Flags stay on the device until `settle` reads them, which costs one host sync.
 
-    routers: names of all routers, "block L NAME" as in `bad_scores`. share: the rows that this process reads, so that
+    routers: names of all routers, "block L NAME" as in `bad_scores`. turns: the rows that this process reads, so that
     the message can name them. folder: the run folder, whose last checkpoint the message names. allowed: how many steps
     of the training may be skipped instead of stopping it. gather: a function that concatenates a tensor over processes
     along its first dimension. skipped: how many steps have been skipped so far.
     """
 
     def __init__(
-        self, routers: Sequence[str], share: Share, folder: Path, allowed: int, gather: Callable[[Tensor], Tensor]
+        self, routers: Sequence[str], turns: RowTurns, folder: Path, allowed: int, gather: Callable[[Tensor], Tensor]
     ) -> None:
         self.columns = (*OWN, *routers)
-        self.share, self.folder, self.allowed, self.gather = share, folder, allowed, gather
+        self.turns, self.folder, self.allowed, self.gather = turns, folder, allowed, gather
         self.skipped = 0
         self._seen: list[tuple[int, int]] = []  # step and micro-batch of each row of flags
         self._flags: list[Tensor] = []
@@ -98,7 +98,7 @@ class FiniteGuard:
         self._seen, self._flags = [], []
         wrong = [
             (step, part, rank, row)
-            for rank in range(self.share.count)
+            for rank in range(self.turns.count)
             for (step, part), row in zip(seen, flags[rank * len(seen) : (rank + 1) * len(seen)], strict=True)
             if any(row)
         ]
@@ -108,7 +108,7 @@ class FiniteGuard:
         what = self._in_words(step, [found[1:] for found in wrong if found[0] == step])
         if may_skip and self.skipped < self.allowed:
             self.skipped += 1
-            if self.share.rank == 0:
+            if self.turns.rank == 0:
                 print(  # noqa: T201
                     f"skipstone: step {step} is skipped ({self.skipped} of at most {self.allowed}): {what}",
                     file=sys.stderr,
@@ -125,9 +125,9 @@ class FiniteGuard:
             own.append(f"the router scores of {routers[0]}{more}")
         places = [(part, rank) for part, rank, row in wrong if row[0] or any(row[len(OWN) :])]
         if not places:  # only the gradient, which is of the whole step
-            places = [(part, rank) for part in range(self.share.parts) for rank in range(self.share.count)]
-        firsts = sorted(self.share.first(step, part, rank) for part, rank in places)
-        rows = ", ".join(f"{start} to {end - 1}" for start, end in _joined(firsts, self.share.rows))
+            places = [(part, rank) for part in range(self.turns.parts) for rank in range(self.turns.count)]
+        firsts = sorted(self.turns.first(step, part, rank) for part, rank in places)
+        rows = ", ".join(f"{start} to {end - 1}" for start, end in _joined(firsts, self.turns.rows))
         return f"{' and '.join(own)} {'are' if len(own) > 1 or routers else 'is'} not finite on training rows {rows}"
 
     def good_checkpoint(self) -> str:

@@ -27,7 +27,7 @@ from skipstone.train import parallel, sharded
 from skipstone.train.average import TailAverage
 from skipstone.train.checkpoints import PARTIAL, restore_other
 from skipstone.train.decay import decaying, with_router_rate
-from skipstone.train.finite import FiniteGuard, NotFinite, Share
+from skipstone.train.finite import FiniteGuard, NotFinite, RowTurns
 from skipstone.train.log_window import LogWindow
 from skipstone.train.mixin import RoutingTrainer
 from skipstone.train.recipe import TrainConfig
@@ -69,7 +69,7 @@ class RunTrainer(RoutingTrainer):
 
     def _guard(self) -> FiniteGuard:
         state, args = self.accelerator, self.args
-        share = Share(
+        turns = RowTurns(
             rows=args.per_device_train_batch_size,
             parts=args.gradient_accumulation_steps,
             rank=state.process_index,
@@ -78,7 +78,7 @@ class RunTrainer(RoutingTrainer):
         places = [module.placement for module in self._plain.routing_modules()]
         names = [f"block {place.layer} {place.name}" for place in places]
         folder = Path(args.output_dir).parent
-        return FiniteGuard(names, share, folder, self.recipe.max_skipped_steps, state.gather)
+        return FiniteGuard(names, turns, folder, self.recipe.max_skipped_steps, state.gather)
 
     def _router_watch(self) -> RouterWatch | None:
         """Return what watches the routers; None if they do not decide in this training, or there are none."""
