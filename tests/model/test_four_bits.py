@@ -18,7 +18,8 @@ from skipstone.measure.flops import count_flops
 from skipstone.model.head_preview import with_head_candidates
 from skipstone.model.pretrained import four_bit_rows, load_model, load_pretrained
 from skipstone.model.quantise import dequantise, quantise
-from skipstone.nn.int8 import Int4Linear, Int8Linear
+from skipstone.nn.int4 import Int4Linear
+from skipstone.nn.int8 import Int8Linear
 
 ROUTED: dict[str, Any] = {
     "mechanisms": [{"name": "token_selective", "layers": "1:"}],
@@ -185,7 +186,7 @@ def test_what_is_refused() -> None:
     for bits in (4, 8):
         with pytest.raises(ValueError, match="the model has int4 weights already"):
             quantise(small, bits)
-    with pytest.raises(ValueError, match="bits must be 8 or 4, got 3"):
+    with pytest.raises(ValueError, match="bits must be 16, 8 or 4, got 3"):
         quantise(model(), 3)
     with pytest.raises(ValueError, match="int4 weights cannot be resized"):
         small.resize_token_embeddings(70)
@@ -199,7 +200,7 @@ def test_what_is_refused() -> None:
     ("options", "line"),
     [
         ({"weight_format": "int4", "mlp": "experts", "experts": {"count": 4}}, "needs mlp 'gated' or 'plain'"),
-        ({"weight_format": "int4", "weight_group": 32}, "weight_group must be 64"),
+        ({"weight_format": "int4", "weight_group": 16}, "weight_group must be 64 or 32"),
         ({"weight_format": "int8", "weight_int8": ["layers.0.mlp.up_proj"]}, "weight_int8 needs weight_format 'int4'"),
         ({"weight_format": "int4", "weight_int8": "up"}, "weight_int8"),
     ],
@@ -239,7 +240,7 @@ def test_the_command_says_which_bits_there_are(tmp_path: Path) -> None:
 
     found = CliRunner().invoke(app, ["quantise", str(tmp_path), str(tmp_path / "out"), "--bits", "5"])
     assert found.exit_code == 1
-    assert "--bits must be 8 or 4, got 5" in str(found.output) + str(found.exception)
+    assert "--bits must be 16, 8 or 4, got 5" in str(found.output) + str(found.exception)
 
 
 WIDTH = 256
@@ -305,6 +306,25 @@ def test_blocks_of_a_gguf_file_are_kept_exactly(tmp_path: Path) -> None:
     export_quantised(path, tmp_path / "out", bits=4)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "out")(ids()).logits, small(ids()).logits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_of_eight_and_five_bits_are_kept_exactly(bits: int, tmp_path: Path) -> None:
+    """They become int8 in groups of 32, beside four-bit blocks and alone."""
+    path = tmp_path / "a.gguf"
+    kinds = {name: "Q8_0" if name.startswith("attn") else "Q5_0" for name in (*KINDS, "ffn_down")}
+    gguf_file(path, {**kinds, "attn_q": "Q4_0"})
+    given = load_pretrained(path)
+    small = quantise(given, bits, four_bit_rows(path) if bits == 4 else None)
+    assert small.config.weight_group == 32
+    whole = dequantise(small)
+    for block, kept in zip(whole.model.layers, given.model.layers, strict=True):
+        assert all(torch.equal(x, kept.get_parameter(name)) for name, x in block.named_parameters())
+    small.save_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        logits = load_model(tmp_path / "small")(ids(1, 3)).logits
+        assert torch.equal(logits, small(ids(1, 3)).logits)
+        torch.testing.assert_close(logits, whole(ids(1, 3)).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_scales_of_q4_k_are_rounded_and_nothing_else(tmp_path: Path) -> None:

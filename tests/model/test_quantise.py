@@ -218,7 +218,7 @@ def test_it_is_not_trained_and_not_quantised_twice() -> None:
     with pytest.raises(ValueError, match="weight_format"):
         skipstone.SkipstoneConfig(weight_format="int7")
     for wrong in ({"weight_format": "int8", "weight_group": 48}, {"weight_group": 64}):
-        with pytest.raises(ValueError, match="weight_group must be 64"):
+        with pytest.raises(ValueError, match="weight_group must be 64 or 32"):
             skipstone.SkipstoneConfig(**wrong)
 
 

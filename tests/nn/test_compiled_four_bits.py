@@ -11,7 +11,7 @@ import torch
 from nn.test_compiled_blocks import CALLS, OPTIONS, general, logits, model
 from nn.test_compiled_blocks import counted as counted
 from skipstone.model.quantise import quantise
-from skipstone.nn.int8 import Int4Linear
+from skipstone.nn.int4 import Int4Linear
 from skipstone.ops import int4
 
 pytest.importorskip("numba")

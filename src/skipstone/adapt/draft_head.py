@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipstone.core.progress_bar import advance, work
-from skipstone.model.build import Block, Int4Linear, Int8Linear
+from skipstone.model.build import Block, StoredLinear
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.draft_head import DraftHead, rows_of_head, told_of
 
@@ -259,6 +259,6 @@ def _floats(block: Block) -> dict[str, Tensor]:
     """Return the weights of a block by name, quantised ones restored."""
     found = {name: x.detach().float() for name, x in block.named_parameters() if x.is_floating_point()}
     for name, module in block.named_modules():
-        if isinstance(module, Int4Linear | Int8Linear):
+        if isinstance(module, StoredLinear):
             found[f"{name}.weight"] = module.restored().float()
     return found

@@ -1,4 +1,4 @@
-"""Export of a model with int8 or four-bit weights."""
+"""Export of a model with weights in 16, 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.head_preview import with_head_candidates
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import four_bit_rows, load_pretrained, load_tokenizer
-from skipstone.model.quantise import quantise
+from skipstone.model.quantise import quantise, stored_exactly
 from skipstone.runs import CONFIG, Run
+
+EXACT = "all weights have the values of the original"
+ROUNDED = {
+    "bfloat16": "weights are rounded to 8 significant bits",
+    "float16": "weights are rounded to 11 significant bits",
+    "int8": "weights are rounded to 8 bits, in groups of 64 inputs",
+    "int4": "most weights have 4 bits, in groups of 32 inputs; token embedding and head have 8",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +50,14 @@ class HeadCandidates:
     tokens: int = 256
 
 
-def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8) -> None:
+def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8) -> str:
     """Write the model at `source` with quantised weights to the folder `out`, with its tokenizer and a model card.
 
     source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: limits the logits that decoding
-    steps compute exactly; None means that all are computed. bits: 8, or 4 for four-bit weights in attention and MLP, as
-    in `quantise`; four-bit blocks of a GGUF file are then taken over as they are. `out` appears only when it is
-    complete. Raises what `load_pretrained`, `quantise` and `with_head_candidates` raise, and FileExistsError if `out`
-    is not empty.
+    steps compute exactly; None means that all are computed. bits: 16, 8 or 4, as in `quantise`; with 4, four-bit blocks
+    of a GGUF file are taken over as they are. `out` appears only when it is complete. Returns a line that names the
+    format and says whether weights were rounded. Raises what `load_pretrained`, `quantise` and `with_head_candidates`
+    raise, and FileExistsError if `out` is not empty.
     """
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:
@@ -62,11 +70,13 @@ def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None 
         next(stage)
         with quiet():
             small = quantise(model, bits, four_bit_rows(source) if bits == 4 else None)
+            kept = stored_exactly(model, small)
             if head is not None:
                 ids_BT = _calibration(model, tokenizer, head, str(source))
                 small = with_head_candidates(small, ids_BT, head.candidates, head.directions)
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))
+    return f"{small.config.weight_format}: {EXACT if kept else ROUNDED[small.config.weight_format]}"
 
 
 def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | None, out: Path, source: str) -> None:

@@ -23,7 +23,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.measure.passes import Pass
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.cost import cost, kept_from_records
-from skipstone.ops import head_preview, int4, int8, magnitude
+from skipstone.ops import float16, head_preview, int4, int8, magnitude
 
 aten = torch.ops.aten
 
@@ -231,6 +231,7 @@ TABLE: dict[object, Callable[..., int]] = {
     **dict.fromkeys(FORWARD, _attention),
     **dict.fromkeys(BACKWARD, _attention_backward),
     aten._grouped_mm: _grouped,
+    float16.NATIVE: lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0],
     int4.NATIVE: lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0],
     int8.NATIVE: lambda x, weight, *args, **kwargs: 2 * x.numel() * weight.shape[0],
     head_preview.NATIVE: _by_candidates,

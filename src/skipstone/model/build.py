@@ -31,18 +31,21 @@ from skipstone.nn.compiled_blocks import runs_of as runs_of
 from skipstone.nn.compiled_run import CompiledRun as CompiledRun
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
+from skipstone.nn.float16 import Float16Linear as Float16Linear
+from skipstone.nn.formats import Format as Format
+from skipstone.nn.formats import layers_of as layers_of
 from skipstone.nn.grouped_mlp import GroupedMLP
 from skipstone.nn.head_preview import HeadPreview as HeadPreview
-from skipstone.nn.int8 import Int4Linear as Int4Linear
-from skipstone.nn.int8 import Int8Embedding as Int8Embedding
+from skipstone.nn.int4 import Int4Linear as Int4Linear
 from skipstone.nn.int8 import Int8Linear as Int8Linear
-from skipstone.nn.int8 import int4_layers
-from skipstone.nn.int8 import int8_layers as int8_layers
+from skipstone.nn.int8 import Int8Weights as Int8Weights
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP as MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import Rotary as Rotary
+from skipstone.nn.stored_weights import StoredLinear as StoredLinear
+from skipstone.nn.stored_weights import StoredWeights as StoredWeights
 from skipstone.nn.windows import pairs as pairs
 
 PLACEMENTS = {  # norm_placement: the norms of `nn/block.py` that a block has
@@ -108,12 +111,11 @@ class Blocks(nn.ModuleList):
         return super().__getitem__(index)  # type: ignore[return-value]
 
 
-def quantised_layers(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Replace the linear layers and the token embedding below `module` by layers of the format that `config` names."""
-    if config.weight_format == "int4":
-        int4_layers(module, config.weight_group, config.weight_int8 or ())
-    else:
-        int8_layers(module, config.weight_group)
+def format_of(config: SkipstoneConfig) -> Format | None:
+    """Return how the weights of a model are stored; None for parameters in floating point."""
+    if config.weight_format == "float":
+        return None
+    return Format(name=config.weight_format, group=config.weight_group, left=config.weight_int8 or ())
 
 
 def build_blocks(config: SkipstoneConfig) -> Blocks:

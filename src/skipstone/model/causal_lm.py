@@ -25,7 +25,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_targets
-from skipstone.model.build import HeadPreview, Int8Linear, Rotary
+from skipstone.model.build import HeadPreview, Int8Linear, Rotary, StoredLinear, format_of
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -82,9 +82,10 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)
         self.model = SkipstoneModel(config)
-        self.lm_head: nn.Linear | Int8Linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.weight_format != "float":
-            self.lm_head = Int8Linear(config.hidden_size, config.vocab_size, False, config.weight_group)
+        self.lm_head: nn.Linear | StoredLinear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if (stored := format_of(config)) is not None:
+            self.lm_head = stored.linear(config.hidden_size, config.vocab_size, False)
+        if isinstance(self.lm_head, Int8Linear):
             self._tied_weights_keys = {
                 **self._tied_weights_keys,
                 "lm_head.weight_scale": "model.embed_tokens.weight_scale",

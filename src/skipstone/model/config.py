@@ -31,7 +31,7 @@ from skipstone.model.parts import (
     parse_mechanisms,
 )
 from skipstone.model.shim import AUTO_MAP, write_shim
-from skipstone.ops.int8 import GROUP
+from skipstone.ops.int8 import FINE, GROUP
 
 WITHOUT_IN_PARTS = ("mlp_bias", "mlp_hidden_dropout")  # not supported by MLPs that are computed in parts
 ROPE_NUMBERS = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -84,10 +84,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         kind = self.weight_format
         if kind != "float" and self.mlp == "experts":
             raise ValueError(f"weight_format {kind!r} needs mlp 'gated' or 'plain', got 'experts'")
-        if self.weight_group not in (None, GROUP) or (self.weight_group is not None and kind == "float"):
+        if self.weight_group not in ((None, GROUP, FINE) if kind in ("int8", "int4") else (None,)):
             raise ValueError(
-                f"weight_group must be {GROUP} with weight_format 'int8' or 'int4', or None, got {self.weight_group} "
-                f"with {kind!r}"
+                f"weight_group must be {GROUP} or {FINE} with weight_format 'int8' or 'int4', or None, got "
+                f"{self.weight_group} with {kind!r}"
             )
         if self.weight_int8 is not None and kind != "int4":
             raise ValueError(f"weight_int8 needs weight_format 'int4', got {kind!r}")

@@ -33,8 +33,8 @@ from skipstone.model.build import (
     build_norm,
     build_positions,
     build_window_positions,
+    format_of,
     initialise,
-    quantised_layers,
 )
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
@@ -192,8 +192,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self.every_block_runs = False
         blocks = self.layers
         self._keep_in_fp32_modules_strict = {name for block in blocks for name in block.fp32_names()}
-        if config.weight_format != "float":
-            quantised_layers(self, config)
+        if (stored := format_of(config)) is not None:
+            stored.replace(self)
             self._keep_in_fp32_modules_strict |= {"weight_scale"}
         self.post_init()
 

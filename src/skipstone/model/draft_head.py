@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from skipstone.model.build import Int8Linear, build_norm, int8_layers
+from skipstone.model.build import Float16Linear, Format, Int8Linear, StoredLinear, build_norm
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import SkipstoneModel
@@ -45,7 +45,7 @@ class DraftHead(nn.Module):
         super().__init__()
         own, D = _config(config), config.hidden_size
         self.hidden_norm, self.embedding_norm = build_norm(own), build_norm(own)
-        self.join: nn.Linear | Int8Linear = nn.Linear(2 * D, D, bias=False)
+        self.join: nn.Linear | StoredLinear = nn.Linear(2 * D, D, bias=False)
         self.stack = SkipstoneModel(own)
         del self.stack.embed_tokens  # the model's is used
         self.register_buffer("shortlist_R", torch.zeros(shortlist, dtype=torch.long))
@@ -112,6 +112,8 @@ def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
     head = model.lm_head
     if isinstance(head, Int8Linear):
         return int8.restore(head.weight[ids_R], head.weight_scale[ids_R])
+    if isinstance(head, Float16Linear):
+        return head.values[ids_R].float()
     return head.weight.detach()[ids_R].float()
 
 
@@ -162,7 +164,7 @@ class ReadyHead:
 def _round(parts: nn.Module) -> None:
     """Replace all matrices by int8 ones of the same values."""
     whole = {name: module.weight for name, module in parts.named_modules() if isinstance(module, nn.Linear)}
-    int8_layers(parts, int8.GROUP)
+    Format(name="int8", group=int8.GROUP).replace(parts)
     for name, weight in whole.items():
         layer = parts.get_submodule(name)
         assert isinstance(layer, Int8Linear)

@@ -46,7 +46,7 @@ ALLOWED = {
     "linear_init": ("normal", "torch"),
     "auxiliary_loss_over": ("labelled", "all"),
     "training_routing": ("oracle", "causal"),
-    "weight_format": ("float", "int8", "int4"),
+    "weight_format": ("float", "bfloat16", "float16", "int8", "int4"),
 }
 # Keys that transformers has for every model.
 FOREIGN = (
@@ -103,14 +103,14 @@ class ModelFields:
     labelled tokens (labelled) or all but padding (all). training_routing: how training passes decide by default,
     looking at the whole row (oracle) or without later tokens and noise (causal).
 
-    Decoding: weight_format: float, or int8 for matrices and token embedding, or int4 for the matrices of the blocks and
-    int8 for head and token embedding (`skipstone quantise`); weight_int8: with int4, the paths below the decoder of
-    matrices that are int8 nevertheless, such as layers.0.mlp.down_proj; weight_group: 64, the inputs of an int8 matrix
-    that share a scale; None means that all inputs of a row do. head_candidates: rows of the output head that a decoding
-    step multiplies exactly, those with the largest logits in a cheap preview of head_directions dimensions (`skipstone
-    quantise --head-candidates`); both None means all rows. Quantised models and those with candidates are not trained.
-    use_cache and special ids: as in transformers. family: the `model_type` that the model was converted from, or None.
-    format_version: version of config.json's format.
+    Decoding: weight_format: float, or bfloat16, float16 or int8 for matrices and token embedding, or int4 for the
+    matrices of the blocks and int8 for head and token embedding (`skipstone quantise`); weight_int8: with int4, the
+    paths below the decoder of matrices that are int8 nevertheless, such as layers.0.mlp.down_proj; weight_group: 64 or
+    32, the inputs of an int8 matrix that share a scale; None means that all inputs of a row do. head_candidates: rows
+    of the output head that a decoding step multiplies exactly, those with the largest logits in a cheap preview of
+    head_directions dimensions (`skipstone quantise --head-candidates`); both None means all rows. Quantised models and
+    those with candidates are not trained. use_cache and special ids: as in transformers. family: the `model_type` that
+    the model was converted from, or None. format_version: version of config.json's format.
     """
 
     format_version: int = FORMAT_VERSION

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from skipstone.core.strict import PlainDict
-from skipstone.model.build import Int8Linear
+from skipstone.model.build import StoredLinear
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.quantise import rebuilt
@@ -49,7 +49,7 @@ def with_head_candidates(
     states = [model.model(row[None], use_cache=False, routing="causal").last_hidden_state[0] for row in ids_BT]
     hidden_ND = model.to_head(torch.cat(states))
     head = model.lm_head
-    weight_VD = head.restored() if isinstance(head, Int8Linear) else head.weight
+    weight_VD = head.restored() if isinstance(head, StoredLinear) else head.weight
     found = preview_of(weight_VD.detach().float(), hidden_ND.float(), directions)
     tensors: PlainDict = dict(model.state_dict())
     tensors |= {f"head_preview.{name}": tensor for name, tensor in vars(found).items()}

@@ -1,8 +1,8 @@
-"""Quantisation of a model to int8 or four-bit weights, and the reverse.
+"""Storing the weights of a model in 16, 8 or 4 bits, and the reverse.
 
-All matrices of attention, MLP, head and token embedding are rounded: to int8 in groups of 64 inputs, or those of
-attention and MLP to four bits in groups of 32. Norms, biases, learned positions and the parameters of mechanisms keep
-their precision.
+This concerns all matrices of attention, MLP, head and token embedding. With 16 bits they are bf16 or fp16, with 8
+rounded to int8 in groups of 64 inputs, and with 4 those of attention and MLP to four bits in groups of 32. Norms,
+biases, learned positions and the parameters of mechanisms keep their precision.
 """
 
 from __future__ import annotations
@@ -14,47 +14,74 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.weights import is_quantised
-from skipstone.model.build import Int4Linear, Int8Embedding, Int8Linear, MagnitudeMLP
+from skipstone.model.build import Int4Linear, Int8Weights, MagnitudeMLP, StoredWeights, layers_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.loading import from_tensors
 from skipstone.model.weight_files import open_tensors, weight_files
-from skipstone.ops import int4, int8
+from skipstone.ops import float16, int4, int8
 
-FLOAT = "float"
-FORMATS = {8: "int8", 4: "int4"}
+FLOAT, INT8, INT4 = "float", "int8", "int4"
+BITS = (16, 8, 4)
 DECODER = "model."  # what the names of a decoder's parts begin with
 BY_NEURON = ("up_proj", "down_proj")  # matrices that are read for some neurons, which kernels do for int8
 
 
 def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | None = None) -> SkipstoneForCausalLM:
-    """Return a copy of the model with int8 weights in all matrices of attention, MLP, head and token embedding.
+    """Return a copy of the model with weights in few bits in all matrices of attention, MLP, head and token embedding.
 
-    bits: 8, or 4 for four-bit weights in attention and MLP. Each 64 inputs of an int8 matrix row share a scale, or all
-    of them if their number is not a multiple of 64; each 32 inputs of a four-bit row share a scale and an offset. Int8
-    are then still matrices whose inputs are not a multiple of 64, those whose weights fp16 scales cannot hold, and up
-    and down of an MLP that leaves out neurons by magnitude. given: the rows of the GGUF file that an fp32 model was
-    loaded from: with 4 bits, its four-bit blocks are taken over as they are, and if it has any, its other matrices
-    become int8. Raises ValueError for a model that is quantised already (by this function or by torchao), for a mixture
-    of experts, and for weights that are not finite.
+    bits: 8 for int8; 4 for four bits in attention and MLP, and int8 elsewhere; 16 for bf16 if it holds all weights
+    exactly, else fp16, or bf16 if a weight is too large for that. Each 64 inputs of an int8 matrix row share a scale,
+    or all of them if their number is not a multiple of 64. They are 32 if most weights come from blocks such as Q8_0 or
+    Q5_0 of a GGUF file, whose values are kept by this. Each 32 inputs of a four-bit row share a scale and an offset.
+    With 4 bits, int8 are also matrices whose inputs are not a multiple of 64, those whose weights fp16 scales cannot
+    hold, and up and down of an MLP that leaves out neurons by magnitude; with 16, the latter stay as they are. given:
+    the rows of the GGUF file that an fp32 model was loaded from: with 4 bits, its four-bit blocks are taken over as
+    they are, and if it has any, its other matrices become int8. Raises ValueError for a model that is quantised already
+    (by this function or by torchao), for a mixture of experts, and for weights that are not finite.
     """
-    if bits not in FORMATS:
-        raise ValueError(f"bits must be 8 or 4, got {bits}")
+    if bits not in BITS:
+        raise ValueError(f"bits must be 16, 8 or 4, got {bits}")
     if model.config.weight_format != FLOAT:
         raise ValueError(f"the model has {model.config.weight_format} weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
         raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
     tensors: dict[str, Tensor] = dict(model.state_dict())
+    if bits == 16:
+        return _in_16_bits(model, tensors)
     four, left = _four_bits(model, tensors, given) if bits == 4 else ({}, None)
-    config = _with_format(model, FORMATS[bits], int8.GROUP, left)
+    config = _with_format(model, INT4 if bits == 4 else INT8, int8.GROUP, left)
+    rounded = [name for name, layer in _layers(config).items() if isinstance(layer, Int8Weights)]
+    config.weight_group = _group([tensors[f"{name}.weight"] for name in rounded if f"{name}.weight" in tensors])
     for name, layer in _layers(config).items():
         if isinstance(layer, Int4Linear):
             tensors[f"{name}.weight"] = four[name]
-        elif f"{name}.weight" in tensors:
+        elif isinstance(layer, Int8Weights) and f"{name}.weight" in tensors:
             number, scale = int8.quantise(tensors[f"{name}.weight"], layer.group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
     return rebuilt(model, config, tensors)
+
+
+def _group(weights: list[Tensor]) -> int:
+    """Return how many inputs share a scale in int8: 32 if that keeps the values of most of the weights, else 64."""
+    kept = sum(weight.numel() for weight in weights if int8.on_a_grid(weight))
+    return int8.FINE if 2 * kept > sum(weight.numel() for weight in weights) else int8.GROUP
+
+
+def stored_exactly(model: SkipstoneForCausalLM, small: SkipstoneForCausalLM) -> bool:
+    """Return whether all weights of `small`, which `quantise` made of `model`, have the values of the original."""
+    given = model.state_dict()
+    return all(torch.equal(layer.restored(), given[f"{name}.weight"]) for name, layer in layers_of(small).items())
+
+
+def _in_16_bits(model: SkipstoneForCausalLM, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
+    names = [f"{name}.weight" for name in _layers(_with_format(model, "bfloat16", None, None))]
+    names = [name for name in names if name in tensors]
+    stored = float16.format_of([tensors[name] for name in names])
+    for name in names:
+        tensors[name] = tensors[name].to(stored).view(torch.int16)
+    return rebuilt(model, _with_format(model, str(stored).removeprefix("torch."), None, None), tensors)
 
 
 def _four_bits(
@@ -62,7 +89,7 @@ def _four_bits(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return four-bit matrices by name, and the paths below the decoder of those that stay int8."""
     found, left = {}, _read_by_neuron(model)
-    for name, layer in _layers(_with_format(model, FORMATS[4], int8.GROUP, left)).items():
+    for name, layer in _layers(_with_format(model, INT4, int8.GROUP, left)).items():
         if not isinstance(layer, Int4Linear):
             continue
         weight = tensors[f"{name}.weight"]
@@ -88,31 +115,24 @@ def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of a quantised model that holds the same values in the dtype of its activations."""
     config = _with_format(model, FLOAT, None, None)
     tensors = dict(model.state_dict())
-    for name, layer in _layers(model.config).items():
-        if isinstance(layer, Int4Linear):
-            tensors[f"{name}.weight"] = int4.restore(tensors[f"{name}.weight"], model.dtype)
-            continue
-        number, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight_scale")
-        tensors[f"{name}.weight"] = int8.restore(number, scale, model.dtype)
+    for name, layer in layers_of(model).items():
+        tensors[f"{name}.weight"] = layer.restored()
+        tensors.pop(f"{name}.weight_scale", None)
     return rebuilt(model, config, tensors)
 
 
 def check_quantised(model: SkipstoneForCausalLM, folder: Path) -> None:
-    """Raise ValueError, which names the tensor, if quantised weights are of another type or a scale is not finite.
+    """Raise ValueError, which names the tensor, if quantised weights are of another type or a number is not finite.
 
     model: the model that was loaded from the weight files in `folder`; loading converts a tensor of another type, such
     as weights that were never quantised, without a word.
     """
     stored = {name: kind for path in weight_files(folder) for name, (kind, _) in open_tensors(path).items()}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, Int4Linear | Int8Linear | Int8Embedding):
-            continue
-        wanted = "U8" if isinstance(layer, Int4Linear) else "I8"
-        if (kind := stored.get(f"{name}.weight", wanted)) != wanted:
-            raise ValueError(f"{name}.weight has type {kind} in the checkpoint and {wanted} in the model")
-        scale = int4.factors(layer.weight) if isinstance(layer, Int4Linear) else layer.weight_scale
-        if not bool(scale.isfinite().all()):
-            raise ValueError(f"{name}.weight has a scale that is not finite")
+    for name, layer in layers_of(model).items():
+        if (kind := stored.get(f"{name}.weight", layer.TYPE)) != layer.TYPE:
+            raise ValueError(f"{name}.weight has type {kind} in the checkpoint and {layer.TYPE} in the model")
+        if not bool(layer.scales().isfinite().all()):
+            raise ValueError(f"{name}.weight has {layer.NUMBERS} that is not finite")
 
 
 def _with_format(
@@ -122,12 +142,11 @@ def _with_format(
     return SkipstoneConfig(**{**model.config.to_dict(), **changed})
 
 
-def _layers(config: SkipstoneConfig) -> dict[str, Int4Linear | Int8Linear | Int8Embedding]:
+def _layers(config: SkipstoneConfig) -> dict[str, StoredWeights]:
     """Return the quantised layers by name, without their weights. Layers that share a weight are included."""
     with torch.device("meta"):
         model: nn.Module = SkipstoneForCausalLM(config)
-    kinds = Int4Linear | Int8Linear | Int8Embedding
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return layers_of(model)
 
 
 def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:

@@ -1,7 +1,7 @@
 """Blocks as rows of the tables that a compiled decoding step reads (`ops/decode_stack.py`).
 
 A compiled step is one call of numba code that runs several blocks. It can run a block with a gated MLP (also one that
-chooses neurons by its own activations), RMS norms and weights in fp32, int8 or four bits, if every mechanism in it
+chooses neurons by its own activations), RMS norms and weights in fp32 or a compact format, if every mechanism in it
 describes its decision as data (`core/stream_gate.py`).
 
 Shape letters: L blocks, C columns, G depth mechanisms (called gates here), N numbers.
@@ -19,15 +19,17 @@ from skipstone.core.depth import DepthModule
 from skipstone.core.stream_gate import Functions, Mixture, NeuronChoice, Scorer, StreamGate, StreamMix, declares
 from skipstone.nn.attention import Attention
 from skipstone.nn.block import SEGMENT, Block
-from skipstone.nn.int8 import Int4Linear, Int8Linear
+from skipstone.nn.float16 import Float16Linear
+from skipstone.nn.int4 import Int4Linear
+from skipstone.nn.int8 import Int8Linear
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.mlp import GatedMLP
 from skipstone.nn.norm import OffsetRMSNorm, RMSNorm
-from skipstone.ops import decode_stack, decode_step
-from skipstone.ops.int8 import GROUP
+from skipstone.ops import decode_stack, decode_step, float16
+from skipstone.ops.int8 import FINE, GROUP
 
-LINEAR = (nn.Linear, OutputLinear, Int8Linear, Int4Linear)
+LINEAR = (nn.Linear, OutputLinear, Int8Linear, Int4Linear, Float16Linear)
 NORMS = (RMSNorm, OffsetRMSNorm)
 INSIDE = ("block", "attention", "mlp")
 ALONE = -1.0  # the decay of a mixture that depends on the token alone
@@ -37,7 +39,7 @@ def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
     """Return the sizes that all blocks have, or None if they differ or a compiled decoding step cannot run one of them.
 
     Such a step is one call of numba code for several blocks. It can run a block with a gated MLP, root-mean-square
-    norms and fp32, int8 or four-bit weights, if every mechanism in it describes its decision as data
+    norms and weights in fp32 or a compact format, if every mechanism in it describes its decision as data
     (`core/stream_gate.py`).
     """
     found = {_sizes(block) if _served(block) else None for block in blocks}
@@ -76,6 +78,8 @@ def _served(block: nn.Module) -> bool:
         return False
     if any(isinstance(m, Int8Linear) and m.in_features % GROUP for m in matrices):
         return False
+    if any(isinstance(m, Float16Linear) and m.in_features % float16.STEP for m in matrices):
+        return False
     return _mix_is_served(mlp.activation) and all(
         declares(gate, "stream_gate") and _readable(gate.stream_gate()) for gate in block.mechanisms.values()
     )
@@ -86,7 +90,9 @@ def _chooses(mlp: Any) -> bool:
     if type(mlp) is not MagnitudeMLP or not declares(mlp.router, "stream_choice"):
         return False
     read_in_part = (mlp.up_proj, mlp.down_proj)
-    if any(isinstance(matrix, Int4Linear) for matrix in read_in_part):  # `quantise` leaves these int8
+    if any(isinstance(matrix, Int4Linear | Float16Linear) for matrix in read_in_part):  # `quantise` makes none of these
+        return False
+    if any(isinstance(matrix, Int8Linear) and matrix.group == FINE for matrix in read_in_part):
         return False
     return _readable(mlp.router.stream_choice()) and all(matrix.bias is None for matrix in mlp.matrices())
 
@@ -305,14 +311,16 @@ def _row(block: Block) -> list[int]:
     """Return the addresses of the block's norms and matrices, the first columns listed in `ops/decode_frame.py`.
 
     For each matrix they are the weight, its scales (0 without), its bias (0 without), and the number of scales per
-    output.
+    output, or what dtype a weight without scales has.
     """
     row = [0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)]
     for matrix in _matrices(block):
-        at, scale_at, scales = matrix.weight.data_ptr(), 0, 1
+        at, scale_at, scales = matrix.weight.data_ptr(), 0, decode_stack.FLOATS[torch.float32]
         if isinstance(matrix, Int8Linear):
             scale_at, scales = matrix.weight_scale.data_ptr(), matrix.weight_scale.numel() // matrix.out_features
         elif isinstance(matrix, Int4Linear):
             scale_at, scales = at, 0
+        elif isinstance(matrix, Float16Linear):
+            scales = decode_stack.FLOATS[matrix.stored]
         row += [at, scale_at, 0 if matrix.bias is None else matrix.bias.data_ptr(), scales]
     return row

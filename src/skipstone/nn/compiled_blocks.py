@@ -15,7 +15,6 @@ from itertools import groupby
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -31,6 +30,7 @@ from skipstone.core.weights import hooks_on_all_modules
 from skipstone.nn.block import SEGMENT, Block
 from skipstone.nn.block_table import layouts_of, sizes_of
 from skipstone.nn.compiled_run import CompiledRun
+from skipstone.nn.formats import is_stored
 from skipstone.ops import decode_stack, decode_step
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -167,13 +167,13 @@ class CompiledBlocks:
 
         weights: the parameters of the blocks. layouts: what `layouts_of` returned for the blocks.
         """
-        if not all(decode_step.takes(x) or _is_quantised(x) for x in weights):
+        if not all(decode_step.takes(x) or (is_stored(x) and x.is_cpu) for x in weights):
             return False
         if not all(x.is_contiguous() or id(x) in layouts for x in weights):
             return False
         turned = [layouts.get(id(x), False) for x in weights]
         found = [decode_stack.lay(x.data, as_inputs) for x, as_inputs in zip(weights, turned, strict=True)]
-        if any(_is_quantised(x) for x in weights):
+        if any(is_stored(x) for x in weights):
             views = [x.t() if as_inputs else x for x, as_inputs in zip(found, turned, strict=True)]
             lying = zip(decode_stack.gather(views), turned, strict=True)
             found = [x.t() if as_inputs else x for x, as_inputs in lying]
@@ -235,7 +235,3 @@ def _parts(modules: Sequence[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
         for name in named:
             if name in vars(module) or name == "forward":
                 yield vars(module), name, vars(module).get(name)
-
-
-def _is_quantised(x: Tensor) -> bool:
-    return type(x) is nn.Parameter and x.dtype in (torch.int8, torch.uint8) and x.is_cpu

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from skipstone.nn.float16 import Float16Linear
 from skipstone.nn.int8 import Int8Linear
 from skipstone.ops import head_preview
 
+HEADS = (nn.Linear, Int8Linear, Float16Linear)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 UNREAD = "head_candidates is not used with this head, device or dtype: the whole head is read"
 
@@ -71,15 +73,15 @@ class HeadPreview(nn.Module):
     def fits(self, head: nn.Module | None) -> bool:
         """Return whether the rows of a head can be read in place.
 
-        head: an unmodified Linear or Int8Linear layer without bias, hooks or adapters, of the preview's vocabulary, in
-        a layout that the compiled kernel reads (fp32, or int8 in groups of 64 inputs).
+        head: an unmodified linear layer without bias, hooks or adapters, of the preview's vocabulary, with weights that
+        the compiled kernel reads (fp32, 16 bits, or int8 in groups of 64 inputs).
         """
-        if not isinstance(head, nn.Linear | Int8Linear) or type(head) not in (nn.Linear, Int8Linear):
+        if not isinstance(head, HEADS) or type(head) not in HEADS:
             return False
         if "forward" in vars(head):
             return False
         weight, scale = _weight(head)
-        if any(getattr(head, name) for name in HOOKS) or type(weight) is not nn.Parameter or head.bias is not None:
+        if any(getattr(head, name) for name in HOOKS) or type(head.weight) is not nn.Parameter or head.bias is not None:
             return False
         return weight.shape[0] == len(self.scale) and head_preview.readable(weight, scale)
 
@@ -113,6 +115,8 @@ class HeadPreview(nn.Module):
 
 
 def _weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if isinstance(head, Float16Linear):
+        return head.values, None
     return head.weight, head.weight_scale if isinstance(head, Int8Linear) else None  # type: ignore[return-value]
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from skipstone.ops.decode_stack import CHOICE, MIXTURE, MOST_TOKENS
 
 # Columns of the table of a block: addresses of norms (0: none); then of each matrix the addresses of weight, scale
-# (0: fp32 weights; of four-bit ones that of the weight) and bias (0: none), and the number of scales of a row (0: four
-# bits, whose scales lie in the weight).
+# (0: weights in floating point; of four-bit ones that of the weight) and bias (0: none), and the number of scales of a
+# row (0: four bits, whose scales lie in the weight), or the dtype of weights in floating point (`decode_stack.FLOATS`).
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BEFORE_A, AFTER_A, BEFORE_M, AFTER_M, OF_QUERY, OF_KEY = range(6)

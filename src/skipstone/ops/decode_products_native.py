@@ -33,7 +33,7 @@ from skipstone.ops.decode_frame import (
 from skipstone.ops.decode_step_native import ONE, _exp
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.neuron_sums import fetch
-from skipstone.ops.single_dot import STEP, four_singles, one_single, two_singles
+from skipstone.ops.single_dot import FLOAT32, STEP, four_floats, one_float, two_floats
 from skipstone.ops.workers import call, inner, unit, wait
 
 ZERO = np.float32(0)
@@ -142,25 +142,25 @@ def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> No
 
 
 @inner
-def _four_wide(weight_at: int, x_at: int, y_at: int, sizes: Array, first: int, last: int) -> None:
+def _four_wide(kind: int, weight_at: int, x_at: int, y_at: int, sizes: Array, first: int, last: int) -> None:
     """Multiply the weight's rows `first` to `last` - 1 with four tokens, 512 inputs at a time, into y [4, O].
 
     This is for tokens so wide that four of them would leave no room for weights in the processor's first cache. Weights
-    some rows ahead are prefetched, because rows are not read in the order of memory. weight_at, x_at, y_at: addresses
-    of the fp32 weight [O, I], of the tokens [4, I] and of the result. sizes: O and I. Inputs beyond the last multiple
-    of 32 are left to the caller.
+    some rows ahead are prefetched, because rows are not read in the order of memory. kind: dtype of the weights, as in
+    `single_rows`. weight_at, x_at, y_at: addresses of the weight [O, I], of the fp32 tokens [4, I] and of the result.
+    sizes: O and I. Inputs beyond the last multiple of 32 are left to the caller.
     """
-    (outputs, inputs), pitch = sizes, 4 * sizes[1]
-    y, whole = _lying(y_at, (4, outputs), ZERO), inputs - inputs % STEP
+    (outputs, inputs), size, row = sizes, 4 if kind == FLOAT32 else 2, 4 * sizes[1]
+    y, whole, pitch = _lying(y_at, (4, outputs), ZERO), inputs - inputs % STEP, size * inputs
     for start in range(first, last, ROWS):
         end = min(start + ROWS, last)
         ahead = weight_at + end * pitch
         for i in range(0, whole, PIECE):
             count = min(PIECE, whole - i)
             for o in range(start, end):
-                fetch(ahead, 4 * count)
-                ahead += 4 * count
-                a, b, c, d = four_singles(weight_at + o * pitch + 4 * i, x_at + 4 * i, pitch, count // STEP)
+                fetch(ahead, size * count)
+                ahead += size * count
+                a, b, c, d = four_floats(kind, weight_at + o * pitch + size * i, x_at + 4 * i, row, count // STEP)
                 if i:
                     a, b, c, d = y[0, o] + a, y[1, o] + b, y[2, o] + c, y[3, o] + d
                 y[0, o], y[1, o], y[2, o], y[3, o] = a, b, c, d
@@ -171,7 +171,7 @@ def single_rows(
     weight_at: int,
     _scale_at: int,
     bias_at: int,
-    _scales: int,
+    kind: int,
     x_at: int,
     _unit_at: int,
     y_at: int,
@@ -181,36 +181,37 @@ def single_rows(
     first: int,
     last: int,
 ) -> None:
-    """Multiply rows `first` to `last` - 1 of an fp32 weight [O, I] with tokens [K, I] into y [K, O].
+    """Multiply rows `first` to `last` - 1 of a floating-point weight [O, I] with fp32 tokens [K, I] into y [K, O].
 
-    Compiled by numba, for up to four tokens at a time. weight_at, bias_at, x_at, y_at: addresses of weight, bias (0:
-    none), tokens and result. tokens, outputs, inputs: K, O, I. The other arguments are unused: kernels for int8
-    weights, which can take this one's place, need them.
+    Compiled by numba, for up to four tokens at a time; sums are fp32. weight_at, bias_at, x_at, y_at: addresses of
+    weight, bias (0: none), tokens and result. kind: FLOAT32, BFLOAT16 or FLOAT16 (`single_dot.py`), the dtype of the
+    weight; with the last two, I has to be a multiple of 32. tokens, outputs, inputs: K, O, I. The other arguments are
+    unused: kernels for int8 weights, which can take this one's place, need them.
     """
-    weight, x = _lying(weight_at, (outputs, inputs), ONE), _lying(x_at, (tokens, inputs), ONE)
-    y = _lying(y_at, (tokens, outputs), ONE)
-    steps, pitch, fours = inputs // STEP, 4 * inputs, tokens - tokens % 4
+    x, y = _lying(x_at, (tokens, inputs), ONE), _lying(y_at, (tokens, outputs), ONE)
+    steps, row, fours = inputs // STEP, 4 * inputs, tokens - tokens % 4
+    pitch = row if kind == FLOAT32 else 2 * inputs
     if inputs <= WIDE:
         fours = 0
     for n in range(0, fours, 4):
-        _four_wide(weight_at, x_at + n * pitch, y_at + 4 * n * outputs, (outputs, inputs), first, last)
+        _four_wide(kind, weight_at, x_at + n * row, y_at + 4 * n * outputs, (outputs, inputs), first, last)
     for o in range(first, last):
         at, n = weight_at + o * pitch, fours
         while n + 4 <= tokens:
-            a, b, c, d = four_singles(at, x_at + n * pitch, pitch, steps)
+            a, b, c, d = four_floats(kind, at, x_at + n * row, row, steps)
             y[n, o], y[n + 1, o], y[n + 2, o], y[n + 3, o] = a, b, c, d
             n += 4
         if n + 2 <= tokens:
-            e, f = two_singles(at, x_at + n * pitch, pitch, steps)
+            e, f = two_floats(kind, at, x_at + n * row, row, steps)
             y[n, o], y[n + 1, o] = e, f
             n += 2
         if n < tokens:
-            (g,) = one_single(at, x_at + n * pitch, pitch, steps)
+            (g,) = one_float(kind, at, x_at + n * row, row, steps)
             y[n, o] = g
         for n in range(tokens if steps * STEP < inputs else 0):
-            rest = ZERO
+            weight, rest = _lying(at, (inputs,), ONE), ZERO
             for i in range(steps * STEP, inputs):
-                rest += weight[o, i] * x[n, i]
+                rest += weight[i] * x[n, i]
             y[n, o] += rest
     if bias_at:
         bias = _lying(bias_at, (outputs,), ONE)

@@ -32,6 +32,7 @@ WEIGHTS = ("none", "raw", "opening", "tanh")  # functions that give the factor o
 DECISIONS = ("all", "zeros", "largest")  # which neurons of an MLP are computed
 MIXED, MIXTURE = 4, 8  # activations of a mixture, and its columns in the table of a block
 CHOICE = 6  # columns of a choice of neurons
+FLOATS = {torch.float32: 1, torch.bfloat16: -1, torch.float16: -2}  # what tells the dtype of weights without scales
 LONG_S = 4.0  # seconds; reading from disk what has been compiled takes less
 COMPILING = (
     "compiling the decoding step for this processor: ten to twenty seconds of CPU, once; it is then kept on disk"

@@ -1,9 +1,9 @@
 """All blocks of a decoder for a few tokens of one row, compiled by numba to one call.
 
-Weights are read as they are stored, fp32, int8 or four bits, and once for all tokens; those that no token needs are not
-read. Several threads share the rows of every matrix; they wait for each other six times a block. Norms and roundings,
-which take no time, are repeated by each. The functions of a step are compiled one by one, and only those that a model
-needs.
+Weights are read as they are stored, in fp32, 16, 8 or 4 bits, and once for all tokens; those that no token needs are
+not read. Several threads share the rows of every matrix; they wait for each other six times a block. Norms and
+roundings, which take no time, are repeated by each. The functions of a step are compiled one by one, and only those
+that a model needs.
 
 Shape letters: T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
 """

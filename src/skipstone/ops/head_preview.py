@@ -22,7 +22,7 @@ from importlib import import_module
 import torch
 from torch import Tensor, library
 
-from skipstone.ops import int8
+from skipstone.ops import float16, int8
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define(
@@ -107,12 +107,15 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 
 
 def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
-    """Return whether the compiled kernel can read this head: contiguous on a CPU, fp32 or int8 in groups of 64.
+    """Return whether the compiled kernel can read this head: contiguous on a CPU, in a format that it knows.
+
+    These are fp32, bf16 or fp16 with a multiple of 32 inputs, and int8 in groups of 64.
 
     weight_VD: weight of the head; on the meta device it is judged as if on a CPU. scale: scales of an int8 head; None
     if the head is not int8. False without numba.
     """
     kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
+    kind = kind or (weight_VD.dtype in (torch.bfloat16, torch.float16) and weight_VD.shape[1] % float16.STEP == 0)
     return kind and weight_VD.device.type in ("cpu", "meta") and weight_VD.is_contiguous() and _kernel()
 
 

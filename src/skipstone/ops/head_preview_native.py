@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipstone.ops.int4_dot import lone_row, nibbles, prefetch
-from skipstone.ops.int8_dot import GROUP
+from skipstone.ops.decode_stack import FLOATS
+from skipstone.ops.int4_dot import lone_fine, lone_row, nibbles, prefetch
+from skipstone.ops.int8_dot import FINE, GROUP
 from skipstone.ops.int8_native import round_tokens
 from skipstone.ops.magnitude_native import Array, _lying
+from skipstone.ops.single_dot import FLOAT32, STEP, one_float
 from skipstone.ops.workers import BARRIER, inner, integers, part_of, parts_of, share, team, threads, wait
 
 AHEAD = 4  # candidates whose rows are asked for before they are read
@@ -40,8 +42,8 @@ def logits(
 
     x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`, a
     low-rank four-bit copy of the head, which picks the candidates and gives all other logits. weight_VD: weight of the
-    head, fp32 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number of tokens that get exact
-    logits.
+    head, fp32, bf16, fp16 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number of tokens
+    that get exact logits.
     """
     V, D = weight_VD.shape
     K, given = turn.shape[0] - 1, x.reshape(-1).float()
@@ -55,7 +57,7 @@ def logits(
     at = [t.data_ptr() for t in (given, turned, packed, scale, offset, weight_VD)]
     at += [0 if weight_scale is None else weight_scale.data_ptr(), y.data_ptr()]
     at += [a.ctypes.data for a in (chosen, rounded, whole, unit)]
-    scales = 1 if weight_scale is None else weight_scale.numel() // V
+    scales = FLOATS[weight_VD.dtype] if weight_scale is None else weight_scale.numel() // V
     numbers = (tuple(at), (V, D, K, min(candidates, V), scales))
     share(crew, numbers, threads() if packed.numel() >= LEAST else 1)
     return y.reshape(*x.shape[:-1], V).to(x.dtype)
@@ -66,8 +68,8 @@ def _run(addresses: Array, sizes: Array, part: int, parts: int, barrier: int) ->
     """Compute the logits as one of several threads: preview a share of the vocabulary, then compute a share exactly.
 
     In between, the first thread chooses the candidates. addresses, sizes: the twelve addresses and the five numbers (V,
-    D, K, M, scales per row) that `logits` collects. part, parts: index and number of threads. barrier: address of the
-    barrier at which they wait for each other.
+    D, K, M, scales per row or dtype of a head without) that `logits` collects. part, parts: index and number of
+    threads. barrier: address of the barrier at which they wait for each other.
     """
     V, _, _, M, _ = sizes
     each = -(-V // (GROUP * parts)) * GROUP
@@ -158,26 +160,32 @@ def _edge(found: Array, count: int, above: int) -> Array:
 def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
     """Write the exact logits of the candidates from `first` to `last` - 1 of the list of chosen tokens.
 
-    An int8 head is summed in the order of a product with all of it, so that the logits are the same. addresses, sizes:
-    as in `_run`.
+    An int8 or 16-bit head is summed in the order of a product with all of it, so that the logits are the same.
+    addresses, sizes: as in `_run`.
     """
     x_at, _, _, _, _, weight_at, scale_at, y_at, chosen_at, _, whole_at, unit_at = addresses
     V, D, _, _, scales = sizes
     y, chosen = _lying(y_at, (V,), SINGLE), _lying(chosen_at, (V,), INTEGER)
     x, unit = _lying(x_at, (D,), SINGLE), _lying(unit_at, (2,), SINGLE)[1]
-    size = D if scale_at else 4 * D
-    groups, stride = D // GROUP, 4 if scales > 1 else 0
+    size = D if scale_at else 4 * D if scales == FLOAT32 else 2 * D
+    fine, stride = scales * FINE == D, 4 if scales > 1 else 0
     for i in range(first, last):
         if i + AHEAD < last:
             prefetch(weight_at + chosen[i + AHEAD] * size, size)
         v = chosen[i]
         if scale_at:
-            (total,) = lone_row(weight_at + v * size, scale_at + v * scales * 4, stride, whole_at, 2 * D, groups)
+            weight, scale = weight_at + v * size, scale_at + v * scales * 4
+            if fine:
+                (total,) = lone_fine(weight, scale, stride, whole_at, 2 * D, scales)
+            else:
+                (total,) = lone_row(weight, scale, stride, whole_at, 2 * D, D // GROUP)
             y[v] = total * unit
+        elif scales != FLOAT32:
+            (y[v],) = one_float(scales, weight_at + v * size, x_at, 0, D // STEP)
         else:
-            weight, single = _lying(weight_at + v * size, (D,), SINGLE), SINGLE
+            row, single = _lying(weight_at + v * size, (D,), SINGLE), SINGLE
             for d in range(D):
-                single += weight[d] * x[d]
+                single += row[d] * x[d]
             y[v] = single
 
 

@@ -36,7 +36,7 @@ MOST = 4096  # weights of a row: 15 * 32767 * 4096 is below 2^31
 LINE = 64  # bytes that a processor fetches together
 
 SCALES = ir.VectorType(F32, 2)  # of two neighbouring groups
-lone_row = _dots(1, ahead=0)
+lone_row, lone_fine = _dots(1, ahead=0), _dots(1, ahead=0, fine=True)
 
 
 def _two_halves(builder: ir.IRBuilder, address: ir.Value) -> list[ir.Value]:

@@ -27,6 +27,9 @@ FEW = 8  # tokens of a call up to which weights are read as they are stored
 PART = 1 << 20  # numbers that are restored at a time
 LARGEST = 127
 GROUP = 64  # inputs that share a scale
+FINE = 32  # the same in files of other programs, whose weights are kept exactly
+LOOKED_AT = 64  # groups by which `on_a_grid` decides
+LIKELY = (127, 126, 125, 16, 15, 8, 7)  # the largest factors of a group in Q8_0, Q5_0 and Q4_0
 NO_NUMBA = (
     "int8 weights are restored before they are multiplied, which is slower than fp32: "
     "pip install 'skipstone[numba]' reads them as they are"
@@ -37,16 +40,51 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
     """Round a weight matrix to int8, with one scale for each row or for each group of inputs.
 
     weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None means a whole
-    row. Returns int8 [O, I] in [-127, 127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies
-    it. Raises ValueError for weights that are not finite.
+    row. In groups of 32, weights that lie on a grid (`on_a_grid`) keep their values. Returns int8 [O, I] in [-127,
+    127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies it. Raises ValueError for weights
+    that are not finite.
     """
     weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
     largest_OG = weight_OGI.abs().amax(2)
     if not bool(largest_OG.isfinite().all()):
         raise ValueError("weights that are not finite cannot be rounded to int8")
     scale_OG = torch.where(largest_OG > 0, largest_OG / LARGEST, torch.ones_like(largest_OG))
+    if group == FINE and on_a_grid(weight_OI):
+        _steps(weight_OGI, largest_OG, scale_OG)
     number_OI = (weight_OGI / scale_OG[..., None]).round().clamp(-LARGEST, LARGEST).to(torch.int8).flatten(1)
     return number_OI, scale_OG[:, 0] if group is None else scale_OG
+
+
+def on_a_grid(weight_OI: Tensor) -> bool:
+    """Return whether every 32 inputs of a row are multiples of one number, by factors up to 127, as far as looked at.
+
+    That is so in a file of blocks such as Q8_0, Q5_0 or Q4_0 of llama.cpp, and not in any other. weight_OI: [O, I]; if
+    I is no multiple of 32, the result is False. 64 groups are looked at, spread over the matrix.
+    """
+    if weight_OI.shape[1] % FINE or not weight_OI.numel():
+        return False
+    group_GI = weight_OI.detach().reshape(-1, FINE)
+    some_GI = group_GI[torch.linspace(0, len(group_GI) - 1, LOOKED_AT, device=weight_OI.device).long()].float()
+    largest_G = some_GI.abs().amax(1)
+    scale_G = torch.zeros_like(largest_G)
+    _steps(some_GI, largest_G, scale_G)
+    return bool(((scale_G > 0) | (largest_G == 0)).all())
+
+
+def _steps(weight_GI: Tensor, largest_G: Tensor, scale_G: Tensor) -> None:
+    """Write to a group's scale a number of which all its weights are multiples by factors up to 127, if there is one.
+
+    weight_GI: fp32 [..., I]. largest_G: the largest magnitude of each group.
+    """
+    w, largest, scale = weight_GI.reshape(-1, weight_GI.shape[-1]), largest_G.reshape(-1), scale_G.view(-1)
+    left = (largest > 0).nonzero()[:, 0]
+    for factor in dict.fromkeys((*LIKELY, *range(LARGEST, 0, -1))):
+        step = largest[left] / factor
+        found = (((w[left] / step[:, None]).round() * step[:, None]) == w[left]).all(1)
+        scale[left[found]] = step[found]
+        left = left[~found]
+        if not len(left):
+            return
 
 
 def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,9 +100,10 @@ def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], or [O, I / 64]. Up to 8 tokens without gradients,
-    on a CPU with numba, use the int8 weights directly: sums are fp32, and tokens are rounded to int16 if I is a
-    multiple of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as usual.
+    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32]. Up to 8 tokens
+    without gradients, on a CPU with numba, use the int8 weights directly: sums are fp32, and tokens are rounded to
+    int16 if I is a multiple of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as
+    usual.
     """
     if not in_place(x):
         return _in_parts(x, weight_OI, scale)

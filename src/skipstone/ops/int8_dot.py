@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 GROUP = 64  # inputs whose products are summed as integers
+FINE = 32  # the same where each has a scale of its own
 HALF = GROUP // 2
 AHEAD = 1 << 13  # bytes
 NEAR = 2  # into the second of a processor's caches: the first one holds the tokens
@@ -23,14 +24,14 @@ SUMS, SINGLES = ir.VectorType(I32, HALF // 2), ir.VectorType(F32, HALF // 2)
 ADDRESS = types.int64
 
 
-def _dots(tokens: int, ahead: int = AHEAD) -> Any:
+def _dots(tokens: int, ahead: int = AHEAD, fine: bool = False) -> Any:
     """Return a numba intrinsic that computes the inner products of one row of int8 weights with `tokens` int16 tokens.
 
     The intrinsic takes six int64: the address of the weights; the address of their fp32 scales; the bytes from one
     group's scale to the next (0 if the row has one scale); the address of the tokens; the bytes from one token to the
     next; and the number of groups of 64 inputs. It returns a tuple of fp32, one for each token. ahead: how many bytes
     beyond the weights in use memory is prefetched; 0 means no prefetching, for rows that are not read one after the
-    other.
+    other. fine: whether groups have 32 inputs instead.
     """
 
     @intrinsic
@@ -40,19 +41,20 @@ def _dots(tokens: int, ahead: int = AHEAD) -> Any:
             zeros = ir.Constant(SINGLES, [0.0] * SINGLES.count)
             totals = [cgutils.alloca_once_value(builder, zeros) for _ in range(tokens)]
             starts = [builder.add(x, builder.mul(row, I64(n))) for n in range(tokens)]
+            parts = (0,) if fine else (0, HALF)
             with cgutils.for_range(builder, groups) as loop:
-                at = builder.mul(loop.index, I64(GROUP))
+                at = builder.mul(loop.index, I64(HALF * len(parts)))
                 if ahead:
                     _prefetch(builder, builder.add(weight, builder.add(at, I64(ahead))))
-                halves = [_weights(builder, builder.add(weight, builder.add(at, I64(part)))) for part in (0, HALF)]
+                halves = [_weights(builder, builder.add(weight, builder.add(at, I64(part)))) for part in parts]
                 factor = _spread(builder, _load(builder, builder.add(scale, builder.mul(loop.index, stride)), F32, 4))
                 for start, total in zip(starts, totals, strict=True):
                     here = builder.add(start, builder.mul(at, I64(2)))
                     products = [
                         _pairs(builder, half, _load(builder, builder.add(here, I64(2 * part)), half.type, 2))
-                        for half, part in zip(halves, (0, HALF), strict=True)
+                        for half, part in zip(halves, parts, strict=True)
                     ]
-                    exact = builder.sitofp(builder.add(*products), SINGLES)
+                    exact = builder.sitofp(products[0] if fine else builder.add(*products), SINGLES)
                     more = builder.fmul(exact, factor, flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), more, flags=("contract",)), total)
             found = _totals(builder, [builder.load(total) for total in totals])
@@ -131,3 +133,4 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 
 
 one_token, two_tokens, four_tokens, eight_tokens = (_dots(tokens) for tokens in (1, 2, 4, 8))
+one_fine, two_fine, four_fine, eight_fine = (_dots(tokens, fine=True) for tokens in (1, 2, 4, 8))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipstone.ops.int8_dot import GROUP
+from skipstone.ops.int8_dot import FINE, GROUP
 from skipstone.ops.int8_native import crew, grouped_rows, round_tokens, single_rows
 from skipstone.ops.neuron_rows_native import summed_int8
 from skipstone.ops.workers import Unit, share, threads
@@ -21,18 +21,24 @@ LEAST = 1 << 17  # weights below which a second thread costs more than it saves
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x, reading each int8 weight from memory once.
 
-    x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], or [O, I / 64].
+    x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32].
     """
     outputs, inputs = weight_OI.shape
-    if outputs % 16 == inputs % GROUP == 0 and scale.dtype == torch.float32 and _by_input(weight_OI, scale):
+    fine = scale.numel() * FINE == outputs * inputs
+    if (
+        outputs % 16 == inputs % GROUP == 0
+        and not fine
+        and scale.dtype == torch.float32
+        and _by_input(weight_OI, scale)
+    ):
         given, y = _plain(x), torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)
         _summed(given, weight_OI, scale, y)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
     if not weight_OI.is_contiguous() or scale.dtype != torch.float32 or not scale.is_contiguous():
         weight_OI, scale = weight_OI.contiguous(), scale.float().contiguous()
     matrix = (weight_OI.data_ptr(), scale.data_ptr(), 0, scale.numel() // outputs)
-    rows = single_rows if inputs % GROUP else grouped_rows
-    return multiplied(x, rows, matrix, (outputs, inputs), rounded=inputs % GROUP == 0)
+    grouped = fine or inputs % GROUP == 0
+    return multiplied(x, grouped_rows if grouped else single_rows, matrix, (outputs, inputs), rounded=grouped)
 
 
 def multiplied(

@@ -11,7 +11,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from skipstone.ops.int8_dot import GROUP, eight_tokens, four_tokens, one_token, two_tokens
+from skipstone.ops.int8_dot import (
+    FINE,
+    GROUP,
+    eight_fine,
+    eight_tokens,
+    four_fine,
+    four_tokens,
+    one_fine,
+    one_token,
+    two_fine,
+    two_tokens,
+)
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import BARRIER, call, inner, integers, part_of, parts_of, team, unit, wait
 
@@ -41,6 +52,34 @@ def round_tokens(x_at: int, rounded_at: int, unit_at: int, tokens: int, inputs: 
             rounded[n, i] = np.int16(np.int32(np.rint(x[n, i] * factor)))
 
 
+@inner
+def _one_product(fine: bool, weight: int, scale: int, stride: int, x: int, row: int, groups: int) -> Array:
+    if fine:
+        return one_fine(weight, scale, stride, x, row, groups)
+    return one_token(weight, scale, stride, x, row, groups)
+
+
+@inner
+def _two_products(fine: bool, weight: int, scale: int, stride: int, x: int, row: int, groups: int) -> Array:
+    if fine:
+        return two_fine(weight, scale, stride, x, row, groups)
+    return two_tokens(weight, scale, stride, x, row, groups)
+
+
+@inner
+def _four_products(fine: bool, weight: int, scale: int, stride: int, x: int, row: int, groups: int) -> Array:
+    if fine:
+        return four_fine(weight, scale, stride, x, row, groups)
+    return four_tokens(weight, scale, stride, x, row, groups)
+
+
+@inner
+def _eight_products(fine: bool, weight: int, scale: int, stride: int, x: int, row: int, groups: int) -> Array:
+    if fine:
+        return eight_fine(weight, scale, stride, x, row, groups)
+    return eight_tokens(weight, scale, stride, x, row, groups)
+
+
 @unit(12)
 def grouped_rows(
     weight_at: int,
@@ -59,31 +98,33 @@ def grouped_rows(
     """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
 
     weight_at, scale_at, bias_at: the addresses of int8 weights [O, I], of their fp32 scales and of fp32 biases (0:
-    none). scales: scales per output. x_at, unit_at: the addresses of the int16 tokens and of the factors that restore
-    them. y_at: the address of the fp32 outputs [N, O]. tokens, outputs, inputs: N, O and I, a multiple of 64.
+    none). scales: scales per output: 1, or one for each 64 or 32 inputs. x_at, unit_at: the addresses of the int16
+    tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O]. tokens, outputs, inputs:
+    N, O and I, a multiple of 64, or of 32 with a scale for each 32.
     """
     y, unit = _lying(y_at, (tokens, outputs), SINGLE), _lying(unit_at, (tokens,), SINGLE)
-    groups, stride, row = inputs // GROUP, 4 if scales > 1 else 0, 2 * inputs
+    fine, stride, row = scales * FINE == inputs, 4 if scales > 1 else 0, 2 * inputs
+    groups = scales if fine else inputs // GROUP
     for o in range(first, last):
         weight, scale, n = weight_at + o * inputs, scale_at + o * scales * 4, 0
         while n + 8 <= tokens:
-            a, b, c, d, e, f, g, h = eight_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            a, b, c, d, e, f, g, h = _eight_products(fine, weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
             y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
             y[n + 4, o], y[n + 5, o] = e * unit[n + 4], f * unit[n + 5]
             y[n + 6, o], y[n + 7, o] = g * unit[n + 6], h * unit[n + 7]
             n += 8
         if n + 4 <= tokens:
-            a, b, c, d = four_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            a, b, c, d = _four_products(fine, weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = a * unit[n], b * unit[n + 1]
             y[n + 2, o], y[n + 3, o] = c * unit[n + 2], d * unit[n + 3]
             n += 4
         if n + 2 <= tokens:
-            e, f = two_tokens(weight, scale, stride, x_at + n * row, row, groups)
+            e, f = _two_products(fine, weight, scale, stride, x_at + n * row, row, groups)
             y[n, o], y[n + 1, o] = e * unit[n], f * unit[n + 1]
             n += 2
         if n < tokens:
-            (g,) = one_token(weight, scale, stride, x_at + n * row, row, groups)
+            (g,) = _one_product(fine, weight, scale, stride, x_at + n * row, row, groups)
             y[n, o] = g * unit[n]
     if bias_at:
         bias = _lying(bias_at, (outputs,), SINGLE)

@@ -19,7 +19,8 @@ def quantise(
     bits: Annotated[
         int,
         typer.Option(
-            help="8, or 4 for the matrices of attention and MLP; four-bit blocks of a .gguf file are kept as they are."
+            help="8; or 16 for bf16 or fp16, in which checkpoints of these dtypes lose nothing; or 4 for the matrices "
+            "of attention and MLP, where four-bit blocks of a .gguf file are kept as they are."
         ),
     ] = 8,
     head_candidates: Annotated[
@@ -46,13 +47,13 @@ def quantise(
         ),
     ] = None,
 ) -> None:
-    """Round a model's weights to int8, or most of them to four bits: a quarter of fp32's size or less, and faster.
+    """Store a model's weights in int8, in 16 bits or mostly in four: smaller than fp32, and faster to decode with.
 
     Decoding on a CPU reads them as they are stored. With --head-candidates, its steps also compute exact logits for the
     most promising tokens only.
     """
-    if bits not in (8, 4):
-        raise UserError(f"--bits must be 8 or 4, got {bits}")
+    if bits not in (16, 8, 4):
+        raise UserError(f"--bits must be 16, 8 or 4, got {bits}")
     existing_source(source)
     new_path(out, "output folder")
     if head_candidates is None and (head_directions is not None or head_text is not None):
@@ -65,5 +66,5 @@ def quantise(
     head = None
     if head_candidates is not None:
         head = HeadCandidates(candidates=head_candidates, directions=head_directions or 256, text=head_text)
-    export_quantised(source, out, head, bits)
+    typer.echo(export_quantised(source, out, head, bits))
     typer.echo(f"written: {out}")

@@ -34,11 +34,14 @@ WAYS: dict[str, RecipeDict] = {
     "llama.cpp, the file": {"way": "llama.cpp", "format": "as it is"},
     "ours, fp32": {"way": "ours"},
     "ours, fp32, head by candidates": {"way": "candidates", "weights": "float", **HEAD},
+    "ours, 16 bits": {"way": "float16"},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
     "ours, int8, draft lookup": {"way": "drafted", "draft": "lookup", **LONGER},
     "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
     "ours, int8, draft skip": {"way": "drafted", "draft": "skip", **LONGER},
     "ours, int8, no draft": {"way": "int8", **LONGER},
+    "ours, 16 bits, draft lookup": {"way": "drafted", "draft": "lookup", "weights": "float16", **LONGER},
+    "ours, 16 bits, no draft": {"way": "float16", **LONGER},
     "ours, fp32, draft lookup": {"way": "drafted", "draft": "lookup", "weights": "float", **LONGER},
     "ours, fp32, draft exit": {"way": "drafted", "draft": "exit", "weights": "float", **LONGER},
     "ours, fp32, no draft": {"way": "ours", **LONGER},
@@ -47,6 +50,8 @@ WAYS: dict[str, RecipeDict] = {
     "llama.cpp, Q8_0, two threads": {"way": "llama.cpp", "format": "Q8_0", "threads": 2},
     "ours, the file's four bits, two threads": {"way": "int4", "threads": 2},
     "llama.cpp, the file, two threads": {"way": "llama.cpp", "format": "as it is", "threads": 2},
+    "ours, 16 bits, two threads": {"way": "float16", "threads": 2},
+    "llama.cpp, F16, two threads": {"way": "llama.cpp", "format": "F16", "threads": 2},
     "ours, fp32, two threads": {"way": "ours", "threads": 2},
     "torchao, int8": {"way": "torchao", "bits": 8},
     "torchao, int4": {"way": "torchao", "bits": 4},
@@ -66,6 +71,8 @@ WAYS_OF_GEMMA: dict[str, RecipeDict] = {
     "ours, int8, head by 32,768 candidates": {"way": "candidates", "weights": "int8", **HEAD, "candidates": 32768},
     "llama.cpp, Q8_0": {"way": "llama.cpp", "format": "Q8_0"},
     "llama.cpp, the file": {"way": "llama.cpp", "format": "as it is"},
+    "ours, 16 bits": {"way": "float16"},
+    "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
     "ours, fp32": {"way": "ours"},
     "ours, fp32, head by 16,384 candidates": {"way": "candidates", "weights": "float", **HEAD, "candidates": 16384},
 }
@@ -148,12 +155,12 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 
 
 def _weights(name: str, way: str, weights: str | None) -> SkipstoneForCausalLM:
-    """Return the source `name`: as it is for way "ours" or weights "float", in four bits for "int4", else int8."""
+    """Return the source `name` with weights as they are (way "ours" or weights "float"), in 16 or 4 bits, or int8."""
     if way == "ours" or weights == "float":
         return source(name)
     if way == "int4":
         return quantise(source(name), 4, four_bit_rows(source_path(name))).eval()
-    return quantise(source(name)).eval()
+    return quantise(source(name), 16 if "float16" in (way, weights) else 8).eval()
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
@@ -208,7 +215,8 @@ DECODE_RIVALS = Study(
         "whole; its KL is that of such steps. The arms so named without *ours* are "
         "the published form (SVD-softmax), in fp32. Arms without a "
         "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in "
-        "one byte each, and its bytes are counted so."
+        "one byte each, and its bytes are counted so. *16 bits* are fp16, to which the numbers of this "
+        "file are rounded; a checkpoint that was published in bf16 or fp16 would lose nothing."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
@@ -224,7 +232,7 @@ DECODE_RIVALS_GEMMA = Study(
         "vocabulary of 262,144 by a width of 640, is 63 % of the weights. Everything is measured as in decode_rivals, "
         "each row beginning with the token that begins a text. *Head by candidates*: a step previews the logits from "
         f"{HEAD['directions']} directions in four bits and reads that many rows of the head whole; its KL is that of "
-        "such steps. llama.cpp decodes the file as it is, and written anew as Q8_0."
+        "such steps. llama.cpp decodes the file as it is, and written anew as F16 and as Q8_0."
     ),
     arms=arms_of_gemma,
     seeds={"laptop": (0,)},

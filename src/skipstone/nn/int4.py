@@ -1,0 +1,36 @@
+"""Linear layers with four-bit weights, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skipstone.nn.stored_weights import StoredLinear
+from skipstone.ops import int4
+
+
+class Int4Linear(StoredLinear):
+    """A linear layer with four-bit weights (`ops/int4.py`), for inference; parameters are filled in by loading.
+
+    in_features, out_features: numbers of inputs I, a multiple of 64, and of outputs O. bias: whether there is a bias.
+    The weight is uint8 [O, 5 I / 8], with scales and offsets in it. Few tokens use it as it is stored, as in
+    `Int8Linear`.
+    """
+
+    FORMAT, TYPE = "int4", "U8"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        numbers = torch.zeros(out_features, int4.row_bytes(in_features), dtype=torch.uint8)
+        super().__init__(numbers, in_features, out_features, bias)
+
+    def restored(self) -> Tensor:
+        """Return the weight in floating point, in the model's dtype."""
+        return int4.restore(self.weight, self.compute_dtype)
+
+    def scales(self) -> Tensor:
+        """Return the scales and offsets, which have to be finite for the weight to be."""
+        return int4.factors(self.weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the product of x [..., I] with the weight, without the bias."""
+        return int4.linear(x, self.weight)

@@ -1,0 +1,73 @@
+"""What layers with weights in a compact format have in common, whatever the format."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+UNTRAINED = "{} weights cannot be trained; train the original model, then quantise it"
+
+
+class StoredWeights(nn.Module):
+    """A layer whose weight is stored in a compact format and cannot be trained; the base class of these layers.
+
+    weight: a parameter of an integer dtype, which no change of the model's dtype reaches. FORMAT: name of the format,
+    for errors. TYPE: how a safetensors file names the dtype of `weight`. NUMBERS: what `scales` returns, for errors.
+    like: an empty buffer that has the dtype of the model around the layer (`compute_dtype`).
+    """
+
+    FORMAT: ClassVar[str]
+    TYPE: ClassVar[str]
+    NUMBERS: ClassVar[str] = "a scale"
+    weight: nn.Parameter
+    like: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the model around the layer."""
+        return self.like.dtype
+
+    @abstractmethod
+    def restored(self) -> Tensor:
+        """Return the weight in floating point, in the model's dtype."""
+
+    @abstractmethod
+    def scales(self) -> Tensor:
+        """Return the floating-point numbers that are stored: they have to be finite for the weight to be."""
+
+    def refuse_training(self) -> None:
+        """Raise ValueError in a pass of training."""
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(UNTRAINED.format(self.FORMAT))
+
+
+class StoredLinear(StoredWeights):
+    """A linear layer whose weight is stored in a compact format; the base class of these layers.
+
+    in_features, out_features: numbers of inputs and outputs. bias: whether there is a bias, in the model's dtype.
+    """
+
+    def __init__(self, weight: Tensor, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(weight)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """Return the product of x [..., in_features] with the weight, without the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.refuse_training()
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

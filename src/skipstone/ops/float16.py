@@ -1,0 +1,69 @@
+"""Products of fp32 tokens with weights that are stored in 16 bits, bf16 or fp16.
+
+    y = x weight^T
+
+A checkpoint in bf16 or fp16 loses nothing by this, and a step that is bound by reading the weights takes half as long
+as with fp32 ones. On a CPU, a kernel compiled by numba widens them in registers, and sums are fp32. A call with many
+tokens restores a part of the rows at a time and multiplies it as usual.
+
+Shape letters: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor, library
+from torch.nn import functional
+
+from skipstone.ops.int8 import PART, in_place
+
+_namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
+_namespace.define("float16_linear(Tensor x, Tensor weight) -> Tensor")
+NATIVE = torch.ops.skipstone.float16_linear
+
+STEP = 32  # inputs that the kernel multiplies at a time
+LARGEST = torch.finfo(torch.float16).max
+
+
+def format_of(weights: list[Tensor]) -> torch.dtype:
+    """Return the 16-bit dtype in which weights lose least.
+
+    bf16 if it holds every number exactly, else fp16, whose rounding is finer, unless a number is too large for it.
+    weights: floating-point tensors. Raises ValueError for weights that are not finite.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise ValueError("weights that are not finite cannot be stored in 16 bits")
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
+            return dtype
+    fits = all(float(weight.abs().amax()) <= LARGEST for weight in weights if weight.numel())
+    return torch.float16 if fits else torch.bfloat16
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return x weight^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
+
+    x: [..., I], fp32, bf16 or fp16. weight_OI: bf16 or fp16. Up to 8 tokens without gradients, on a CPU with numba, are
+    multiplied with the weights as they are stored, in fp32, if I is a multiple of 32. Otherwise parts of the weights
+    are converted to the dtype of x and multiplied as usual.
+    """
+    if weight_OI.shape[1] % STEP or not in_place(x):
+        rows = max(PART // x.shape[-1], 1)
+        parts = [functional.linear(x, part.to(x.dtype)) for part in weight_OI.split(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    native = _native()
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return NATIVE(x, weight_OI)  # type: ignore[no-any-return]
+    return native(x, weight_OI)  # torch would take 20 microseconds to call it
+
+
+@cache
+def _native() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the numba kernel, also registered as a torch operation."""
+    native: Callable[[Tensor, Tensor], Tensor] = import_module("skipstone.ops.float16_native").linear
+    _namespace.impl("float16_linear", native, "CPU")
+    return native

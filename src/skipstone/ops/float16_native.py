@@ -1,0 +1,19 @@
+"""A linear layer with weights in bf16 or fp16 for few tokens, by the kernel for floating-point weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from skipstone.ops.decode_products_native import single_rows
+from skipstone.ops.decode_stack import FLOATS
+from skipstone.ops.int8_linear_native import multiplied
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return x weight^T, [..., O] in the dtype of x, reading each weight from memory once.
+
+    x: [..., I], few tokens. weight_OI: bf16 or fp16, I a multiple of 32.
+    """
+    weight_OI, (outputs, inputs) = weight_OI.contiguous(), weight_OI.shape
+    matrix = (weight_OI.data_ptr(), 0, 0, FLOATS[weight_OI.dtype])
+    return multiplied(x, single_rows, matrix, (outputs, inputs), rounded=False)
