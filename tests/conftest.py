@@ -103,6 +103,7 @@ def pytest_collection_finish() -> None:
 
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)  # by default so many collections begin that they take a twentieth of all CPU time
     if not torch.cuda.is_available():
         accelerate.utils.memory.gc = SimpleNamespace(collect=lambda *_: 0)  # type: ignore[attr-defined]
     os.fsync = lambda fd: None
