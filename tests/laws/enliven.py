@@ -60,20 +60,27 @@ def _centre(model: SkipstoneForCausalLM, handles: list[ThresholdHandle]) -> None
     decisions = [getattr(m, "decision", None) for block in model.model.layers for m in block.mechanisms.values()]
     guesses = [guess for decision in decisions if (guess := getattr(decision, "guess", None)) is not None]
     hooks = [guess.register_forward_hook(_centre_guess) for guess in guesses]  # of predictors: no record has them
+    records = None  # of the model as it is now; a forward pass is most of the work, and the last round changes nothing
     for handle in handles:
         name = handle.name.split()[1]
         layers = [i for i, block in enumerate(model.model.layers) if name in block.mechanisms]
-        records = _records(model)
+        if records is None:
+            before = _state(model, [])
+            records = _records(model)
+            unchanged = all(map(torch.equal, before, _state(model, [])))  # by the hooks
         alone = {layer: scores for layer in layers if len(scores := _scores(handle, records, layer))}
         if alone:
             shares = [0.5] if len(alone) == 1 else [share / 20 for share in range(1, 20)]
             lines = [_between(torch.cat(list(alone.values())), share) for share in shares]
             line = max(lines, key=lambda line: min(_evenness(scores > line) for scores in alone.values()))
+            unchanged = unchanged and handle.threshold == float(line)
             handle.set(float(line))
         for layer, scores in alone.items():
             if len(alone) > 1 and _evenness(scores > handle.threshold) < 0.1:
                 _level(model, handle, layer, name)
-    if hooks:
+                unchanged = False
+        records = records if unchanged else None
+    if hooks and records is None:
         _records(model)
     for hook in hooks:
         hook.remove()
