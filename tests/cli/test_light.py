@@ -30,7 +30,11 @@ SERVER = f"""
 import importlib, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 import skipstone_cli.main as command
-for name in ("omegaconf", "pydantic", "typer._adapters"):  # light, and what an answer spends its time on
+for name in (  # light, and what an answer spends its time on
+    "omegaconf._impl", "pydantic.plugin._loader", "typer._adapters", "importlib.metadata",
+    "skipstone.train.early", "skipstone.runs", "skipstone_cli.recipes", "skipstone_cli.overrides",
+    "skipstone.data.corpora", "skipstone.adapt.adapt_recipe", "skipstone_studies.isoflop.spec",
+):
     with suppress(ImportError):
         importlib.import_module(name)
 assert not [name for name in {HEAVY!r} if name in sys.modules]
