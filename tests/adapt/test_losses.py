@@ -89,8 +89,14 @@ def test_padding_counts_nowhere() -> None:
     assert block_influence(model, [padded]) == pytest.approx(block_influence(model, [{"input_ids": ids}]), abs=2e-6)
 
 
-@pytest.mark.parametrize("site", ["block", "attention", "mlp"])
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("site", "norm"),
+    [
+        *((site, True) for site in ("block", "attention", "mlp")),
+        ("block", False),
+        *(pytest.param(site, False, marks=pytest.mark.slow) for site in ("attention", "mlp")),
+    ],
+)
 def test_a_measured_start_ranks_tokens_and_guesses_updates(norm: bool, site: str) -> None:
     model = source_model().requires_grad_(False)
     entry = mixture(capacity=0.25, router_norm=norm, on=site, skip="low_rank", skip_rank=16)

@@ -248,18 +248,29 @@ REFUSED = [(case, types) for case in ("StarCoder2, window", "Phi-3, window, part
            for types in (parity.TYPES, ["full_attention"] * 3)]  # fmt: skip
 
 
+WITH_TYPES = ("SmolLM3", "StarCoder2, window", "Phi-3, window, partial RoPE", "Qwen3, window", "Gemma 2")
+
+
+@pytest.fixture(scope="module")
+def with_types(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, dict[str, Any]]]:
+    """Folders of checkpoints of families that read `layer_types`, each with its case and the values of its config."""
+    folders = {}
+    for case in WITH_TYPES:
+        folder = tmp_path_factory.mktemp("types") / case
+        parity.save_random(parity.CASES[case], folder)
+        folders[folder] = case, json.loads((folder / "config.json").read_text())
+    return folders
+
+
 @pytest.mark.parametrize("use", [True, False])
 @pytest.mark.parametrize("types", [["sliding_attention"] * 3, parity.TYPES, ["full_attention"] * 3, None], ids=str)
 @torch.no_grad()
-def test_types_of_attention_beside_a_window(types: list[str] | None, use: bool, tmp_path: Path) -> None:
+def test_types_of_attention_beside_a_window(types: list[str] | None, use: bool, with_types: Any) -> None:
     """Each family reads `layer_types` and `use_sliding_window` as transformers' class does, or refuses them."""
     ids_BT = torch.randint(2, 97, (2, 20), generator=torch.Generator().manual_seed(0))
-    for case in ("SmolLM3", "StarCoder2, window", "Phi-3, window, partial RoPE", "Qwen3, window", "Gemma 2"):
-        folder = tmp_path / case
-        parity.save_random(parity.CASES[case], folder)
-        path = folder / "config.json"
-        values = {"sliding_window": 6, "use_sliding_window": use, "layer_types": types}
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    for folder, (case, values) in with_types.items():
+        changed = values | {"sliding_window": 6, "use_sliding_window": use, "layer_types": types}
+        (folder / "config.json").write_text(json.dumps(changed))
         refused = (case, types) in REFUSED or (case == "Qwen3, window" and not use and types in SLIDES)
         if refused:
             with pytest.raises(ValueError, match="layer_types has"):

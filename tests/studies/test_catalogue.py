@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import cache
@@ -34,6 +35,11 @@ def test_names_and_scales(name: str) -> None:
     assert "laptop" in STUDIES[name].seeds
 
 
+@cache  # scales and variants of a study share most models
+def built(model: str) -> object:
+    return model_config(json.loads(model), 64, {"vocab_size": 64})
+
+
 @pytest.mark.parametrize(("name", "scale"), ALL)
 def test_every_recipe_can_be_built(name: str, scale: str) -> None:
     for arms in STUDIES[name].variants(scale):
@@ -45,7 +51,7 @@ def test_every_recipe_can_be_built(name: str, scale: str) -> None:
                 read_adapt_recipe({**parts, "data": {"corpus": "wikitext-2", **parts["data"]}})
             elif "train" in recipe:
                 read_recipe(parts)
-                model_config(recipe["model"], 64, {"vocab_size": 64})
+                built(json.dumps(recipe["model"]))
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
