@@ -234,7 +234,7 @@ class FeedForward(nn.Module):
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return how much of this MLP a forward pass computed, by record name, as its method `passes` takes it.
+        """Return how much of this MLP a forward pass computed, by record name, for the argument `kept` of `passes`.
 
         What is measured is, for example, the share of neuron groups that were on, or the number of choices of experts
         in a row of tokens. The dict is empty for a dense MLP. records: the records of that pass, by name.

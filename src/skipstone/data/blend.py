@@ -62,8 +62,8 @@ class BlendedWindows(_Joined):
     Each source is divided into adjacent windows, which are read once each in an order shuffled by the seed, then again
     in another order. rows: number of rows in all; row i depends on it, because the shares depend on the progress i /
     rows. sources: the windows of each source. names: the sources' names, in the same order. blend: the sources' shares.
-    seed: the seed of the choice of a source for each row. once: whether to raise ValueError if so many rows would need
-    a window twice.
+    seed: the seed of the choice of a source for each row. once: whether to raise ValueError if `rows` rows need a
+    window twice.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)

@@ -78,7 +78,7 @@ class Comparison:
         return markdown(self._sections(len(self.runs)))
 
     def table(self) -> Table:
-        """Return the tables for a terminal, with up to six runs side by side as columns."""
+        """Return the tables as an object of rich, with up to six runs side by side as columns."""
         return rich_table(self._sections(COLUMNS))
 
     def _sections(self, width: int) -> list[Section]:

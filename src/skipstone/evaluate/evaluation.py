@@ -126,7 +126,7 @@ class Evaluation:
         return markdown(self._sections())
 
     def table(self) -> Table:
-        """Return the evaluation's tables for a terminal."""
+        """Return the evaluation's tables as an object of rich, for printing on a terminal."""
         return rich_table(self._sections())
 
     def _sections(self) -> list[Section]:

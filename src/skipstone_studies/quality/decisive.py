@@ -63,7 +63,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def narrow_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes of the arms of `arms` for narrow models, at the training FLOPs of this scale in `NARROW`.
+    """Return the same recipes as `arms`, by name, but for narrow models, whose training FLOPs are in `NARROW`.
 
     scale: "laptop" or "quick". corpus: the text.
     """
