@@ -6,6 +6,7 @@ import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from skipstone_cli.errors import UserError
 from skipstone_cli.paths import new_path
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def check_targets(*, json: Path | None, markdown: Path | None) -> None:
         if path is not None:
             new_path(path, option)
             check_writable(path)
+    if json is not None and markdown is not None and json.resolve() == markdown.resolve():
+        raise UserError(f"--json and --markdown name the same file, {str(json)!r}; name two")
 
 
 def publish(figures: Figures, *, json: Path | None, markdown: Path | None) -> None:

@@ -120,7 +120,8 @@ def _check_way(config: DictConfig, key: str, value: str) -> None:
 def _said(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "lists or mappings are nested too deeply"
-    return str(error) or "it is not a mapping of keys to values"
+    said = str(error).partition("\n")[0]  # OmegaConf's names of keys and types follow
+    return said or "it is not a mapping of keys to values"
 
 
 def _steps(config: DictConfig) -> tuple[Any, Any]:

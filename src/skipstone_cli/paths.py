@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from skipstone_cli.errors import UserError
@@ -24,6 +25,21 @@ def existing_file(path: Path, what: str) -> Path:
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise UserError(f"{what} {str(path)!r} is {kind}, but a file is expected")
     return path
+
+
+def places_for_folders(places: Mapping[str, Path | None]) -> None:
+    """Raise an error for each path that is no folder in which files can be created, and cannot become one.
+
+    places: the paths by option, for messages; None is left out. Raises UserError, or what the system raises.
+    """
+    from skipstone.core.atomic_write import check_writable
+
+    for option, path in places.items():
+        if path is not None:
+            nearest = next(place for place in (path, *path.absolute().parents) if place.exists() or place.is_symlink())
+            if not nearest.is_dir():
+                raise UserError(f"{option} {str(path)!r} must be a folder, but {str(nearest)!r} is a file")
+            check_writable(path / "trial")
 
 
 def existing_run(path: Path) -> Path:

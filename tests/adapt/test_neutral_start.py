@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,18 @@ def test_what_is_not_neutral_is_refused(options: dict[str, Any], said: str) -> N
     found = start(student([mixture(capacity=0.25, **options)]))
     with pytest.raises(ValueError, match=said):
         found.require(1e-3)
+
+
+def test_damaged_weights_are_named() -> None:
+    """The difference was 0.00: the larger one of 0 and NaN is 0 in Python."""
+    source = copy.deepcopy(dense())
+    source.decoder.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the source's logits are not finite"):
+        neutral_start(dense(), source, rows())
+    broken = student([mixture(capacity=0.5)])
+    broken.decoder.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not neutral"):
+        start(broken).require(1e-3)
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"

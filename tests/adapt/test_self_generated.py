@@ -67,6 +67,8 @@ def test_the_token_that_ends_a_text_is_the_start_and_is_not_written(tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batch": 10**12, "length": 8}, r"batch \(1,000,000,000,000\) is too large: texts of 9 tokens take .* GiB"),
+        ({"batch": 10**30, "length": 8}, "batch .* is too large"),
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"length": 64}, r"length \(64\) and start \(1\) are longer than the source's context, 64 tokens"),
         ({"dtype": "int8"}, "dtype"),

@@ -193,7 +193,7 @@ def test_files_are_read_in_order_and_gzip_too(tmp_path: Path) -> None:
     [
         ("{", r"texts.jsonl, line 61, is not JSON"),
         ('{"body": "x"}', r"texts.jsonl, line 61: no text under 'text' \(its keys: body\)"),
-        ('{"text": 3}', r"line 61: no text under 'text'"),
+        ('{"text": 3}', r"line 61: no text under 'text', which is of type int"),
         ("[1]", r"line 61: no text under 'text'"),
         ('{"text": "a\\ud800"}', r"document 60 of 'jsonl:.*' has a lone surrogate at character 1"),
     ],

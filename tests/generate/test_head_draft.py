@@ -159,7 +159,8 @@ def test_training_teaches_a_head_that_is_read_from_its_folder(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be from 1 to 1,000,000, got 0"),
+        ({"steps": 10**30}, "steps must be from 1 to 1,000,000"),
         ({"minutes": 0.0}, "minutes must be above 0, got 0"),
         ({"steps": 1, "shortlist": 0}, "shortlist must be at least 1, got 0"),
         ({"steps": 1, "ids_NT": torch.zeros(1, 9, dtype=torch.long)}, "at least 2 rows of 5 tokens, got 1 rows of 9"),

@@ -149,7 +149,8 @@ def test_arms_follow_from_the_recipe() -> None:
         ({"sizes": ["16", "16x2"]}, "sizes must be at least one value, none twice; got 16x2, 16x2"),
         ({"arms": ["dnese"]}, "unknown arm of this recipe 'dnese'; did you mean 'dense'"),
         ({"scale": "papr"}, "did you mean 'paper'"),
-        ({"optimum_seeds": 0}, "optimum_seeds must be at least 1"),
+        ({"optimum_seeds": 0}, "optimum_seeds must be from 1 to 1,000"),
+        ({"optimum_seeds": 10**9}, "optimum_seeds must be from 1 to 1,000, got 1,000,000,000"),
         ({"seed": -1}, "seed must not be negative"),
     ],
 )

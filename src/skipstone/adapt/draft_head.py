@@ -33,6 +33,7 @@ LEAST_RATE, WARMUP = 0.05, 20  # the last rate as a share of the largest, and st
 L1 = 0.1
 JOINED = 0.02  # standard deviation of the initial weights that read the next token
 HELD_OUT = 16  # of so many rows, one is not trained on
+MOST_STEPS = 1_000_000  # millions of rows; more are typing mistakes
 AHEAD = 3  # tokens that are guessed when the head is measured
 UNIT = "steps"
 LIKE_LLAMA = ("norm", "norm_placement", "mlp", "activation", "qk_norm", "positions", "parallel_residual")  # of a block
@@ -110,12 +111,18 @@ def _check(ids_NT: Tensor, steps: int | None, minutes: float, shortlist: int) ->
         raise ValueError(
             f"a draft head needs at least 2 rows of {AHEAD + 2} tokens, got {' rows of '.join(map(str, ids_NT.shape))}"
         )
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps is not None:
+        check_steps(steps)
     if not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be above 0, got {minutes:g}")
     if shortlist < 1:
         raise ValueError(f"shortlist must be at least 1, got {shortlist}")
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless `steps` is a possible number of training steps, from 1 to a million."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must be from 1 to {MOST_STEPS:,}, got {steps:,}")
 
 
 def _affordable(teacher: _Teacher, ids_NT: Tensor, minutes: float, shortlist: int) -> int:

@@ -10,7 +10,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from skipstone.adapt.draft_head import rows_for, train_draft_head
+from skipstone.adapt.draft_head import check_steps, rows_for, train_draft_head
 from skipstone.adapt.self_generated import begin
 from skipstone.core.progress_bar import advance, work
 from skipstone.core.strict import PlainDict
@@ -72,11 +72,16 @@ def draft_head_run(
     a head already, and what `load_run` and `train_draft_head` raise.
     """
     refuse_draft_head(Run(folder).model_folder())
+    if steps is not None:
+        check_steps(steps)
     loaded, began = load_run(folder, "train", corpus, _context(folder, context)), monotonic()
     where = loaded.run.model_folder()
     if loaded.data is None:
-        wanted = MOST_ROWS if steps is None else rows_for(steps)
+        wanted = MOST_ROWS if steps is None else min(rows_for(steps), MOST_ROWS)
         seconds = math.inf if steps is not None else 60 * minutes * WRITING
+        longest = loaded.model.config.max_position_embeddings
+        if context is not None and context > longest:
+            raise ValueError(f"{loaded.run.name}: context {context} is longer than the model's {longest}")
         ids_NT, text = _own_text(loaded, context or CONTEXT, seed, wanted, seconds), "text of its own"
     else:
         ids_NT, text = _rows(loaded, seed), f"{loaded.data.config.corpus}, train"

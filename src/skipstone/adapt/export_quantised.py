@@ -22,6 +22,7 @@ from skipstone.model.head_preview import with_head_candidates
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import four_bit_rows, load_pretrained, load_tokenizer
 from skipstone.model.quantise import quantise, stored_exactly
+from skipstone.ops.head_preview import GROUP
 from skipstone.runs import CONFIG, Run
 
 EXACT = "all weights have the values of the original"
@@ -31,6 +32,7 @@ ROUNDED = {
     "int8": "weights are rounded to 8 bits, in groups of 64 inputs",
     "int4": "most weights have 4 bits, in groups of 32 inputs; token embedding and head have 8",
 }
+USUAL_DIRECTIONS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,14 @@ class HeadCandidates:
     """Options for decoding steps that compute exact logits for the most promising tokens only.
 
     candidates: number of tokens (rows of the output head) whose logits are computed exactly; a cheap 4-bit preview
-    chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64. text: a
-    file of text similar to what will be decoded, on which the preview is fitted; with None, the model generates the
-    text itself. rows, tokens: how much text is used: `rows` rows of `tokens` tokens each.
+    chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64; None
+    means 256, or as many as a narrower model has. text: a file of text similar to what will be decoded, on which the
+    preview is fitted; with None, the model generates the text itself. rows, tokens: how much text is used: `rows` rows
+    of `tokens` tokens each.
     """
 
     candidates: int
-    directions: int
+    directions: int | None = None
     text: Path | None = None
     rows: int = 32
     tokens: int = 256
@@ -73,7 +76,7 @@ def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None 
             kept = stored_exactly(model, small)
             if head is not None:
                 ids_BT = _calibration(model, tokenizer, head, str(source))
-                small = with_head_candidates(small, ids_BT, head.candidates, head.directions)
+                small = with_head_candidates(small, ids_BT, head.candidates, _directions(head, small))
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))
     return f"{small.config.weight_format}: {EXACT if kept else ROUNDED[small.config.weight_format]}"
@@ -86,6 +89,12 @@ def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | Non
             tokenizer.save_pretrained(partial)
         write_card(model, partial, title=out.name, source=source)
         record(partial, all_but_model_cards(partial))
+
+
+def _directions(head: HeadCandidates, model: SkipstoneForCausalLM) -> int:
+    """Return the number of directions of a preview: that of `head`, or else 256 or what the model's width allows."""
+    most = model.config.hidden_size // GROUP * GROUP
+    return min(USUAL_DIRECTIONS, most) if head.directions is None else head.directions
 
 
 def _calibration(model: SkipstoneForCausalLM, tokenizer: Any, head: HeadCandidates, source: str) -> Tensor:

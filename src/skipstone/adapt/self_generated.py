@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -50,8 +51,8 @@ def write(
     the token that begins a text, or else the one that ends it. seed: seed of the sampling. dtype: dtype of the weights;
     None means float32. report: called after each batch with the number of tokens written so far.
 
-    Raises what `load_dense` raises, and ValueError for numbers out of range, for a source without a tokenizer or
-    without such a token, and for one that generates only empty texts.
+    Raises what `load_dense` raises, and ValueError for numbers out of range, for a batch larger than memory, for a
+    source without a tokenizer or without such a token, and for one that generates only empty texts.
     """
     for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
         if value < 1:
@@ -64,11 +65,24 @@ def write(
             f"length ({length}) and start ({len(begun)}) are longer than the source's context, "
             f"{model.config.max_position_embeddings} tokens"
         )
+    _check_memory(model, batch, len(begun) + length)
     with complete(out) as partial:
         partial.mkdir(parents=True)
         texts = _batches(model, tokenizer, torch.tensor([begun] * batch, device=model.device), length, seed)
         _fill(partial, texts, tokens, report, f"{source}: it writes nothing after {tokenizer.decode(begun)!r}")
         checksums.record(partial)
+
+
+def _check_memory(model: SkipstoneForCausalLM, batch: int, tokens: int) -> None:
+    """Raise ValueError if the cache and logits of `batch` texts of `tokens` tokens exceed the machine's memory."""
+    logits = 3 * 4 * model.config.vocab_size  # fp32: as they are, divided by the temperature, and as probabilities
+    size = batch * (tokens * round(model.cost(tokens=tokens).kv_bytes_per_token) + logits)
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise ValueError(
+            f"batch ({batch:,}) is too large: texts of {tokens:,} tokens take {size / 2**30:,.0f} GiB, this machine "
+            f"has {memory / 2**30:,.0f} GiB of memory"
+        )
 
 
 def _fill(

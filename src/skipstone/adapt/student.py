@@ -7,6 +7,7 @@ Shape letters: B rows, T tokens, V vocabulary, N tokens of all rows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,10 +179,15 @@ def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, row
     for row in rows:
         inputs, real_BT = inputs_of(row), real_tokens(row)
         expected_NV = source(**inputs, use_cache=False).logits[real_BT]
+        if not bool(expected_NV.isfinite().all()):
+            raise ValueError("the source's logits are not finite (NaN or infinite): its weights are damaged")
         largest = max(largest, float(expected_NV.abs().max()))
         tokens += len(expected_NV)
         for routing in routings:
             got_NV = model(**inputs, routing=routing, noise=False, use_cache=False).logits[real_BT]
-            difference = max(difference, float((got_NV - expected_NV).abs().max()))
+            own = float((got_NV - expected_NV).abs().max())
+            difference = own if math.isnan(own) else max(difference, own)  # max() would drop NaN
+            if math.isnan(difference):
+                break
     model.train(was_training)
     return NeutralStart(difference=difference, largest=largest, tokens=tokens)

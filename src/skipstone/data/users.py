@@ -118,6 +118,8 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
                 raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
             if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
                 keys = f" (its keys: {', '.join(entry)})" if isinstance(entry, dict) else ""
+                if isinstance(entry, dict) and field in entry:
+                    keys = f", which is {'null' if entry[field] is None else f'of type {type(entry[field]).__name__}'}"
                 raise ValueError(f"{path}, line {number}: no text under {field!r}{keys}")
             yield entry[field]
 

@@ -29,7 +29,7 @@ class Sampler:
             check_count("top_k", top_k)
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must be a number of 64 bits, from {-(2**63)} to {2**64 - 1}, got {seed}")
-        self.temperature, self.top_k, self._checked = temperature, top_k, False
+        self.temperature, self.top_k = temperature, top_k
         self.generator = torch.Generator(device)
         if seed is None:
             self.generator.seed()
@@ -40,15 +40,13 @@ class Sampler:
         """Return one token for each row, int64 [B], drawn from its logits.
 
         logits_BV: the logits. guess_B: int64, a drafted token for each row; it is returned exactly as often as it would
-        be drawn without a draft. None means no draft. Raises ValueError if the logits of the first call are not finite,
-        as those of damaged or diverged weights.
+        be drawn without a draft. None means no draft. Raises ValueError for logits that are not finite, as those of
+        damaged or diverged weights.
         """
-        if not self._checked:  # once: every check waits for a GPU
-            self._checked = True
-            if not bool(logits_BV.amax(-1).isfinite().all()):  # NaN is the largest; -inf only excludes a token
-                raise ValueError("the model's logits are not finite (NaN or infinite), so no token can be chosen")
         if self.temperature == 0:
-            return logits_BV.argmax(-1)
+            best_B1 = logits_BV.argmax(-1, keepdim=True)
+            _check(logits_BV.gather(1, best_B1))
+            return best_B1[:, 0]
         best_BK, index_BK = self._candidates(logits_BV.float())
         probability_BK = best_BK.softmax(-1)
         if guess_B is not None:
@@ -64,9 +62,20 @@ class Sampler:
 
         Without top_k, these are the logits of the whole vocabulary, [B, V], and None. logits_BV: the logits.
         """
-        logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # no overflow when nearly greedy
+        largest_B1 = logits_BV.amax(-1, keepdim=True)
+        _check(largest_B1)
+        logits_BV = logits_BV - largest_B1  # no overflow when nearly greedy
         logits_BV = logits_BV / max(self.temperature, COLDEST)
         if self.top_k is None or self.top_k >= logits_BV.shape[-1]:
             return logits_BV, None
         best_BK, index_BK = logits_BV.topk(self.top_k)
         return best_BK, index_BK
+
+
+def _check(largest_B1: Tensor) -> None:
+    """Raise ValueError unless the largest logit of each row is finite; NaN counts as larger than any number.
+
+    Smaller ones may be -inf, which only excludes a token.
+    """
+    if not bool(largest_B1.isfinite().all()):
+        raise ValueError("the model's logits are not finite (NaN or infinite), so no token can be chosen")

@@ -205,7 +205,11 @@ def _config_values(name: str, gguf_file: str | None) -> PlainDict:
             f"{name!r} is neither a folder nor a model that the hub has: {one_line(error)}"
         ) from None
     if not values:
-        raise ValueError(f"{name!r} has no config.json: it holds no model")
+        run = Path(name)
+        hint = (
+            f"; it is a run folder: name its model, {str(run / 'model')!r}" if (run / "config.yaml").is_file() else ""
+        )
+        raise ValueError(f"{name!r} has no config.json: it holds no model{hint}")
     if not isinstance(values, dict):
         raise ValueError(f"config.json of {name!r} must be an object, got {type(values).__name__}")
     return values

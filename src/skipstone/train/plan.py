@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -109,7 +110,7 @@ def plan(
     Raises ValueError if the rows of a step cannot be divided over the GPUs, for what `estimate` refuses, and if `gpus`
     or `network` is not positive.
     """
-    if gpus < 1 or not network > 0:
+    if gpus < 1 or not 0 < network < math.inf:
         raise ValueError(f"gpus and network must be above 0, got {gpus} and {network}")
     recipe = read_recipe(values)
     train = recipe.train

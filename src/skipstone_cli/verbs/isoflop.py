@@ -11,6 +11,7 @@ import typer
 
 from skipstone_cli.arguments import Overrides
 from skipstone_cli.errors import UserError
+from skipstone_cli.paths import places_for_folders
 
 if TYPE_CHECKING:
     from skipstone_studies.isoflop.spec import GridSpec
@@ -114,9 +115,12 @@ def isoflop(
         raise UserError("--estimate and --render exclude each other; give only one of them")
     spec = _checked(recipe, overrides or [], given, scale)
 
+    target = runs if out is None else out
+    if not estimate:
+        places_for_folders({"--out": out, "--runs": runs})
+
     from skipstone_studies.isoflop import run
 
-    target = runs if out is None else out
     if estimate:
         run.estimate(spec, flops_per_second)
         return

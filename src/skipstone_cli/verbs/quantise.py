@@ -36,7 +36,7 @@ def quantise(
         typer.Option(
             min=64,
             help="With --head-candidates: directions of the hidden states that the preview uses, a multiple of 64. "
-            "Default: 256.",
+            "Default: 256, or fewer in a narrower model.",
         ),
     ] = None,
     head_text: Annotated[
@@ -65,6 +65,6 @@ def quantise(
 
     head = None
     if head_candidates is not None:
-        head = HeadCandidates(candidates=head_candidates, directions=head_directions or 256, text=head_text)
+        head = HeadCandidates(candidates=head_candidates, directions=head_directions, text=head_text)
     typer.echo(export_quantised(source, out, head, bits))
     typer.echo(f"written: {out}")

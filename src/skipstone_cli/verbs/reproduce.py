@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from skipstone_cli.errors import UserError
+from skipstone_cli.paths import places_for_folders
 
 
 class Scale(StrEnum):
@@ -26,7 +27,7 @@ Readme = Annotated[
     ),
 ]
 Jobs = Annotated[
-    int, typer.Option(metavar="N", help="Number of arms to run at the same time, each in its own process.")
+    int, typer.Option(min=1, metavar="N", help="Number of arms to run at the same time, each in its own process.")
 ]
 Html = Annotated[bool, typer.Option("--html", help="Also write the page as NAME.html, with charts.")]
 Ledger = Annotated[
@@ -80,7 +81,6 @@ def reproduce(
         return
     if name is None and not list_:
         raise UserError("name a study to reproduce; `skipstone reproduce --list` lists them")
-
     if name is None or list_:
         print_list()
         return
@@ -89,16 +89,16 @@ def reproduce(
     from skipstone_studies.catalogue import FILES
 
     choose("study", name, FILES)
+    places_for_folders({"--out": out, "--runs": None if render else runs})
     if not render:
         typer.echo("loading torch and the studies; remaining time is shown once a model trains", err=True)
 
     from skipstone_studies.run import reproduce as run
 
-    named = None if arms is None else [arm.strip() for arm in arms.split(",")]
     table = run(
         name,
         scale=scale.value,
-        arms=named,
+        arms=None if arms is None else [arm.strip() for arm in arms.split(",")],
         seeds=numbers,
         out=out,
         runs=runs,

@@ -41,6 +41,8 @@ def view(
     if save is not None:
         if prompt is None:
             raise UserError("--save needs --prompt TEXT")
+        if port != PORT or not browser:
+            raise UserError("--save starts no server, so --port and --no-browser would have no effect")
         new_path(save, "--save")
         for run in runs:
             existing_run(run)

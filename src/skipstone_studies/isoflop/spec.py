@@ -77,6 +77,9 @@ def arms_of(recipe: PlainDict) -> dict[str, Changes]:
     return arms
 
 
+MOST_SEEDS = 1000  # more are typing mistakes: each is a run
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridSpec:
     """The specification of an isoFLOP grid: arms and sizes that are trained with equal training FLOPs.
@@ -123,8 +126,8 @@ class GridSpec:
         _check_list("arms", self.arms)
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        if self.optimum_seeds < 1:
-            raise ValueError(f"optimum_seeds must be at least 1, got {self.optimum_seeds}")
+        if not 1 <= self.optimum_seeds <= MOST_SEEDS:
+            raise ValueError(f"optimum_seeds must be from 1 to {MOST_SEEDS:,}, got {self.optimum_seeds:,}")
 
     @property
     def known(self) -> dict[str, Changes]:
