@@ -33,6 +33,7 @@ pytest_plugins = ["cpu_seconds"]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import what is heavy here and in fixtures, so that the process that only hands out tests to others is light."""
+    gc.set_threshold(10_000, 20, 50)  # by default so many collections begin that they take a twentieth of all CPU time
     if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
         return
     import torch
@@ -103,7 +104,6 @@ def pytest_collection_finish() -> None:
 
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)  # by default so many collections begin that they take a twentieth of all CPU time
     if not torch.cuda.is_available():
         accelerate.utils.memory.gc = SimpleNamespace(collect=lambda *_: 0)  # type: ignore[attr-defined]
     os.fsync = lambda fd: None
