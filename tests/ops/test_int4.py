@@ -115,6 +115,7 @@ def test_any_number_of_tokens_equals_them_one_by_one(tokens: int, inputs: int) -
     torch.testing.assert_close(native.linear(x, weight), alone, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow  # two seconds of compiling; the eight-bit products of `tests/model/test_quantise.py` are quick
 def test_integers_are_multiplied_in_pairs() -> None:
     """Products that are not recognised would be computed at a fraction of the speed."""
     native = pytest.importorskip("skipstone.ops.int4_native")
