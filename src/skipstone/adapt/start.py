@@ -107,7 +107,7 @@ def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int,
 
 
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
-    """Return router weights w, fp32 [D], such that w . x predicts the logarithm of a token's influence.
+    """Return router weights, fp32 [D], whose dot product with a token's input predicts the logarithm of its influence.
 
     The prediction is centred and scaled to variance 1. seen_ND: the router's inputs for N tokens. influence_N: how much
     the block changes each token.

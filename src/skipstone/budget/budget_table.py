@@ -133,7 +133,7 @@ class BudgetTable:
             for handle, state in before:
                 handle.restore(state)
 
-    def present(self, model: SkipstoneForCausalLM) -> float:
+    def current_share(self, model: SkipstoneForCausalLM) -> float:
         """Return the budget that the model's current thresholds meet, roughly: the share of the nearest point.
 
         For a model as it was trained, this is exactly the share of the dense FLOPs that calibration measured for it.

@@ -207,7 +207,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop the tokens in slots from `slots` on; ValueError if a window of `window` needs forgotten entries."""
+        """Drop tokens in slot `slots` or later; ValueError if a window of `window` slots needs entries already gone."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots

@@ -53,7 +53,7 @@ class LiveModel:
             raise ValueError(f"{folder} has no tokenizer: a synthetic task has no text to type")
         self.tokenizer = tokenizer
         self.table = BudgetTable.load(place) if BudgetTable.find(place := opened.model_folder()) else None
-        self.trained_share = 1.0 if self.table is None else self.table.present(self.model)
+        self.trained_share = 1.0 if self.table is None else self.table.current_share(self.model)
         self.blocks = list(self.model.decoder.layers)
         self.context: int = self.model.config.max_position_embeddings
         self._twin: DenseTwin | None = None

@@ -83,7 +83,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm `share`, its FLOPs relative to the source's, and `perplexity` of the stories.
+    """Return for each arm its FLOPs relative to the source's, as `share`, and its `perplexity` on the stories.
 
     figures: the figures of all arms with one seed, by arm. Returns {} without the source.
     """
