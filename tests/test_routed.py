@@ -241,3 +241,24 @@ def test_a_block_of_another_shape_is_one_line() -> None:
     routed = Routed(nn.Linear(16, 8), MixtureOfDepths(16, capacity=0.5, decision="topk"))
     with pytest.raises(ValueError, match=r"must return a stream of its input's shape \[2, 4, 16\].* got \[2, 4, 8\]"):
         routed(torch.randn(2, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Routed(3, MixtureOfDepths(16)), "wraps a block that maps a stream to a stream, got int"),
+        (lambda: Routed(nn.Linear(16, 16), None), r"takes depth mechanisms such as .*, got NoneType"),
+        (lambda: Routed(nn.Linear(16, 16), nn.Linear(16, 16)), "takes depth mechanisms such as .*, got Linear"),
+        (lambda: MixtureOfDepths(0), "hidden_size must be a whole number of at least 1, got 0"),
+        (lambda: MixtureOfDepths("16"), "hidden_size must be a whole number of at least 1, got '16'"),
+        (
+            lambda: Routed(nn.Linear(16, 16), MixtureOfDepths(15))(torch.randn(2, 8, 16)),
+            "has hidden_size 15, but .* 16",
+        ),
+        (lambda: Routed(nn.Linear(16, 16), MixtureOfDepths(16))(torch.ones(2, 8, 16).long()), "floating-point numbers"),
+        (lambda: Routed(nn.Linear(16, 16), MixtureOfDepths(16))("x"), r"shape \[rows, tokens, width\], got str"),
+    ],
+)
+def test_mistakes_are_one_line(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

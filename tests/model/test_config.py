@@ -174,3 +174,21 @@ def test_fields_are_known_without_transformers() -> None:
     theirs = {name for name in PreTrainedConfig.__dataclass_fields__ if not name.startswith("_")}
     assert {*FOREIGN} <= theirs
     assert not {*FOREIGN} & {*TYPES}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hiden_size": 8}, "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ({"mechanism": []}, "unknown key 'mechanism'; did you mean 'mechanisms'"),
+        ({"dtype": "float7"}, "dtype must be a type of torch, such as 'bfloat16', got 'float7'"),
+    ],
+)
+def test_mistyped_keys_do_not_leave_the_default(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SkipstoneConfig(**given)
+
+
+def test_keys_of_other_families_are_kept_as_transformers_does() -> None:
+    config = SkipstoneConfig(moe_intermediate_size=3, my_own="x")
+    assert (config.moe_intermediate_size, config.my_own) == (3, "x")

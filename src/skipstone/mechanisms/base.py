@@ -37,9 +37,11 @@ class DepthMechanism(DepthModule):
         """Store the width D, the placement (None means the only block of a model) and the options.
 
         config: an instance of `Config`; if None, `options`, the fields of `Config`, are parsed. Raises ValueError if
-        both are given or an option is not allowed.
+        both are given, an option is not allowed, or the width is no whole number of at least 1.
         """
         super().__init__()
+        if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
+            raise ValueError(f"hidden_size must be a whole number of at least 1, got {hidden_size!r}")
         self.config = parsed(self.Config, config, options)
         self.hidden_size, self.placement = hidden_size, placement or Placement()
 

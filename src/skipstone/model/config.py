@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,13 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         self._fill()
         self._check_size()
         self._check_rope_numbers()
-        PreTrainedConfig.__post_init__(self, **kwargs)
+        refuse(_mistyped(kwargs))
+        try:
+            PreTrainedConfig.__post_init__(self, **kwargs)
+        except AttributeError:  # of torch
+            if not isinstance(self.dtype, str):
+                raise
+            raise ValueError(f"dtype must be a type of torch, such as 'bfloat16', got {self.dtype!r}") from None
         self._check()
 
     def _check(self) -> None:
@@ -308,3 +317,18 @@ def _plain(value: Any) -> Any:
 
 
 AutoConfig.register("skipstone", SkipstoneConfig, exist_ok=True)
+
+
+def _mistyped(given: Iterable[str]) -> list[str]:
+    """Return a message for each unknown key that is nearly a field's name, and would silently leave its default.
+
+    given: the unknown keys. Others are kept as attributes, as transformers does, and so are names that end in a field's
+    (`moe_intermediate_size`), which are those of other families.
+    """
+    fields = [field.name for field in dataclasses.fields(ModelFields)]
+    lines = []
+    for key in given:
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.85)
+        if near and not key.endswith(near[0]):
+            lines.append(f"unknown key {key!r}; did you mean {near[0]!r}?")
+    return lines

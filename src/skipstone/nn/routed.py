@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipstone.core.depth import DepthModule
 from skipstone.core.records import Records
 from skipstone.core.seam import wrap
 from skipstone.core.selection import EVERYONE
@@ -37,6 +38,12 @@ class Routed(nn.Module):
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:
         super().__init__()
+        if not callable(block):
+            raise ValueError(f"Routed wraps a block that maps a stream to a stream, got {type(block).__name__}")
+        for mechanism in mechanisms:
+            if not isinstance(mechanism, DepthModule):
+                got = type(mechanism).__name__
+                raise ValueError(f"Routed takes depth mechanisms such as MixtureOfDepths(hidden_size), got {got}")
         self.block = block
         self.mechanisms = nn.ModuleList(mechanisms)
 
@@ -60,8 +67,7 @@ class Routed(nn.Module):
         """
         if routing not in ("oracle", "causal", None):
             raise ValueError(unknown("routing", routing, ["oracle", "causal"]))
-        if x_BTD.dim() != 3:
-            raise ValueError(f"Routed takes a stream of shape [rows, tokens, width], got {list(x_BTD.shape)}")
+        self._check(x_BTD)
         mode = PassMode(routing=routing or ("oracle" if self.training else "causal"), noise=self.training)
         slot_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         state: dict[str, Tensor] = {}
@@ -85,6 +91,19 @@ class Routed(nn.Module):
         stream = x_BTD + delta_BTD
         result = (stream, *rest) if rest else stream
         return (result, records) if return_records else result
+
+    def _check(self, x_BTD: Tensor) -> None:
+        """Raise ValueError unless x_BTD is a stream of numbers [B, T, D] with the mechanisms' width D."""
+        if not isinstance(x_BTD, Tensor) or x_BTD.dim() != 3:
+            got = list(x_BTD.shape) if isinstance(x_BTD, Tensor) else type(x_BTD).__name__
+            raise ValueError(f"Routed takes a stream of shape [rows, tokens, width], got {got}")
+        if not x_BTD.is_floating_point():
+            raise ValueError(f"Routed takes a stream of floating-point numbers, got {x_BTD.dtype}")
+        for mechanism in self.mechanisms:
+            width = getattr(mechanism, "hidden_size", x_BTD.shape[-1])
+            if width != x_BTD.shape[-1]:
+                name = type(mechanism).__name__
+                raise ValueError(f"{name} has hidden_size {width}, but the stream is {x_BTD.shape[-1]} wide")
 
     def _update(
         self, x_BTD: Tensor, tokens: Tokens, args: tuple[Any, ...], kwargs: PlainDict, rest: list[Any]
