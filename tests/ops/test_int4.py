@@ -30,7 +30,7 @@ def test_what_is_packed_is_unpacked_and_restored_exactly() -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 24])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 64, 65])
 @pytest.mark.parametrize("inputs", [64, 192, 576])
 def test_few_and_many_tokens_equal_the_restored_weights(tokens: int, outputs: int, inputs: int) -> None:
     weight, x = packed(outputs, inputs), torch.randn(tokens, inputs)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import PART, in_place
+from skipstone.ops.int8 import FEW, PART, in_place
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("float16_linear(Tensor x, Tensor weight) -> Tensor")
@@ -51,7 +51,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     multiplied with the weights as they are stored, in fp32, if I is a multiple of 32. Otherwise parts of the weights
     are converted to the dtype of x and multiplied as usual.
     """
-    if weight_OI.shape[1] % STEP or not in_place(x):
+    if weight_OI.shape[1] % STEP or not in_place(x, FEW):
         rows = max(PART // x.shape[-1], 1)
         parts = [functional.linear(x, part.to(x.dtype)) for part in weight_OI.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import PART, in_place
+from skipstone.ops.int8 import MANY, PART, in_place
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int4_linear(Tensor x, Tensor weight) -> Tensor")
@@ -147,11 +147,11 @@ def restore(weight_OP: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, for a four-bit weight. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P]. Up to 8 tokens without gradients, on a CPU with numba, are
-    rounded to int16 and multiplied with the numbers as they are stored: sums of 32 products are exact, and are scaled
-    and added in fp32. Otherwise parts of the weights are restored in the dtype of x and multiplied as usual.
+    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P]. Up to 64 tokens without gradients, on a CPU with numba,
+    are rounded to int16 and multiplied with the numbers as they are stored: sums of 32 products are exact, and are
+    scaled and added in fp32. Otherwise parts of the weights are restored in the dtype of x and multiplied as usual.
     """
-    if not in_place(x):
+    if not in_place(x, MANY):
         rows = max(PART // x.shape[-1], 1)
         parts = [functional.linear(x, restore(part, x.dtype)) for part in weight_OP.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

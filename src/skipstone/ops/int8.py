@@ -24,6 +24,7 @@ _namespace.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor"
 NATIVE = torch.ops.skipstone.int8_linear
 
 FEW = 8  # tokens of a call up to which weights are read as they are stored
+MANY = 64  # the same where tokens are rounded to integers, whose products take less time than those of fp32
 PART = 1 << 20  # numbers that are restored at a time
 LARGEST = 127
 GROUP = 64  # inputs that share a scale
@@ -100,23 +101,23 @@ def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32]. Up to 8 tokens
-    without gradients, on a CPU with numba, use the int8 weights directly: sums are fp32, and tokens are rounded to
-    int16 if I is a multiple of 64. Otherwise parts of the weights are converted to the dtype of x and multiplied as
-    usual.
+    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32]. Up to 64 tokens
+    without gradients, on a CPU with numba, are rounded to int16 and multiplied with the int8 weights as they are stored
+    if I is a multiple of 64; up to 8 tokens, with sums in fp32, if it is not. Otherwise parts of the weights are
+    converted to the dtype of x and multiplied as usual.
     """
-    if not in_place(x):
+    if not in_place(x, MANY if weight_OI.is_contiguous() and weight_OI.shape[1] % GROUP == 0 else FEW):
         return _in_parts(x, weight_OI, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return NATIVE(x, weight_OI, scale)  # type: ignore[no-any-return]
     return _native()(x, weight_OI, scale)  # torch would take 20 microseconds to call it
 
 
-def in_place(x: Tensor) -> bool:
-    """Return whether weights are read as they are stored for this call: few tokens x on a CPU with numba."""
+def in_place(x: Tensor, most: int) -> bool:
+    """Return whether weights are read as they are stored for this call: at most `most` tokens x on a CPU with numba."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return 0 < x.numel() <= FEW * x.shape[-1] and _kernels()
+    return 0 < x.numel() <= most * x.shape[-1] and _kernels()
 
 
 @cache
