@@ -16,7 +16,7 @@ from skipstone.ops.workers import call, inner, unit
 
 @unit(1)
 def attention(frame_at: int) -> None:
-    """Compute the present block's attention and add it to the residual stream; compiled by numba.
+    """Compute the current block's attention and add it to the residual stream; compiled by numba.
 
     Keys and values are stored for the tokens that reach the attention, and their number is written to the table STORED;
     only tokens that get an update have queries. frame_at: address of the thread's frame (`decode_frame.py`), which

@@ -49,7 +49,7 @@ BLOCKS, TOKENS, WIDTH, NEURONS, HEADS, GROUPS, HEAD_SIZE, GATE_COUNT, STATE_COUN
 WIDEST, PRIVATE = 26, 27  # most inputs of a matrix, and bytes of a thread's own working memory
 UNITS = 28
 ATTENTION, TURN, ATTEND, MLP, SINGLE, INT8, INT4, ROUNDS, MIXTURE_OF = range(UNITS, UNITS + 9)
-SOME, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 9, UNITS + 15)
+CHOSEN, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 9, UNITS + 15)
 NUMBERS = UNITS + 15
 GIVEN = NUMBERS + 3
 # Then what the thread adds: its index, the number of threads, their barrier and the arrivals there, the block and the

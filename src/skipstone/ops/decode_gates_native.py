@@ -42,7 +42,7 @@ WHOLE = np.float32(1)
 
 @unit(2)
 def decide(frame_at: int, site: int) -> None:
-    """Let the depth mechanisms (gates) at one site of the present block decide about the tokens; compiled by numba.
+    """Let the depth mechanisms (gates) at one site of the current block decide about the tokens; compiled by numba.
 
     frame_at: address of the thread's frame (`decode_frame.py`). site: SEGMENT, BLOCK, OF_ATTENTION or OF_MLP. For each
     token of the site, the frame then holds its kind (absent, only gives keys and values, or gets an update), the factor

@@ -25,7 +25,7 @@ NUMBERS = 2
 
 @unit(2)
 def mixture(frame_at: int, count: int) -> None:
-    """Compute gate = mixture(gate) * up in place for the K tokens of the present block's MLP; compiled by numba.
+    """Compute gate = mixture(gate) * up in place for the K tokens of the current block's MLP; compiled by numba.
 
     frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of gate and up, fp32 [K, F].
     count: K. The tokens' logits are written to the call's results, NaN for the other tokens, and the running sums of

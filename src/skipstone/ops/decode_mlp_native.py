@@ -35,7 +35,7 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 
 @unit(1)
 def mlp(frame_at: int) -> None:
-    """Compute the present block's MLP and add it to the residual stream; compiled by numba.
+    """Compute the current block's MLP and add it to the residual stream; compiled by numba.
 
     Only tokens that get an update are computed. Their number is written to the table STORED, with the number of neurons
     whose up projection at least one of them needs. frame_at: address of the thread's frame (`decode_frame.py`), which
@@ -76,7 +76,7 @@ def mlp(frame_at: int) -> None:
     else:
         gated(gate, up, _lying(row[of.RUNS], (row[of.COUNT], 2), 0), part, parts)
     if chooses:
-        call(frame[of.SOME], (frame_at, K))
+        call(frame[of.CHOSEN], (frame_at, K))
     else:
         together(frame)
         rounded(frame, row[of.DOWN + 1], frame[of.GATE_AT], K, F)

@@ -29,8 +29,8 @@ NEVER = np.float32(-1)  # below every score
 
 
 @unit(2)
-def some(frame_at: int, count: int) -> None:
-    """Compute the up and down products of the present block's MLP for chosen neurons only; compiled by numba.
+def chosen_neurons(frame_at: int, count: int) -> None:
+    """Compute the up and down products of the current block's MLP for chosen neurons only; compiled by numba.
 
     frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of the activations, fp32 [K,
     F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up projection at least one token needs is

@@ -20,7 +20,7 @@ from skipstone.ops.decode_gates_native import FIELDS as FIELDS
 from skipstone.ops.decode_gates_native import decide, weigh
 from skipstone.ops.decode_mixture_native import mixture
 from skipstone.ops.decode_mlp_native import mlp
-from skipstone.ops.decode_neurons_native import some, spread
+from skipstone.ops.decode_neurons_native import chosen_neurons, spread
 from skipstone.ops.decode_products_native import framed, single_rows
 from skipstone.ops.int4_native import four_bit_rows
 from skipstone.ops.int8_native import grouped_rows, round_tokens
@@ -38,7 +38,7 @@ ALWAYS, INT8, INT4, ROUNDS = (
     (four_bit_rows,),
     (round_tokens,),
 )
-MIXES, CHOOSES, GATES = (mixture,), (some, spread, summed, summed_int8), (decide, weigh)
+MIXES, CHOOSES, GATES = (mixture,), (chosen_neurons, spread, summed, summed_int8), (decide, weigh)
 UNITS = (*ALWAYS, *INT8, *INT4, *ROUNDS, *MIXES, *CHOOSES, *GATES)  # in the order of the frame
 
 
