@@ -42,6 +42,17 @@ def text_of(folder: Path) -> dict[str, Any]:
     return {path.name: path.read_bytes() for path in names if path.name != "README.md"} | {"lines": lines(folder)}
 
 
+def test_a_finished_run_is_not_longer_than_its_recipe(
+    finished: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = finished
+    longer = {**config, "train": {**config["train"], "steps": 9}}
+    with pytest.raises(ValueError, match=r"the recipe differs from the run's in train.steps: 6 there, 9 now"):
+        train(longer, folder, resume=True)
+    assert "finished already" not in capsys.readouterr().err
+    assert train(config, folder, resume=True) == folder
+
+
 def test_killed_between_model_and_result(run: tuple[dict[str, Any], Path], finished: tuple[Any, Path]) -> None:
     config, folder = run
     (folder / "checkpoints" / ".partial").mkdir()  # killed just after its last checkpoint had got its name

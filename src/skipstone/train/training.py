@@ -65,6 +65,8 @@ def _train(
     save_minutes: float | None,
     more: Sequence[TrainerCallback],
 ) -> Path:
+    if resume and Run(folder).finished:
+        _check_sections(Run(folder), recipe)
     run = open_run(recipe, folder, resume)
     if run is not None and run.finished:
         return folder
@@ -120,6 +122,15 @@ def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
     return run
 
 
+def _check_sections(run: Run, recipe: Recipe) -> None:
+    """Raise ValueError if the sections `data` and `train` of a recipe differ from those of the run to be resumed.
+
+    Nothing has to be loaded for it; the model's section is compared once its defaults are known from the data.
+    """
+    saved, given = run.config(), to_dict(recipe)
+    folders.check_same({key: saved[key] for key in ("data", "train")}, {key: given[key] for key in ("data", "train")})
+
+
 def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:
     """Return the rows for training and validation.
 
@@ -128,10 +139,7 @@ def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> Prepar
     from that of the run, or if `ready` was prepared for another one.
     """
     if run is not None:
-        saved = run.config()
-        folders.check_same(
-            {key: saved[key] for key in ("data", "train")}, {key: to_dict(recipe)[key] for key in ("data", "train")}
-        )
+        _check_sections(run, recipe)
     if ready is not None and ready.config != recipe.data:
         raise ValueError(f"the rows were prepared for {ready.config}, not for {recipe.data}")
     data = ready or prepare(recipe.data, tokenizer=None if run is None else run.load_tokenizer())
