@@ -17,6 +17,7 @@ from generate.chances import plausible
 from skipstone.generate import generate, stream
 from skipstone.generate.drafts import Lookup
 from skipstone.generate.speculation import LENGTHS, Length, stand_or_redraw
+from skipstone.model.quantise import quantise
 
 ROUTED: list[dict[str, Any]] = [
     {"name": "mixture_of_depths", "layers": "1::2", "capacity": 0.5, "decision": "threshold"},
@@ -49,6 +50,14 @@ def test_greedy_text_is_the_same(draft: str, rows: int) -> None:
     plain = generate(target, ids(rows), max_new_tokens=24)
     for length in (3, None):
         assert torch.equal(generate(target, ids(rows), max_new_tokens=24, draft=guesses, draft_length=length), plain)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_greedy_text_is_the_same_with_weights_of_few_bits(bits: int) -> None:
+    target = quantise(model(ROUTED, hidden_size=64, intermediate_size=128), bits)
+    for rows, draft, length in ((1, "lookup", 7), (1, "exit", 3), (3, "exit", 5)):
+        plain = generate(target, ids(rows), max_new_tokens=20)
+        assert torch.equal(generate(target, ids(rows), max_new_tokens=20, draft=draft, draft_length=length), plain)
 
 
 def llama() -> LlamaForCausalLM:
