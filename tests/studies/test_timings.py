@@ -58,7 +58,14 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
     ),
     "gpu": (("training, d 1024",), {}),
     "decode_rivals": (
-        ("ours, int8", "ours, the file's four bits", "ours, int8, draft lookup", "transformers, prompt lookup"),
+        (
+            "ours, int8",
+            "ours, 16 bits",
+            "ours, the file's four bits",
+            "transformers, bf16",
+            "ours, int8, draft lookup",
+            "transformers, prompt lookup",
+        ),
         {"source": "stories260K", "prompt": 4, "new": 2, "turns": 1},
     ),
     "decode_rivals_gemma": (

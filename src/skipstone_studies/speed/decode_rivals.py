@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -36,6 +37,7 @@ WAYS: dict[str, RecipeDict] = {
     "ours, fp32, head by candidates": {"way": "candidates", "weights": "float", **HEAD},
     "ours, 16 bits": {"way": "float16"},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
+    "transformers, bf16": {"way": "bf16"},
     "ours, int8, draft lookup": {"way": "drafted", "draft": "lookup", **LONGER},
     "ours, int8, draft exit": {"way": "drafted", "draft": "exit", **LONGER},
     "ours, int8, draft skip": {"way": "drafted", "draft": "skip", **LONGER},
@@ -73,6 +75,7 @@ WAYS_OF_GEMMA: dict[str, RecipeDict] = {
     "llama.cpp, the file": {"way": "llama.cpp", "format": "as it is"},
     "ours, 16 bits": {"way": "float16"},
     "llama.cpp, F16": {"way": "llama.cpp", "format": "F16"},
+    "transformers, bf16": {"way": "bf16"},
     "ours, fp32": {"way": "ours"},
     "ours, fp32, head by 16,384 candidates": {"way": "candidates", "weights": "float", **HEAD, "candidates": 16384},
 }
@@ -138,9 +141,11 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "torchao":
         model, read = torchao(name, recipe["bits"])
         return Torch(model), thin.whole(model), read  # type: ignore[arg-type]
+    if way == "bf16":
+        half = copy.deepcopy(theirs(name)).to(torch.bfloat16)
+        return Torch(half), thin.whole(half), 2.0 * thin.weights(source(name))  # type: ignore[arg-type]
     if way == "lookup":
-        theirs = llama(name)
-        return PromptLookup(theirs, recipe["count"]), thin.whole(source(name)), 4.0 * thin.weights(source(name))
+        return PromptLookup(llama(name), recipe["count"]), thin.whole(source(name)), 4.0 * thin.weights(source(name))
     if way in SMALLER:
         share = recipe["share"] if way == "narrower" else recipe["blocks"]
         smaller = SMALLER[way](name, share)
@@ -216,7 +221,8 @@ DECODE_RIVALS = Study(
         "the published form (SVD-softmax), in fp32. Arms without a "
         "speed decide for every token, but this implementation leaves nothing out. On a CPU, torchao stores int4 in "
         "one byte each, and its bytes are counted so. *16 bits* are fp16, to which the numbers of this "
-        "file are rounded; a checkpoint that was published in bf16 or fp16 would lose nothing."
+        "file are rounded; a checkpoint that was published in bf16 or fp16 would lose nothing. "
+        "transformers in bf16 also rounds activations."
     ),
     arms=arms,
     seeds={"laptop": (0,)},
