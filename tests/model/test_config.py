@@ -192,3 +192,22 @@ def test_mistyped_keys_do_not_leave_the_default(given: dict[str, Any], message: 
 def test_keys_of_other_families_are_kept_as_transformers_does() -> None:
     config = SkipstoneConfig(moe_intermediate_size=3, my_own="x")
     assert (config.moe_intermediate_size, config.my_own) == (3, "x")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"mechanisms": [{"name": "early_exit", "start_bias": float("nan")}]},
+            r"mechanisms\[0\].*start_bias must be finite",
+        ),
+        (
+            {"mechanisms": [{"name": "mixture_of_depths", "z_loss": float("inf")}]},
+            r"mechanisms\[0\].*z_loss must be finite",
+        ),
+        ({"activation": {"name": "polyglu", "price": float("inf")}}, "price must be"),
+    ],
+)
+def test_options_are_finite(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SkipstoneConfig(**given)

@@ -36,6 +36,7 @@ def test_defaults_and_round_trip() -> None:
         ({"train": {"seed": -1}}, "seed must not be negative, got -1"),
         ({"train": {"learning_rate": 0}}, "learning_rate must be above 0, got 0"),
         ({"train": {"learning_rate": float("nan")}}, "learning_rate must be above 0, got nan"),
+        ({"train": {"weight_decay": float("inf")}}, "weight_decay must be finite, got inf"),
         ({"train": {"weight_decay": float("nan")}}, "weight_decay must not be negative, got nan"),
         ({"train": {"min_lr_ratio": 1.5}}, "min_lr_ratio must be in"),
         ({"train": {"beta2": 1}}, "beta2 must be in"),

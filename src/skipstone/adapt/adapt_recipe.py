@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from skipstone.core.strict import PlainMapping, from_dict, unknown
+from skipstone.core.strict import PlainMapping, finite, from_dict, unknown
 from skipstone.train.recipe import Recipe
 
 MODEL_KEYS = ("mechanisms", "activation", "neuron_groups", "drop_layers")
@@ -181,6 +181,7 @@ def read_recipe(values: PlainMapping) -> AdaptRecipe:
             train["warmup_steps"] = min(warmup, total)
         values["train"] = train
     recipe = from_dict(AdaptRecipe, values)
+    finite(recipe.adapt, "adapt")
     return replace(recipe, adapt=replace(recipe.adapt, stages=list(_stages(recipe))))
 
 

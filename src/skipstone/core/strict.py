@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -88,6 +89,22 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return built  # type: ignore[return-value]
 
 
+def finite(options: T, where: str = "") -> T:
+    """Return a dataclass of options. Raises ValueError if a number in it, or in one nested in it, is NaN or infinite.
+
+    where: the path shown in errors; "" means that names stand alone.
+    """
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        for i, each in enumerate(value) if isinstance(value, list | tuple) else [(None, value)]:
+            path = _path(where, field.name) + ("" if i is None else f"[{i}]")
+            if isinstance(each, float) and not math.isfinite(each):
+                raise ValueError(f"{path} must be finite, got {each}")
+            if dataclasses.is_dataclass(each) and not isinstance(each, type):
+                finite(each, path)
+    return options
+
+
 def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[str] = ()) -> tuple[T | None, list[str]]:
     """Return `make(**values)` and an empty list, or the messages of all ValueErrors that it raises for these values.
 
@@ -120,7 +137,7 @@ def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
     config: options that were parsed before. options: options as plain values. Raises ValueError if both are given.
     """
     if config is None:
-        return from_dict(cls, options)
+        return finite(from_dict(cls, options))
     if options:
         raise ValueError(f"give either config or options of {cls.__name__}, got both")
     return config

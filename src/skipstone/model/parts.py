@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from skipstone.core.strict import choose, from_dict, mistakes, refuse, unknown
+from skipstone.core.strict import choose, finite, from_dict, mistakes, refuse, unknown
 from skipstone.mechanisms import ACTIVATION, DEPTH, GROUPS
 from skipstone.mechanisms.grouping import NeuronChoiceConfig
 from skipstone.mechanisms.polyglu import PolyGLUConfig
@@ -174,7 +174,7 @@ def _parse_mechanism(written: Written, num_layers: int, where: str) -> Mechanism
     if site == SEGMENT and layers and layers != list(range(layers[0], layers[-1] + 1)):
         lines.append(f"{where}.layers must be neighbouring blocks for a segment, got {asked!r}")
     try:
-        config = from_dict(mechanism.Config, options, where)
+        config = finite(from_dict(mechanism.Config, options, where), where)
     except ValueError as error:
         lines += mistakes(error)
     refuse(lines)
@@ -206,8 +206,11 @@ def parse_activation(activation: str | Written) -> ActivationEntry:
             raise ValueError(unknown(f"key in activation {kind!r}", next(iter(options)), ["name"]))
         return ActivationEntry(written, str(kind), None)
     if kind == FIXED_MIX:
-        return ActivationEntry(written, FIXED_MIX, from_dict(FixedMixConfig, options, "activation"))
-    return ActivationEntry(written, str(kind), from_dict(ACTIVATION[str(kind)].Config, options, "activation"))
+        return ActivationEntry(
+            written, FIXED_MIX, finite(from_dict(FixedMixConfig, options, "activation"), "activation")
+        )
+    config = finite(from_dict(ACTIVATION[str(kind)].Config, options, "activation"), "activation")
+    return ActivationEntry(written, str(kind), config)
 
 
 def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
@@ -225,7 +228,7 @@ def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
         if readers and decision not in readers:
             raise ValueError(f"{where}.{key} is read with decision {' or '.join(readers)} alone, got {decision!r}")
     values = copy.deepcopy(dict(written))
-    return GroupsEntry(values, str(decision), from_dict(config, values, where))
+    return GroupsEntry(values, str(decision), finite(from_dict(config, values, where), where))
 
 
 def parse_experts(written: Written) -> ExpertsEntry:
@@ -237,4 +240,4 @@ def parse_experts(written: Written) -> ExpertsEntry:
     if isinstance(written, ExpertsEntry):
         return written
     values = copy.deepcopy(dict(written))
-    return ExpertsEntry(values, from_dict(ExpertsConfig, values, "experts"))
+    return ExpertsEntry(values, finite(from_dict(ExpertsConfig, values, "experts"), "experts"))

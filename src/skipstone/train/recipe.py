@@ -133,6 +133,8 @@ class TrainConfig:
         ):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.weight_decay == float("inf"):
+            raise ValueError("weight_decay must be finite, got inf")
         for name, most in LARGEST.items():
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
