@@ -48,8 +48,10 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
 def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
     """Return text that a run's model generates with the default settings of `skipstone generate`.
 
-    folder: the run folder. prompt: the beginning of the text. seed: the seed of the sampling. Returns {"prompt",
-    "pieces"}, where pieces are pairs of a piece of text and the share of the blocks' computation that it took.
+    folder: the run folder. prompt: the beginning of the text, at least one character. seed: the seed of the sampling.
+    The result has the keys `prompt` and `pieces`: the generated text, without the prompt, as pairs of a piece of text
+    and the share (0 to 1) of the blocks' computation that was executed for it. Raises what `stream_text` raises:
+    ValueError or FileNotFoundError, for example for a run without a tokenizer.
     """
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}
@@ -60,7 +62,7 @@ class CoreUse:
     """How much of its processor cores a process used while it trained.
 
     busy: CPU seconds per second and thread; 1 means that no other process took time from it. load: the machine's load
-    average.
+    average over the last minute; NaN where the system has none.
     """
 
     busy: float = 0.0
@@ -69,9 +71,9 @@ class CoreUse:
 
 @contextmanager
 def watched() -> Iterator[CoreUse]:
-    """Measure a process's use of its cores during a `with` block.
+    """Measure this process's use of its cores during a `with` block.
 
-    The yielded object is filled at the end, with the load average of the last minute.
+    The yielded object has zeros until the block ends without an error, and the figures after that.
     """
     clock = CoreUse()
     wall, own = time.perf_counter(), time.process_time()

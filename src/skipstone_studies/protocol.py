@@ -187,10 +187,11 @@ def tuned_run(
 ) -> None:
     """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
-    If another study has finished a run of the same recipe, it is copied instead. The rates are stored in the folder
-    `rates/` beside the run folders. recipe: what `planned` returned, with a seed. folder: the run folder. resume:
-    whether to continue an interrupted run. callbacks: further callbacks of the trainer. blocks: blocks of the model
-    that gives all arms their first weights.
+    If another study has finished a run of the same recipe, its folder is copied instead. The rates are stored in the
+    folder `rates/` beside the run folders. recipe: the sections `model`, `data`, `train` and `protocol` as `planned`
+    returned them, with `seed` in `data` and `train`. folder: the run folder. resume: whether to continue an interrupted
+    run. callbacks: further callbacks of the trainer. blocks: number of blocks of the model without mechanisms whose
+    initial weights all arms share (`SharedStart`). Raises ValueError if the training diverges at every rate.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return
@@ -203,10 +204,7 @@ def tuned_run(
 
 
 def _taken_over(recipe: RecipeDict, folder: Path) -> bool:
-    """Copy a finished run of the same recipe, with its rates, from another study; return whether there was one.
-
-    The other study may call the arm by another name.
-    """
+    """Copy another study's run of the same recipe, whatever its name, with its rates; return whether there was one."""
     scale, (_, dash, seed) = folder.parent.name, folder.name.rpartition("-seed")
     for other in sorted(folder.parents[2].glob(f"*/{scale}/*{dash}{seed}")):
         note = recipe_file(other)
@@ -257,8 +255,8 @@ def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int)
     """Tune the learning rate of an arm (`climb`) and return the validation loss in nats per token at every rate tried.
 
     Rates that are missing from the arm's file are tried on short runs with seed 0. recipe: the arm's recipe. folder:
-    its run folder. config: its section `protocol`. blocks: as in `SharedStart`. A rate at which training diverged has
-    an infinite loss.
+    its run folder. config: its section `protocol`. blocks: blocks of the model that provides the initial weights
+    (`SharedStart`). A rate at which training diverged has an infinite loss.
     """
     path = rates_file(folder, recipe)
     known = known_rates(path)

@@ -81,10 +81,11 @@ class BudgetTable:
         return math.ceil(low * 1000 - 1e-9) / 1000, math.floor(high * 1000 + 1e-9) / 1000
 
     def thresholds(self, budget: float) -> list[float]:
-        """Return one threshold per entry of `handles` for a budget, interpolated between the two nearest points.
+        """Return the thresholds that meet a budget, one per entry of `handles`, interpolated between two points.
 
-        budget: share of the dense FLOPs. Raises ValueError for a budget outside of `range`, and for one in a gap
-        between points that are more than 10 % apart, where the scores do not tell tokens apart.
+        These are the measured points with the nearest smaller and larger share. budget: share of the dense FLOPs.
+        Raises ValueError for a budget outside of `range`, and for one between two points of which the larger share is
+        more than 1.1 times the smaller: the scores do not tell tokens apart there.
         """
         low, high = self.range
         if not low <= budget <= high:
@@ -123,7 +124,8 @@ class BudgetTable:
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
         """Set the model to a budget inside a `with` block, and restore its thresholds afterwards.
 
-        model, budget and the errors raised are as in `set`.
+        model: the model whose thresholds the table holds. budget: share of the dense FLOPs. Raises ValueError, as `set`
+        does, for a budget that cannot be met and for another model.
         """
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:

@@ -36,7 +36,7 @@ class DepthRecord(NamedTuple):
 
         In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. part:
         the selection. state: `Tokens.state` of all tokens, tensors by name; in the result's `carry`, tokens that were
-        not selected have its values.
+        not selected keep their values from it.
         """
         carry = {name: part.merge(new, state[name]) for name, new in self.carry.items()}
         return DepthRecord(
@@ -67,9 +67,10 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Convert this record of some selected tokens into one for all tokens.
+        """Convert this record of some selected tokens into one for all tokens that they were selected from.
 
-        part and state are as in `DepthRecord.lift`.
+        In the result, tokens that were not selected have NaN logits, False in `reached_BT`, and a loss of 0. part: the
+        selection. state: not used.
         """
         logits = self.logits_BTA.expand(-1, part.width, -1)
         return ActivationRecord(
@@ -97,9 +98,10 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Convert this record of some selected tokens into one for all tokens.
+        """Convert this record of some selected tokens into one for all tokens that they were selected from.
 
-        part and state are as in `DepthRecord.lift`.
+        In the result, tokens that were not selected have NaN logits, False in both masks, and a loss of 0. part: the
+        selection. state: not used.
         """
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
@@ -130,9 +132,10 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Convert this record of some selected tokens into one for all tokens.
+        """Convert this record of some selected tokens into one for all tokens that they were selected from.
 
-        part and state are as in `DepthRecord.lift`.
+        In the result, tokens that were not selected have NaN scores, False in the masks, and a loss of 0. part: the
+        selection. state: not used.
         """
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),

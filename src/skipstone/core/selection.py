@@ -56,16 +56,17 @@ class Selection:
         raise NotImplementedError
 
     def gather_unpadded(self, x_BTD: Tensor) -> Tensor:
-        """Return the N selected tokens of all rows concatenated, [1, N, ...]; as `gather` if `unpadding` is None.
+        """Return the N selected tokens of all rows concatenated, [1, N, ...].
 
-        x_BTD: [B, T, ...].
+        x_BTD: [B, T, ...]. If `unpadding` is None, the result is that of `gather`, [B, K, ...].
         """
         return self.gather(x_BTD)
 
     def scatter_unpadded(self, y: Tensor) -> Tensor:
         """Return [B, T, ...] with y at the selected tokens and 0 at all others; inverse of `gather_unpadded`.
 
-        y: [1, N, ...], or [B, K, ...] if `unpadding` is None.
+        y: values of the N selected tokens of all rows, [1, N, ...]; if `unpadding` is None, of the K columns of each
+        row, [B, K, ...].
         """
         return self.scatter(y)
 
@@ -78,9 +79,9 @@ class Selection:
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
-        """Return which rows of the cache the selected tokens belong to; None means all rows.
+        """Return which rows of the cache the selected tokens belong to; None means all rows of the cache.
 
-        outer: the cache rows that the tokens of the whole call belong to; None means all rows.
+        outer: the rows of the cache that the B rows of the whole call belong to; None means all rows of the cache.
         """
         return outer
 
@@ -134,7 +135,7 @@ class InPlace(Selection):
 class Gathered(Selection):
     """A selection of exactly K tokens in every row, copied next to each other.
 
-    index_BK: int64, their indices among the T tokens, ascending. length: T.
+    index_BK: int64 [B, K], the tokens' indices among the T tokens of their row, ascending. length: T.
     """
 
     real_first = True
@@ -159,7 +160,8 @@ class Gathered(Selection):
 class Padded(Gathered):
     """A gathered selection whose rows may select fewer than K tokens; these come first, and padding follows.
 
-    index_BK and length are as in `Gathered`. valid_BK: bool, False for padding.
+    index_BK: int64 [B, K], the tokens' indices among the T tokens of their row, ascending; of padding, the index of some
+    token that is not selected. length: T. valid_BK: bool [B, K], False for padding.
     """
 
     valid_BK: Tensor = field()
@@ -172,8 +174,8 @@ class Padded(Gathered):
 class Unpadded(Padded):
     """A padded selection of which only attention sees the padding; other layers get all rows' tokens concatenated.
 
-    index_BK, length and valid_BK are as in `Padded`. unpadding: indices of the N selected tokens, for the conversion to
-    [1, N, ...].
+    index_BK, valid_BK: indices of the tokens and where there is padding, [B, K] as for `Padded`. length: T. unpadding:
+    indices of the N selected tokens, for the conversion to [1, N, ...].
     """
 
     unpadding: Unpadding = field()

@@ -23,11 +23,13 @@ _PADDING = {"labels": IGNORE, "shift_labels": IGNORE, "document_ids": -1, "diffi
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowDataset(Dataset[Row]):
-    """A map-style dataset of `rows` rows, each a dict of int64 tensors (T,); row i depends on the fields and i alone.
+    """A map-style dataset of `rows` rows, whose row i depends on the fields of the dataset and on i alone.
 
-    So `dataclasses.replace(dataset, rows=n)` gives the same rows, more or fewer, and a trainer that reads rows 0, 1, 2,
-    ... in order can resume at the row where it stopped. Subclasses implement `batch`, which builds several rows at
-    once. Raises ValueError for `rows` below 1.
+    A row of T tokens is a dict of int64 tensors [T]: `input_ids` and `labels`, and in some datasets `shift_labels`,
+    `document_ids`, `position_ids` or `difficulty`. `dataclasses.replace(dataset, rows=n)` gives the same rows, more or
+    fewer, and a trainer that reads rows 0, 1, 2, ... in order can resume at the row where it stopped. Subclasses
+    implement `batch`, which builds several rows at once. Raises ValueError for `rows` below 1, and IndexError for an
+    index that is negative or at least `rows`.
     """
 
     rows: int
@@ -38,13 +40,14 @@ class RowDataset(Dataset[Row]):
 
     @abstractmethod
     def batch(self, index_B: NDArray[np.int64]) -> Batch:
-        """Return the rows with the indices `index_B` as int64 arrays (B, T) by field name.
+        """Return the rows with the indices `index_B` as int64 arrays (B, T) by field name, T being that of the longest.
 
-        All indices are within range.
+        index_B: int64 (B,), from 0 to rows - 1, which callers have checked. Shorter rows end where `lengths` says; the
+        values after their ends are not used.
         """
 
     def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Return the lengths of the rows `index_B` without padding, int64 (B,); None if no row has padding."""
+        """Return the numbers of tokens of the rows with the indices `index_B`, int64 (B,); None if all have T."""
         return None
 
     def __len__(self) -> int:

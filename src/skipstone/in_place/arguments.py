@@ -44,7 +44,8 @@ class Signature:
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
         """Return all arguments of a call of the block by name, except the hidden states.
 
-        block: the module itself. x_BTD: the hidden states. args, kwargs: the call's other arguments.
+        block: the module itself. x_BTD: the hidden states, [B, T, D]. args, kwargs: the call's other arguments. Raises
+        TypeError if `forward` cannot be called with them.
         """
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}
@@ -58,10 +59,10 @@ class Signature:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some of the B x T tokens of a call: whole rows, or K tokens of every row.
+    """Some of the B x T tokens of a call: R whole rows, or K tokens of every row.
 
-    shape: (B, T). rows: the whole rows; None means that `index_BK` says which tokens. index_BK: int64, indices of the K
-    tokens in each row, or None.
+    shape: (B, T). rows: the whole rows; None means that `index_BK` says which tokens. index_BK: int64 [B, K], indices
+    of the K tokens among the T tokens of each row; None if `rows` is given.
     """
 
     shape: torch.Size  # B, T
@@ -72,7 +73,8 @@ class Subset:
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
         """Return the tokens that a selection selects, as indices in the whole call.
 
-        part: the selection. shape: (B, T) of the call. device: the device of the tokens.
+        part: the selection; of a `WholeRows` only its rows are used. shape: (B, T) of the call. device: the device of
+        the tokens.
         """
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
@@ -80,9 +82,10 @@ class Subset:
         return cls(shape, index_BK=part.gather(slot_BT))
 
     def at(self, x: Tensor, row_axis: int) -> Tensor:
-        """Return the values of these tokens in a tensor x [..., B or 1, T, ...].
+        """Return the values that a tensor x has for these tokens: [..., B, K, ...], or [..., R, T, ...] for whole rows.
 
-        row_axis: the axis of rows, counted from the end (negative); the axis of tokens follows it.
+        x: [..., B, T, ...] of any dtype, or [..., 1, T, ...] if all rows are equal, which stays as it is for whole
+        rows. row_axis: the axis of rows, counted from the end (negative); the axis of tokens follows it.
         """
         axis = row_axis + x.dim()
         if self.rows is not None:
@@ -98,7 +101,9 @@ def for_tokens(arguments: PlainDict, subset: Subset, keys_too: bool = False) -> 
     """Return the arguments of a block's call for some of its tokens, with masks, positions and other tensors gathered.
 
     arguments: the block's arguments by name. subset: the tokens that the block is called with, which become the
-    queries. keys_too: whether the masks also lose the columns of the other tokens, which then cannot be keys.
+    queries. keys_too: whether the masks also lose the columns of the other tokens, which then cannot be keys; without
+    effect on whole rows. Tensors without an axis of rows followed by one of tokens, and values that are no tensors, are
+    returned as they are.
     """
     return {name: _picked(name, value, subset, keys_too) for name, value in arguments.items()}
 
@@ -139,7 +144,8 @@ def _mask(mask: Tensor, subset: Subset, keys_too: bool) -> Tensor:
 def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | None]) -> PlainDict:
     """Return a copy of the arguments in which `change` has been applied to the attention mask.
 
-    change: a function of the mask, which is None if there was none.
+    arguments: the block's arguments by name. change: a function from the value of `attention_mask`, which is None if
+    there is none, to the new value.
     """
     return {**arguments, "attention_mask": change(arguments.get("attention_mask"))}
 
@@ -147,7 +153,7 @@ def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | No
 def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Return the mask unchanged or, if it is None, a causal one: bool [1, 1, T, T], True where attention is allowed.
 
-    length: T. device: where the mask is created.
+    mask: the attention mask of a call in any form, or None. length: T. device: where the causal mask is created.
     """
     if mask is not None:
         return mask

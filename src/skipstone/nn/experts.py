@@ -50,12 +50,12 @@ class ExpertsConfig:
     """The options of a mixture of experts in which each token chooses its experts.
 
     count: number of experts. top_k: choices per token. no_op: number of additional pseudo-experts that add nothing and
-    cost no FLOPs. intermediate_size: neurons of one expert; None means the dense MLP's neurons divided by top_k, so
-    that a token costs as much. renormalise: whether the router's weights of a token's choices are divided by their sum.
-    balance_weight: coefficient of the load-balancing loss (Switch Transformer, arXiv 2101.03961); 0 disables it.
-    balance_rate: step size of the bias that balances choices without a loss (arXiv 2408.15664); 0 disables it.
-    z_weight: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0 disables it. Raises ValueError for values
-    out of range.
+    cost no FLOPs. intermediate_size: neurons of one expert, a multiple of 8; None means the dense MLP's neurons divided
+    by top_k and rounded up to such a multiple, so that a token costs as much. renormalise: whether the router's weights
+    of a token's choices are divided by their sum. balance_weight: coefficient of the load-balancing loss (Switch
+    Transformer, arXiv 2101.03961); 0 disables it. balance_rate: step size of the bias that balances choices without a
+    loss (arXiv 2408.15664); 0 disables it. z_weight: coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0
+    disables it. Raises ValueError for values out of range.
     """
 
     count: int = 8
@@ -92,9 +92,10 @@ class ExpertsConfig:
         return self.count + self.no_op
 
     def neurons(self, dense: int) -> int:
-        """Return the number of neurons of one expert, a multiple of 8.
+        """Return the number of neurons of one expert: `intermediate_size`, or one derived from the dense MLP's if None.
 
-        dense: the number of neurons of the dense MLP, which decides if `intermediate_size` is None.
+        dense: the number of neurons of the dense MLP; the derived number is dense / top_k, rounded up to a multiple of
+        8. It is not used if `intermediate_size` is set.
         """
         return self.intermediate_size or -(-dense // (self.top_k * ROW_OF_16_BYTES)) * ROW_OF_16_BYTES
 

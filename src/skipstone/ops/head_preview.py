@@ -64,7 +64,7 @@ def pack(number_VK: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return the integers that `pack` packed, from -8 to 7, as fp32 [V, K]."""
+    """Return the integers that `pack` packed, from -8 to 7, as fp32 [V, K]. packed: uint8 [V, K / 2]."""
     halves = packed.unflatten(1, (-1, GROUP // 2))
     return torch.stack((halves & 15, halves >> 4), 2).flatten(1).float() - ZERO
 
@@ -81,9 +81,10 @@ def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
 def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
     """Return logits that are exact for the best candidates, fp32 [N, V], by ordinary operations; specifies `logits`.
 
-    The `candidates` tokens with the largest logits by the preview get their exact logits, all others keep the
-    preview's. x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head. weight_VD: weight of the
-    head. scale: scales of an int8 head (`ops/int8.py`); None if the weight is in floating point.
+    The `candidates` vocabulary tokens with the largest logits by the preview (at most V) get their exact logits, all
+    others keep the preview's. x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head.
+    weight_VD: weight of the head. scale: fp32 scales of an int8 head, [V] or [V, G] for G groups of inputs
+    (`ops/int8.py`); None if the weight is in floating point.
     """
     guess_NV = previewed(x_ND, preview)
     whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
@@ -94,8 +95,9 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether the compiled kernel can compute `logits`: for one token without gradients, on a CPU with numba.
 
-    x: hidden states [..., D]. weight_VD: weight of the head, which has to be `readable`. scale: scales of an int8 head,
-    or None.
+    x: hidden states [..., D]; of more than one token, the result is False. weight_VD: weight of the head [V, D]; where
+    `readable` returns False, for example for a dtype that the kernel does not know, the result is False, too. scale:
+    fp32 scales of an int8 head, [V, D / 64]; None if the head is in floating point.
     """
     if (
         x.numel() != weight_VD.shape[1]
@@ -109,10 +111,9 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether the compiled kernel can read this head: contiguous on a CPU, in a format that it knows.
 
-    These are fp32, bf16 or fp16 with a multiple of 32 inputs, and int8 in groups of 64.
-
-    weight_VD: weight of the head; on the meta device it is judged as if on a CPU. scale: scales of an int8 head; None
-    if the head is not int8. False without numba.
+    The formats are fp32; bf16 and fp16 if D is a multiple of 32; int8 in groups of 64 inputs. weight_VD: weight of the
+    head [V, D]; on the meta device it is judged as if on a CPU. scale: fp32 scales of an int8 head, [V, D / 64]; None
+    if the head is in floating point. The result is False without numba, after one warning.
     """
     kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
     kind = kind or (weight_VD.dtype in (torch.bfloat16, torch.float16) and weight_VD.shape[1] % float16.STEP == 0)
@@ -124,8 +125,8 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
 
     The result is [..., V] in the dtype of x. Call it only if `takes` returned True. x: hidden states [..., D] of one
     token. preview: a low-rank four-bit copy of the head, which picks the candidates and gives all other logits.
-    weight_VD: weight of the head. scale: scales of an int8 head, or None. candidates: number of tokens that get exact
-    logits.
+    weight_VD: weight of the head [V, D]. scale: fp32 scales of an int8 head, [V, D / 64], or None. candidates: number
+    of vocabulary tokens that get exact logits, at most V.
     """
     given = (x, preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:

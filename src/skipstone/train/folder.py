@@ -90,7 +90,8 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
 def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
     """Write those of `parts` that are missing from a run folder.
 
-    This repairs runs of earlier releases that were killed before they wrote them. folder, parts: as in `create`.
+    This repairs runs of earlier releases that were killed before they wrote them. folder: the run folder, which exists.
+    parts: for each file or folder name, a function that writes it at the path passed to it.
     """
     for name, write in parts.items():
         path = folder / name
@@ -189,7 +190,7 @@ def save_model(
 
     folder: the run folder. model: any object with a method `save_pretrained`. tokenizer: the tokenizer to save; None if
     there is none. card: entries of the model card, such as `losses`. name: name of the folder within the run. parts:
-    functions that write further files, by file name, as in `create`.
+    for the name of each further file, a function that writes it at the path passed to it; None means no further files.
     """
     from skipstone.model.card import write_card
 

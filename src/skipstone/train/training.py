@@ -99,7 +99,10 @@ def _train(
 def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
     """Yield the folder of a run, locked against other processes during a `with` block.
 
-    recipe, out, resume: as in `folder.chosen`. Raises FileExistsError if the folder of a new run is not empty.
+    recipe: names the folder if `out` does not. out: the folder that the user named; None means `runs/NAME`, or
+    `runs/CORPUS-TIME` for a recipe without a name. resume: whether an existing run is continued. Raises FileExistsError
+    if the folder of a new run is not empty, `Busy` (a ValueError) if another process holds it, FileNotFoundError if a
+    run to resume does not exist, and ValueError if neither `out` nor the recipe names that run.
     """
     folder = folders.chosen(recipe, out, resume)
     with locked(folder) if folders.is_first_process() else nullcontext():
@@ -111,8 +114,8 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
     """Return the run to resume, or None for a new one; also set the number of torch's threads to the recipe's.
 
-    folder: the run's folder. resume: whether it is resumed. A run that is already finished is returned with a message
-    on stderr.
+    recipe: provides the number of threads; None in it changes nothing. folder: the run's folder. resume: whether it is
+    resumed. A run that is already finished is returned with a message on stderr.
     """
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
@@ -157,10 +160,10 @@ def fit(
 ) -> Path:
     """Train to the end, from the folder's last checkpoint if there is one, call `finish`, and return the folder.
 
-    arguments: Trainer's. folder: the run folder. progress: show a progress bar. trainer_of: a function that builds the
-    trainer from a run's callbacks. finish: called in the first process with the trainer, to save the model and the
-    summary. save_minutes: largest interval between checkpoints if the recipe sets none; None means that steps alone
-    decide. Raises `Interrupted` after a stop signal.
+    recipe: the recipe of the run. arguments: Trainer's. folder: the run folder. progress: show a progress bar.
+    trainer_of: a function that builds the trainer from a list of callbacks. finish: called in the first process with
+    the trainer, to save the model and the summary. save_minutes: largest interval between checkpoints if the recipe
+    sets none; None means that steps alone decide. Raises `Interrupted` after a stop signal.
     """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -34,8 +34,9 @@ LOG_LINES = 60  # approximate number of log lines per run
 class ModelShape:
     """The model of an arm at one size, with its costs by the cost model.
 
-    model: the recipe's section `model`. parameters: number of parameters. step_flops: training FLOPs of one optimizer
-    step. forward_flops: forward FLOPs per token with the configured capacities and decisions made without later tokens.
+    arm: name of the arm. size: width and number of blocks. model: the recipe's section `model` at this size.
+    parameters: number of parameters. step_flops: training FLOPs of one optimizer step. forward_flops: FLOPs per token
+    of a forward pass whose decisions are causal, if every mechanism keeps its configured capacity.
     """
 
     arm: str
@@ -89,9 +90,9 @@ def compact(value: float) -> str:
 class Grid:
     """All runs that an isoFLOP specification describes, with their costs; nothing is trained or read from disk.
 
-    spec: arms, sizes, budgets and learning rates. base: the parsed recipe. once: whether each window of text is read at
-    most once. sizes, budgets: the sizes and the training FLOPs of a run in ascending order. Models are built without
-    memory, on the meta device.
+    spec: arms, sizes, budgets and learning rates. Attributes: `base`, the parsed recipe; `once`, whether each window of
+    text is read at most once; `sizes`, the sizes in ascending order of the first arm's parameters; `budgets`, the
+    training FLOPs of a run in ascending order. Models are built without memory, on the meta device.
     """
 
     def __init__(self, spec: GridSpec) -> None:
@@ -141,10 +142,11 @@ class Grid:
         return [self.cell(arm, self.budgets[0], self.middle, rate) for rate in self.spec.rates]
 
     def rate(self, chosen: float, size: GridSize) -> float:
-        """Return the learning rate for a model size, rounded to three digits.
+        """Return the learning rate for a model size, which follows from the best rate at the middle size.
 
-        chosen: the best rate at the middle size. It is the same for all sizes, or inversely proportional to the width,
-        by the specification's `rate_rule`.
+        chosen: the best rate at the middle size. size: the model size. With `rate_rule: constant` in the specification,
+        `chosen` is returned unchanged; otherwise the rate is inversely proportional to the width and rounded to three
+        digits.
         """
         if self.spec.rate_rule == "constant":
             return chosen
@@ -236,7 +238,7 @@ def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> P
 
     model: the section. context: tokens per row. size: width and number of blocks; heads keep their size, so their
     number changes, and MLPs scale with the width. changes: options in which the arm differs from the recipe. Raises
-    ValueError for a width that does not fit the heads.
+    ValueError unless the width is a multiple of the size of a head times the query heads per key-value head.
     """
     was = model_config(model, context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)
@@ -282,7 +284,7 @@ class CorpusFacts:
 def read_corpus(config: DataConfig) -> CorpusFacts:
     """Read the corpus and return the facts on it, with its rows.
 
-    Raises ValueError or FileNotFoundError if it is not available.
+    config: the recipe's section `data`. Raises ValueError or FileNotFoundError if it is not available.
     """
     data = prepare(config)
     ids: Any = getattr(data.train, "ids", None)
@@ -295,9 +297,10 @@ def read_corpus(config: DataConfig) -> CorpusFacts:
 
 
 def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
-    """Read the corpus for an estimate, unless it is a dataset of the Hub or synthetic.
+    """Read the corpus for an estimate, unless it is a dataset of the Hub or synthetic, and return the facts on it.
 
-    If it is not read or missing, the reason is in `trouble`.
+    config: the recipe's section `data`. For a corpus that is not read or missing, only `trouble` is set, to the reason.
+    Raises ValueError for a corpus that is not valid.
     """
     if config.corpus.startswith("hf:") or find_entry(config.corpus)[0].kind == "synthetic":
         return CorpusFacts(trouble=f"corpus {config.corpus} was not read")
@@ -310,7 +313,7 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
     """Return how many times a run reads the corpus (1 means once); None if it is unlimited or its size is not known.
 
-    cell: the run. facts: what is known of the corpus.
+    grid: the grid that the run belongs to. cell: the run. facts: what is known of the corpus.
     """
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 
@@ -323,7 +326,7 @@ def tokens_per_step(grid: Grid) -> int:
 def check_once(grid: Grid, facts: CorpusFacts) -> None:
     """Raise ValueError if a run of an isoFLOP grid would read text twice and its specification does not allow it.
 
-    facts: what is known of the corpus.
+    grid: the runs. facts: what is known of the corpus; nothing is raised if its number of tokens is not known.
     """
     if not grid.once or facts.tokens is None:
         return

@@ -214,7 +214,10 @@ class Parity:
 
 
 def save_random(config: PreTrainedConfig, folder: Path) -> None:
-    """Save a checkpoint of random tensors to `folder`, so that an omitted norm or bias would change the output."""
+    """Save a checkpoint of random tensors to `folder`, so that an omitted norm or bias would change the output.
+
+    config: the configuration of one of transformers' causal language models; it is not changed.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which takes the dtype of the model
     with torch.no_grad():
@@ -235,16 +238,17 @@ def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrained
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """Return max |ours - reference| / max |reference|."""
+    """Return max |ours - reference| / max |reference| of two tensors of the same shape."""
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
 @torch.no_grad()
 def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call: Tensor) -> float:
-    """Return the relative error of our logits against transformers', over tokens that are not padding.
+    """Return the largest difference between our logits and transformers', divided by the largest of theirs.
 
+    Both are the largest magnitude over all tokens that are not padding (`attention_mask`) and the whole vocabulary.
     source: folder, Hub name or .gguf file of the checkpoint. ids_BT: token ids, int64 [B, T]. dtype: the dtype in which
-    both models compute. call: further arguments of forward.
+    both models compute. call: further arguments of both models' forward, such as `attention_mask`, int64 [B, T].
     """
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
@@ -254,9 +258,10 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
 
 
 def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
-    """Return the ids of the prompts `ids_BT`, each with `tokens` greedy tokens after it.
+    """Return the ids of the prompts, each followed by at most `tokens` greedy tokens, one list per row.
 
-    call: further arguments of `generate`.
+    model: the model that generates. ids_BT: the prompts, int64 [B, T]. call: further arguments of `generate`; without
+    an `attention_mask`, no token of the prompts is padding. A row that ends early is filled up with 0.
     """
     call.setdefault("attention_mask", torch.ones_like(ids_BT))
     return model.generate(ids_BT, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **call).tolist()
