@@ -160,8 +160,8 @@ class Gathered(Selection):
 class Padded(Gathered):
     """A gathered selection whose rows may select fewer than K tokens; these come first, and padding follows.
 
-    index_BK: int64 [B, K], the tokens' indices among the T tokens of their row, ascending; of padding, the index of some
-    token that is not selected. length: T. valid_BK: bool [B, K], False for padding.
+    index_BK: int64 [B, K], the tokens' indices among the T tokens of their row, ascending; of padding, the index of
+    some token that is not selected. length: T. valid_BK: bool [B, K], False for padding.
     """
 
     valid_BK: Tensor = field()

@@ -95,7 +95,7 @@ class ExpertsConfig:
         """Return the number of neurons of one expert: `intermediate_size`, or one derived from the dense MLP's if None.
 
         dense: the number of neurons of the dense MLP; the derived number is dense / top_k, rounded up to a multiple of
-        8. It is not used if `intermediate_size` is set.
+        8. `dense` is not used if `intermediate_size` is set.
         """
         return self.intermediate_size or -(-dense // (self.top_k * ROW_OF_16_BYTES)) * ROW_OF_16_BYTES
 
