@@ -31,8 +31,9 @@ WRITING = 0.4  # of the minutes, at most, for writing them
 class WrittenHead(OneTable):
     """The figures of a draft head that was trained and written.
 
-    path: the file of its weights. text: a description of the text that it was trained on. steps, rows, tokens, right:
-    as in `TrainedHead`.
+    path: the file of its weights. text: a description of the text that it was trained on. steps: number of optimizer
+    steps. rows: number of rows that it was trained on. tokens: tokens per row. right: on held-out rows, the share of
+    positions at which the head guesses the model's most probable token, one token ahead, two tokens ahead, and so on.
     """
 
     path: Path
@@ -67,9 +68,11 @@ def draft_head_run(
     """Train a draft head for a run or a saved model, and write it beside the weights.
 
     folder: the folder of the run or saved model. corpus, context: name of the corpus and tokens per row; None means the
-    run's own, with at most 128 tokens per row. A saved model without a corpus generates the text itself. steps,
-    minutes: as in `train_draft_head`. seed: seed of text, order and initial weights. Raises FileExistsError if there is
-    a head already, and what `load_run` and `train_draft_head` raise.
+    run's own, with at most 128 tokens per row. A saved model without a corpus generates the text itself. steps:
+    optimizer steps, each on 8 rows; None means as many as fit into `minutes`. minutes: time for text and training
+    together; used only without `steps`. seed: seed of text, order and initial weights. Raises FileExistsError if there
+    is a head already, FileNotFoundError or ValueError for a folder or corpus that cannot be read, and ValueError for
+    numbers out of range, too little text, and a model that has neither a corpus nor a tokenizer.
     """
     refuse_draft_head(Run(folder).model_folder())
     if steps is not None:

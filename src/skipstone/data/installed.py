@@ -22,7 +22,8 @@ def python_stdlib(argument: str) -> Corpus:
     """Return the corpus of the running Python's standard library; each .py file is a document.
 
     The library's tests are included if they are installed. argument: per cent of the documents for train, validation
-    and test, such as "99-0.5-0.5"; "" means "90-5-5". Documents are assigned by hash of their text.
+    and test, such as "99-0.5-0.5"; "" means "90-5-5". Documents are assigned by the hash of their text. Raises
+    ValueError for an argument that is not such a split. Reading raises FileNotFoundError if there are no sources.
     """
     return Corpus(
         name="python-stdlib",
@@ -36,7 +37,8 @@ def python_packages(argument: str) -> Corpus:
     """Return the corpus of the standard library, torch and transformers (over 100 MB); each .py file is a document.
 
     argument: per cent of the documents for train, validation and test, such as "99-0.5-0.5"; "" means "90-5-5".
-    Documents are assigned by hash of their text.
+    Documents are assigned by the hash of their text. Raises ValueError for an argument that is not such a split.
+    Reading raises FileNotFoundError if one of the packages is not installed or has no sources.
     """
     return Corpus(
         name="python-packages",
@@ -54,9 +56,10 @@ def _stdlib_and(packages: tuple[str, ...]) -> Documents:
 def python_code(argument: str) -> Corpus:
     """Return the corpus of all installed Python packages, in which every package belongs to one split as a whole.
 
-    Packages are assigned in the order of the SHA-256 of their names: to test until it has 5 MB, then to validation
-    until it has 2 MB, and all others to train, as are the standard library and packages above half of these sizes. A
-    package contributes at most 8 MB. Skipstone is left out. argument: unused.
+    Each .py file is a document. Packages are assigned in the order of the SHA-256 of their names: those of at most 2.5
+    MB to test until it has 5 MB, then those of at most 1 MB to validation until it has 2 MB, and all others to train.
+    The standard library belongs to train. A package contributes at most 8 MB. Skipstone is left out. argument: not
+    used.
     """
     assigned = cache(_by_package)
     return Corpus(

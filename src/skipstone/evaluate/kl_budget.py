@@ -38,6 +38,9 @@ from skipstone.runs import CONFIG
 
 LEAST = 256  # candidates tried
 MOST_POINTS = 10  # of a budget table
+NOTHING = (
+    "has nothing that a KL budget sets: no thresholds, and no head by candidates (skipstone quantise --head-candidates)"
+)
 Settings = Sequence[tuple[str, Callable[[], AbstractContextManager[None]], bool]]
 
 
@@ -46,7 +49,7 @@ class AtSetting:
     """Figures of a model with one setting of its thresholds or of the candidates of its output head.
 
     setting: its name, such as "budget 0.75" or "512 candidates". bytes: bytes of weights that decoding reads for a
-    token. flops: FLOPs per token. kl: KL(source || model with this setting), in nats per token.
+    token. flops: forward FLOPs per token. kl: KL(source || model with this setting), in nats per token.
     """
 
     setting: str
@@ -104,9 +107,12 @@ def kl_run(
 ) -> KlBudget:
     """Choose the settings (`KlBudget`) that read the fewest bytes with KL(source || model) <= limit, and write them.
 
-    folder: the run or saved model. limit: nats per token. source: folder or Hub name; None: the model as trained.
-    corpus, context, rows: as in `calibrate_run`. Writes the candidates to the configuration, thresholds to
-    `budget.json` unless it exists. Raises ValueError for nothing to set, a limit out of reach, another vocabulary.
+    The number of head candidates is written to the configuration; thresholds need a budget table, which is measured and
+    written to budget.json unless there is one. folder: the run or saved model. limit: nats per token, above 0. source:
+    folder or Hub name of the source; None means the model as trained. corpus, context: name of the corpus to measure on
+    and tokens per row; None means the run's own (a saved model has no corpus). rows: number of training rows to measure
+    on. Raises ValueError without a corpus, for a model with nothing to set, a limit that no setting meets, and a source
+    with another vocabulary.
     """
     if not 0 < limit < float("inf"):
         raise ValueError(f"kl must be a number above 0, nats a token, got {limit:g}")
@@ -116,10 +122,7 @@ def kl_run(
     model, where = loaded.model, loaded.run.model_folder()
     handles, preview = bool(find_handles(model)), model.head_preview
     if not handles and preview is None:
-        raise ValueError(
-            f"{folder} has nothing that a KL budget sets: no thresholds, and no head by candidates "
-            "(skipstone quantise --head-candidates)"
-        )
+        raise ValueError(f"{folder} {NOTHING}")
     other = model if source is None else load_pretrained(source, torch.float32).eval().to(model.device)
     if other.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"source {source!r} has {other.config.vocab_size} tokens, {folder} {model.config.vocab_size}")

@@ -133,8 +133,9 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
     def matrix_share(self, share: Share, single_token: bool) -> Share:
         """Return the share of the MLP's weights that is multiplied if `share` of the groups is on: (1 + 2 share) / 3.
 
-        The gate matrix is multiplied in full, the other two only for groups that are on. single_token: whether the call
-        has one token and no gradient; in all other calls the result is 1.
+        The gate matrix is multiplied in full, the other two only for groups that are on. share: from 0 to 1, as a
+        fraction or a tensor with one value per token; the result has the same type. single_token: whether the call has
+        one token and no gradient; in all other calls the result is 1.
         """
         return share_of_one_token(share, single_token)
 

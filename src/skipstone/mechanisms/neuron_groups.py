@@ -129,9 +129,10 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return Fraction(self.config.kept(self.neurons, self.schedule.final), self.total)
 
     def matrix_share(self, share: Share, single_token: bool) -> Share:
-        """Return `share`, because all three matrices of the MLP are multiplied only for the groups that are on.
+        """Return the share of the MLP's weights that is multiplied, which is the share of its groups that is on.
 
-        single_token: ignored here.
+        All three matrices are multiplied only for the groups that are on. share: the share of groups, from 0 to 1, as a
+        fraction or a tensor with one value per token; it is returned unchanged. single_token: not used.
         """
         return share
 

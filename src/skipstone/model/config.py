@@ -243,19 +243,22 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         return self.activation_entry.plain()
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
-        """Save config.json as transformers does, with an import module for loading by `trust_remote_code=True`.
+        """Save config.json as transformers does, and modeling_skipstone.py, which imports the model from skipstone.
 
-        Processes that have not imported skipstone can then load the model by transformers' Auto classes. Arguments are
-        as in transformers.
+        With that file, transformers' Auto classes load the model by `trust_remote_code=True` in processes that have not
+        imported skipstone, which must be installed. save_directory: the folder, created if needed. push_to_hub: whether
+        to upload it to the Hub, too. kwargs: further arguments of `PreTrainedConfig.save_pretrained`.
         """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        """Write the configuration as transformers does, and the import module of `write_shim` beside a config.json.
+        """Write the configuration as transformers does; beside a config.json, write modeling_skipstone.py as well.
 
-        The arguments are as in transformers. The module is written here because `save_pretrained` uploads only files
-        that appear while it runs.
+        That file holds the import by which `trust_remote_code=True` finds the model. It is written here because
+        `save_pretrained` uploads only files that appear while it runs. json_file_path: the file to write; under any
+        other name than config.json, nothing is written beside it. use_diff: whether to write only fields that differ
+        from their defaults.
         """
         super().to_json_file(json_file_path, use_diff=use_diff)
         if Path(json_file_path).name == CONFIG_NAME:
@@ -272,8 +275,9 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     def from_dict(cls, config_dict: PlainDict, **kwargs: object) -> SkipstoneConfig:
         """Build a configuration from a saved dict as transformers does.
 
-        Options of neuron groups that releases before 0.2 accepted and ignored are dropped. Arguments are as in
-        transformers.
+        Options of neuron groups that releases before 0.2 accepted and ignored are dropped. config_dict: the content of
+        a config.json. kwargs: values that replace those of the dict, and transformers' own arguments of this method.
+        Raises ValueError for invalid values.
         """
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":
@@ -282,9 +286,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def from_plain(cls, values: PlainDict) -> SkipstoneConfig:
-        """Build a configuration from a recipe's mapping of field names to values, strictly.
+        """Build a configuration from a recipe's section `model`, in which nothing unknown is allowed.
 
-        Raises ValueError with a line for each unknown key (and the nearest known one), wrong type and invalid value.
+        values: plain values by field name; fields that are left out have their defaults. Raises ValueError with a line
+        for each unknown key (and the nearest known one), wrong type and invalid value.
         """
         fields = [name for name in cls.__dataclass_fields__ if not name.startswith("_")]
         lines = [unknown("key in model", key, TYPES) for key in values if key not in fields]

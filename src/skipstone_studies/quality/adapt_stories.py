@@ -68,7 +68,8 @@ def _recipe(model: PlainDict, **options: object) -> RecipeDict:
 def measured(folder: Path) -> Figures:
     """Return the losses of one run on held-out stories and on wikitext-2, and the counted FLOPs per token of stories.
 
-    folder: the run folder. Keys: `stories` and `wikitext-2`, losses in nats per token by the pass that skips; `flops`.
+    folder: the run folder. Keys: `stories` and `wikitext-2`, losses in nats per token by the pass that skips; `flops`,
+    forward FLOPs per token of that pass.
     """
     stories = f"text:{text_folder(folder, SAMPLED)}"
     found: PlainDict = {}
@@ -83,9 +84,10 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return for each arm its FLOPs relative to the source's, as `share`, and its `perplexity` on the stories.
+    """Return for each arm `share`, its FLOPs relative to those of the arm "source", and `perplexity` on the stories.
 
-    figures: the figures of all arms with one seed, by arm. Returns {} without the source.
+    The FLOPs are forward FLOPs per token of stories, as counted by `measured`. figures: what `measured` returned for
+    all arms with one seed, by arm. The result is {} without the arm "source", which is the model before it is adapted.
     """
     if "source" not in figures:
         return {}

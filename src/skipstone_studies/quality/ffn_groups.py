@@ -41,7 +41,7 @@ BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups with their FLOPs, and variants of the groups.
 
-    scale: "laptop" or "paper". corpus: the text.
+    scale: "laptop" or "paper". corpus: name of the text, as in data.corpus.
     """
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
@@ -70,9 +70,11 @@ def _recipe(scale: str, corpus: str, neurons: int, options: PlainDict | None = N
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder: training, evaluation, the MLPs' FLOPs, and TEAL's losses.
 
-    Keys: `training` and `evaluation` (`measure.standard`); `mlp_flops`, the MLPs' forward FLOPs per token; for models
-    without neuron groups, `teal`: {share of the MLPs' inputs that TEAL does not set to 0: {"loss": the model's loss in
-    nats per token, "executed": the share of the MLPs' multiplications whose input is not 0}}.
+    TEAL is a training-free method that sets small inputs of the MLPs' matrices to 0. folder: the run folder. Keys:
+    `training` and `evaluation`, the content of result.json and of `skipstone eval --json` (`measure.standard`);
+    `mlp_flops`, the MLPs' forward FLOPs per token; `teal`, for models without neuron groups only. The keys of `teal`
+    are the shares of inputs that TEAL is to leave, "60%" and "40%". Under each of them, `loss` is the model's loss in
+    nats per token, and `executed` the share of the MLPs' multiplications whose input is not 0.
     """
     figures, loaded = measure.standard(folder), load_run(folder)
     cost = loaded.model.cost(loaded.context)
@@ -103,10 +105,11 @@ def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
-    """Return by arm loss_ratio and mlp_ratio, which compare it with SwiGLU.
+    """Return for each arm `loss_ratio` and `mlp_ratio`, which compare it with the arm "dense" (SwiGLU).
 
-    loss_ratio: the loss relative to SwiGLU's, minus 1. mlp_ratio: the MLPs' FLOPs relative to SwiGLU's. figures: the
-    figures of all arms with one seed, by arm. Returns {} without SwiGLU.
+    loss_ratio: the loss of the executed pass relative to that of "dense", minus 1. mlp_ratio: the MLPs' forward FLOPs
+    per token relative to those of "dense". figures: what `measured` returned for all arms with one seed, by arm. The
+    result is {} without the arm "dense".
     """
     if DENSE not in figures:
         return {}
