@@ -122,9 +122,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: PlainMapping) -> None:
-    """Write or replace the JSON file `path` atomically, as `write_whole` does, with an indent of 2.
+    """Write or replace the JSON file `path` atomically: after a crash, it holds the old or the new object as a whole.
 
-    value: the object to write. Raises `WriteError` if the disk is full or fails.
+    value: the object, written with an indent of 2. Missing parent folders are created. Raises `WriteError` if the disk
+    is full or fails.
     """
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
@@ -223,7 +224,7 @@ def is_free(path: Path) -> bool:
 
 
 def check_free(path: Path) -> None:
-    """Raise FileExistsError if there is a file, a link or a non-empty folder at `path` (see `is_free`)."""
+    """Raise FileExistsError unless there is nothing at `path`, or only an empty folder."""
     if not is_free(path):
         raise FileExistsError(f"output {str(path)!r} exists already; nothing is overwritten")
 

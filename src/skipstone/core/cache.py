@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache holds: all of them, or window + 64 of more than window + 128."""
+    """Return how many of a row's `entries` a cache keeps; a window cuts more than window + 128 to window + 64."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -44,9 +44,8 @@ class RaggedStore:
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
         """Append the tokens of one call, without padding, to their rows.
 
-        slot_BT: int64, index of each token in its row, ascending from call to call. real_BT: bool, False for padding,
-        or None. rows: the rows that the tokens continue, one token each; None means all. entries: tensors [B, T, ...]
-        by name.
+        slot_BT: int64, ascending indices of the tokens in their rows. real_BT: bool, False for padding, or None. rows:
+        the rows that the tokens continue, one token each; None means all. entries: tensors [B, T, ...] by name.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -321,8 +320,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     ) -> None:
         """Append this call's keys `key_BHTE` and values `value_BHTE`, [B, H, T, E], without padding.
 
-        document_BT: int64, the tokens' documents; ValueError if some calls give them and others do not. slot_BT,
-        real_BT and rows are as in `RaggedStore.append`.
+        slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding, or None. rows: the rows
+        that the tokens continue, one token each; None means all. document_BT: int64, the tokens' documents; ValueError
+        if some calls give them and others do not.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -344,7 +344,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append as `append` does and return all keys and values, shaped as in `keys`; transformers calls this."""
+        """Append keys and values and return all of them, [B, heads, entries, head size]; transformers calls this."""
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 

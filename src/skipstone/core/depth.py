@@ -112,7 +112,7 @@ class DepthModule(RoutingModule):
         raise NotImplementedError
 
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Return the tensors [B, T] that the mechanism carries from block to block, by name, as before block 0.
+        """Return the tensors [B, T] that the mechanism carries from block to block, by name, with their initial values.
 
         x_BTD: the embedded tokens, from which shape, dtype and device are taken.
         """
@@ -121,11 +121,11 @@ class DepthModule(RoutingModule):
     def counts_inside(
         self, counts: TokenCounts, kept: TokenCounts | float | None = None, oracle: bool = False
     ) -> TokenCounts:
-        """Return how many tokens the wrapped block works on, given how many reach the mechanism.
+        """Return how many tokens per row the wrapped block works on, given how many reach the mechanism.
 
-        counts: the tokens that reach the mechanism. kept: the tokens that it kept, as measured; None means the number
-        that its configuration guarantees. oracle: True for a pass that decides as in training, where it may look at
-        whole rows; False for causal decisions, as in generation.
+        counts: the tokens that reach the mechanism. kept: the tokens that it kept in a measured pass, as counts or as a
+        mean number per row; None means the number that its configuration guarantees. oracle: True for a pass that
+        decides as in training, where it may look at whole rows; False for causal decisions, as in generation.
         """
         raise NotImplementedError
 

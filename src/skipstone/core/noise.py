@@ -43,7 +43,9 @@ def token_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
 def row_noise(tokens: Tokens, key: int, rows: int, *channels: int) -> Tensor:
     """Return uniform random numbers in (0, 1), fp32 [B, *channels], shared by all tokens of a row.
 
-    tokens, key, rows and channels are as in `token_noise`.
+    They are a hash of the pass's seed, `key` and the index of the row. tokens: the tokens of this call. key: a number
+    that separates the draws of this caller from all others, such as `Placement.noise_key`. rows: B. channels: trailing
+    shape; none for one number per row.
     """
     return _uniform(_mixed(_rows(tokens, key, rows) ^ 0x5BF03635), channels)
 

@@ -23,7 +23,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of the UTF-8 file `path`. Raises ValueError, naming it, if it is not a file or not UTF-8."""
+    """Return the text of the UTF-8 file `path`.
+
+    Raises ValueError, which names the file, for a device, a pipe and text that is not UTF-8, and OSError if the file
+    cannot be opened.
+    """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{str(path)!r} cannot be read: it is a device or a pipe")
     try:

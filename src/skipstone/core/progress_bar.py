@@ -151,8 +151,9 @@ def say(text: str) -> None:
 def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
     """Show a progress bar for the work done inside a `with` block, which reports each step by calling `advance`.
 
-    total, unit and alive are as in `ProgressBar`. A block nested in another one shows no bar of its own. Nothing is
-    shown unless `show` was called.
+    total: number of units of the whole; None if unknown. unit: plural name of what is counted, such as "tokens". alive:
+    whether a thread redraws the bar between steps; False where it would disturb what is being timed. A block nested in
+    another one shows no bar of its own. Nothing is shown unless `show` was called.
     """
     own = _shown and not _begun
     seconds = 0.0 if unit == STAGES else SECONDS

@@ -45,8 +45,8 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
 def read_sealed(path: Path) -> PlainDict:
     """Return the JSON object in the file `path`, made by `sealed`, without the key `sha256`, after comparing the hash.
 
-    A file without this key is read unchecked. Raises what `plain_text.read_object` raises, and `Damaged` if the content
-    has a different SHA-256.
+    A file without this key is read unchecked. Raises `Damaged` if the content has a different SHA-256, ValueError,
+    which names the file, if it does not hold a JSON object in UTF-8, and OSError if it cannot be opened.
     """
     return unsealed(read_object(path), path)
 

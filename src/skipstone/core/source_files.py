@@ -41,7 +41,11 @@ def require_file(path: Path) -> None:
 
 
 def object_in(path: Path) -> PlainDict:
-    """Return the JSON object in a file. Raises ValueError, which names the path, for anything else."""
+    """Return the JSON object in the file `path`.
+
+    Raises ValueError, which names the path, if it is not a file, only a pointer of git-lfs, or holds no JSON object in
+    UTF-8.
+    """
     require_file(path)
     return read_object(path)
 

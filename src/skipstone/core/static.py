@@ -32,9 +32,11 @@ class StaticStore(RaggedStore):
         self.columns = columns
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Append the tokens of one call, without padding, to all rows, as in `RaggedStore.append`; `rows` must be None.
+        """Append the tokens of one call, without padding, to all rows.
 
-        Raises ValueError if a row is full or the entries need gradients.
+        slot_BT: int64, index of each token in its row, ascending from call to call. real_BT: bool, False for padding;
+        None means no padding. rows: must be None. entries: tensors [B, T, ...] by name. Raises ValueError if a row is
+        full, the batch has another number of rows than before, or an entry needs gradients.
         """
         assert rows is None
         if any(x.requires_grad for x in entries.values()):
@@ -196,7 +198,10 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
         return self.max_cache_len
 
     def crop(self, max_length: int) -> None:
-        """Crop as `SkipstoneCacheLayer.crop` does; the CPU waits for the GPU once."""
+        """Keep each row's first `max_length` tokens, counting padding and skipped tokens; -n removes the newest n.
+
+        The CPU waits for the GPU once.
+        """
         seen = int(self.cumulative_length)
         length = max(max_length if max_length > 0 else seen + max_length, 0)
         if length < seen:

@@ -132,9 +132,10 @@ class NeuronChoice(NamedTuple):
     """A description of how an MLP chooses, for each token, the neurons that it multiplies.
 
     The choice follows from the activations a = act(W_gate x). decision: "zeros" keeps the neurons with a != 0;
-    "largest" computes W_up x for the `tried` groups with the largest mean of |a| * typical, and multiplies the last
-    matrix for the `kept` groups among these with the largest mean of |a * W_up x|. size: number of neurons in a group.
-    typical: fp32 [F], a factor for each of F neurons. name: the name of the record.
+    "largest" computes W_up x for the `tried` groups whose mean of |a| * typical over their neurons is largest, and
+    multiplies the last matrix for those `kept` of them whose mean of |a * W_up x| is largest. tried, kept: numbers of
+    groups. size: number of neurons in a group. typical: fp32 [F], a factor for each of F neurons. name: the name of the
+    record.
     """
 
     name: str

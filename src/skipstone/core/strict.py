@@ -90,9 +90,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def finite(options: T, where: str = "") -> T:
-    """Return a dataclass of options. Raises ValueError if a number in it, or in one nested in it, is NaN or infinite.
+    """Return the dataclass `options` unchanged if no number in it is NaN or infinite.
 
-    where: the path shown in errors; "" means that names stand alone.
+    Lists, tuples and dataclasses in its fields are searched too. where: the path shown in errors; "" means that names
+    stand alone. Raises ValueError, which names the field, for the first number that is NaN or infinite.
     """
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
         value = getattr(options, field.name)
@@ -132,9 +133,10 @@ def build(make: Callable[..., T], values: Mapping[str, Any], doubted: Iterable[s
 
 
 def parsed(cls: type[T], config: T | None, options: Mapping[str, object]) -> T:
-    """Return `config` if it is not None, else the options converted to the dataclass `cls` (`from_dict`).
+    """Return `config` if it is not None, else the dataclass `cls` built from plain options.
 
-    config: options that were parsed before. options: options as plain values. Raises ValueError if both are given.
+    config: an object of `cls`, parsed before. options: plain values by field name. Raises ValueError if both are given,
+    and for an unknown or missing option, a wrong type, and a number that is NaN or infinite.
     """
     if config is None:
         return finite(from_dict(cls, options))

@@ -98,8 +98,8 @@ class Tokens:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Tokens:
         """Return a copy with all tensors on another device.
 
-        accelerate calls this for models on several devices (`device_map`). device and non_blocking are as in
-        `Tensor.to`.
+        accelerate calls this for models on several devices (`device_map`). device: the device to copy to. non_blocking:
+        whether the CPU may go on before the copy is complete, as far as torch allows it.
         """
         return _moved(self, lambda x: x.to(device, non_blocking=non_blocking))
 
@@ -236,9 +236,11 @@ class Tokens:
     ) -> Tokens:
         """Return a copy in which only some tokens get an update; the others still provide keys and values.
 
-        kept_BT: bool, tokens to update; restrictions by outer mechanisms still apply. width and exact are as in
-        `select_kept`. share: long-run share of kept tokens, if known. In calls of one token per row on a GPU, all rows
-        are computed if, at this share, steps in which no row keeps its token are too rare (`rows_pay`).
+        kept_BT: bool, tokens to update, never True for padding; restrictions by outer mechanisms still apply. width:
+        the number of columns to gather; None means the largest number that a row keeps, for which the CPU waits for the
+        GPU. exact: whether every row keeps exactly `width` tokens. share: long-run share of kept tokens, from 0 to 1,
+        if known. In calls of one token per row on a GPU, all rows are computed if, at this share, steps in which no row
+        keeps its token are too rare for skipping to save time (`rows_pay`).
         """
         if not self.queries.is_all:
             kept_BT = self.queries.and_mask(kept_BT)

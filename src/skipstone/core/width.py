@@ -109,7 +109,7 @@ class InputGroupRouter(GroupRouter):
     """A router that chooses neuron groups from the MLP's input, before any of its matrices is multiplied."""
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Choose the groups that are on for each token.
+        """Return the groups that are on for each token, with their gains and the record of the decision.
 
         x_BTD: the MLP's input, with padding. tokens: the tokens of this call. cache: the block's cache in generation,
         or None.
@@ -227,9 +227,10 @@ class FeedForward(nn.Module):
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
         """Return how many passes through the MLP the tokens of one row make, as a number that need not be whole.
 
-        A pass is defined in `dense_passes`. tokens: number of the row's tokens that reach the MLP. kept: the dict that
-        `measured` returned for a forward pass; without an entry of this MLP, the result follows from the configuration.
-        single_token: whether the call has one token and needs no gradients, so that matrices can be read in part.
+        A pass is one token through the MLP's matrices, or through those of one expert. tokens: number of the row's
+        tokens that reach the MLP. kept: amounts measured in a forward pass, by record name, as `measured` returns them;
+        without an entry of this MLP, the result follows from the configuration. single_token: whether the call has one
+        token and needs no gradients, so that matrices can be read in part.
         """
         return tokens
 
@@ -242,10 +243,11 @@ class FeedForward(nn.Module):
         return {}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Return the passes (see `dense_passes`) of each token, [B, T] on the CPU; [1, 1] if all are equal.
+        """Return the passes that each token makes through the MLP, [B, T] on the CPU; [1, 1] if all are equal.
 
-        records: the records of the forward pass, by name. Tokens whose update was not computed have no meaningful
-        value.
+        A pass is one token through the MLP's matrices, or through those of one expert; it counts in part if only a
+        share of the weights is multiplied. records: the records of the forward pass, by name. Tokens whose update was
+        not computed have no meaningful value.
         """
         return torch.ones(1, 1)
 
