@@ -110,7 +110,8 @@ class Attention(nn.Module):
         x_BTD: normalised residual stream of all T tokens. tokens: their slots, padding, documents and rotary angles,
         which K of them are queries (get an update), and whether padding is removed. cache: stores keys and values of
         all T tokens, and supplies those of earlier calls; with None, only this call's keys are attended to. queries:
-        `tokens.query_tokens()`, if the caller has computed it already.
+        the K query tokens, if the caller has selected them from `tokens` already; None means that they are selected
+        here.
         """
         if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
             return self.o_proj(self._newest(x_BTD, tokens, cache.kv))

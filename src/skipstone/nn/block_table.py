@@ -181,7 +181,7 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
     The tables contain addresses of the weights, of the mechanisms' tensors and of the tensors returned. blocks: L
     blocks that a compiled step can run. spans: for each block, the number of blocks in the segment (blocks that a
-    mechanism skips as a whole) that begins there, or 0. sizes: what `sizes_of` returned for the blocks.
+    mechanism skips as a whole) that begins there, or 0. sizes: the sizes that all blocks share, found by `sizes_of`.
     """
     gates = gates_of(blocks)
     described = [gate.stream_gate() for _, _, gate in gates]

@@ -134,8 +134,9 @@ class CompiledBlocks:
     """Everything needed to run a decoder's blocks in compiled calls, such as their weights' addresses.
 
     blocks: the decoder's blocks. spans: ranges of blocks that must run together: a segment (blocks that mechanisms skip
-    as a whole) or one block. runs: ranges of blocks with the compiled call that computes them, as `runs_of` returns
-    them. served: whether any range is compiled. Building it moves quantised weights next to each other in memory.
+    as a whole) or one block. runs: pairs of a range of blocks and the compiled call that computes it, or None if it
+    runs uncompiled. served: whether any range is compiled. Building it moves quantised weights next to each other in
+    memory.
     """
 
     served = False

@@ -34,7 +34,7 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 class CompiledRun:
     """Consecutive blocks that one call of compiled (numba) code runs for a few tokens of one row, as in decoding.
 
-    blocks: the blocks. sizes: the sizes that they share, as `block_table.sizes_of` returned them.
+    blocks: the blocks. sizes: the widths, head counts and constants that all of them share.
     """
 
     def __init__(self, blocks: Sequence[Block], sizes: decode_stack.Sizes) -> None:

@@ -305,8 +305,9 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
         """Return how many evaluations of an expert `tokens` tokens of a row need; choices of no-ops need none.
 
-        kept: the dict that `measured` returned for a forward pass, whose number for this MLP is then returned; if it
-        has none, all experts and no-ops are assumed to be chosen equally often. single_token: not used.
+        kept: numbers of evaluations per row that were measured in a forward pass, by record name; the one of this MLP
+        is returned. If there is none, all experts and no-ops are assumed to be chosen equally often. single_token: not
+        used.
         """
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))

@@ -21,10 +21,10 @@ class HeadPreview(nn.Module):
     """A low-rank four-bit copy of the output head, which chooses the candidates for the next token in a decoding step.
 
     Exact logits are computed for the candidates alone, from their rows of the head itself. All other tokens get the
-    copy's approximate logits, the preview (`ops/head_preview.py`). width: width of the hidden states. vocabulary:
-    number of tokens. directions: rank of the copy, a multiple of 64. candidates: number of candidates per step; the
-    attribute may be changed. turn, shift, packed, scale, offset: buffers, as in `ops.head_preview.Preview`; all but
-    `packed` stay fp32 when the model's dtype changes.
+    copy's approximate logits, the preview. width: width of the hidden states, D. vocabulary: number of tokens, V.
+    directions: rank of the copy, K, a multiple of 64. candidates: number of candidates per step; the attribute may be
+    changed. The buffers are the parts of `ops.head_preview.Preview`: turn [K + 1, D], shift [K + 1], scale and offset
+    [V], which stay fp32 when the model's dtype changes, and packed, uint8 [V, K / 2].
     """
 
     turn: Tensor
@@ -86,16 +86,17 @@ class HeadPreview(nn.Module):
         return weight.shape[0] == len(self.scale) and head_preview.readable(weight, scale)
 
     def forward(self, x: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of one token, [..., V] in the dtype of x; call it only if `takes` returned True.
+        """Return the logits of one token, [..., V] for V tokens of the vocabulary, in the dtype of x.
 
-        x: hidden states of one token, [..., D]. head: the output head.
+        Call it only if `takes` returned True. x: hidden states of one token, [..., D]. head: the output head.
         """
         return head_preview.logits(x, self.preview, *_weight(head), self.candidates)
 
     def plain(self, x_ND: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of any number of tokens as `forward` defines them, by ordinary operations, fp32 [N, V].
+        """Return the logits of any number of tokens by ordinary operations, fp32 [N, V], exact for candidates alone.
 
-        x_ND: hidden states of N tokens. head: the output head.
+        They are what `forward` computes for one token by a compiled kernel. x_ND: hidden states of N tokens. head: the
+        output head, for V tokens of the vocabulary.
         """
         return head_preview.plain(x_ND, self.preview, *_weight(head), self.candidates)
 

@@ -60,7 +60,7 @@ class MagnitudeMLP(DivisibleMLP):
         return dropped(y_BTD, self.dropout, self.training), {**records, self.router.placement.name: record}
 
     def train(self, mode: bool = True) -> MagnitudeMLP:
-        """Set training or evaluation mode, as in torch.
+        """Set training mode, or evaluation mode if `mode` is False, and return the module.
 
         Training mode also lets decoding steps leave out neurons again, after `NeuronShares` has found that it does not
         pay: training may change that.

@@ -191,9 +191,9 @@ def activated(
 class GatedMLP(FeedForward):
     """A gated MLP: down(act(gate(x)) * up(x)) (GLU variants, arXiv 2002.05202).
 
-    width: width of the residual stream. neurons: hidden size. activation: applied to the gates. bias: whether all three
-    projections have bias terms. dropout: dropout probability for the output; hidden_dropout: dropout probability for
-    the hidden values.
+    width: width of the residual stream. neurons: number of hidden values, which are the MLP's neurons. activation:
+    applied to the gates. bias: whether all three projections have bias terms. dropout: dropout probability for the
+    output; hidden_dropout: dropout probability for the hidden values.
     """
 
     def __init__(
@@ -227,9 +227,9 @@ class GatedMLP(FeedForward):
 class PlainMLP(FeedForward):
     """An MLP without a gate: down(act(up(x))).
 
-    width: width of the residual stream. neurons: hidden size. activation: applied to the hidden values. bias: whether
-    both projections have biases. dropout: dropout probability for the output; hidden_dropout: dropout probability for
-    the hidden values.
+    width: width of the residual stream. neurons: number of hidden values, which are the MLP's neurons. activation:
+    applied to the hidden values. bias: whether both projections have biases. dropout: dropout probability for the
+    output; hidden_dropout: dropout probability for the hidden values.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from skipstone.ops import reference as ops
 class RMSNorm(nn.Module):
     """Root-mean-square norm, x / sqrt(mean(x^2) + eps) * weight, with statistics in fp32 (arXiv 1910.07467).
 
-    width: number of features, the last axis of x. The weight starts at 1.
+    width: number of features, the last axis of x. eps: added to the mean square. The weight starts at 1.
     """
 
     offset = 0.0  # what is added to the weight
@@ -40,7 +40,10 @@ class RMSNorm(nn.Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Gemma's root-mean-square norm, x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32; the weight starts at 0."""
+    """Gemma's root-mean-square norm, x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32; the weight starts at 0.
+
+    width: number of features, the last axis of x. eps: added to the mean square.
+    """
 
     offset = 1.0
 

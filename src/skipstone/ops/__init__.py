@@ -16,12 +16,13 @@ from skipstone.ops import score_linear as memory_saving
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activation functions as `reference.mix_activations` does, by the fastest backend for the device.
+    """Mix A activation functions for each neuron and token (PolyGLU), by the fastest backend for the device.
 
-    gate_BTF: pre-activations of F neurons, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the
-    A functions, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature:
-    temperature of the softmax over the sum. Returns [B, T, F]. The backend is `ops/fused.py` on CUDA with Triton,
-    `ops/cpu.py` on a CPU, `ops/compile_friendly.py` under torch.compile, and elsewhere the reference.
+    The result, [B, T, F], is sum_k softmax_k((static + dynamic) / temperature) act_k(gate), with act = ReLU, tanh,
+    SiLU, GELU. gate_BTF: pre-activations of F neurons, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each
+    neuron, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive number. The
+    backend is `ops/fused.py` on CUDA with Triton, `ops/cpu.py` on a CPU, `ops/compile_friendly.py` under torch.compile,
+    and elsewhere `ops/reference.py`.
     """
     chosen = compile_friendly if torch.compiler.is_compiling() else _eager(gate_BTF.device.type)
     return chosen.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)  # type: ignore[no-any-return]
@@ -36,19 +37,21 @@ def _eager(device: str) -> ModuleType:
 
 
 def apply_experts(*args: Any) -> Tensor:
-    """Compute `reference.apply_experts` (its arguments and result) by grouped matrix products.
+    """Return the outputs [N, D] of a mixture of SwiGLU experts for N tokens, by grouped matrix products.
 
-    The reference itself is used under torch.compile and in fp64, because PyTorch 2.13 compiles grouped products in bf16
-    only and has none in fp64. args: the reference's arguments, by position.
+    args, by position: the inputs x_ND; expert_NC, int64, the C experts that each token chose; weight_NC, their factors;
+    idle_NC, bool, choices that add nothing, or None; gate_XFD, up_XFD and down_XDF, the weights of X experts of F
+    neurons; and the function of the gates. The plain form of `ops/reference.py` is used under torch.compile and in
+    fp64, because PyTorch 2.13 compiles grouped products in bf16 only and has none in fp64.
     """
     plain = torch.compiler.is_compiling() or args[0].dtype == torch.float64
     return (reference if plain else grouped).apply_experts(*args)
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute a router's fp32 product as `reference.score_linear` does, saving less for the backward pass.
+    """Return a router's product x weight^T + bias in fp32, [..., O], saving only x for the backward pass.
 
     x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
-    square. Returns [..., O]. Under torch.compile, the reference itself is used.
+    square. Under torch.compile, the plain form of `ops/reference.py` is used.
     """
     return (reference if torch.compiler.is_compiling() else memory_saving).score_linear(x, weight, bias, norm)

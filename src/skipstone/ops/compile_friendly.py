@@ -14,11 +14,12 @@ from skipstone.ops.reference import ACTIVATIONS, wide
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activation functions as `reference.mix_activations` does, in a form that compilers fuse well.
+    """Mix A activation functions for each neuron and token (PolyGLU), in a form that compilers fuse well.
 
-    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
-    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: temperature of the
-    softmax over the sum. Returns [B, T, F] in the dtype of the gate; everything is computed in fp32.
+    The result, [B, T, F] in the dtype of the gate, is sum_k softmax_k((static + dynamic) / temperature) act_k(gate),
+    with act = ReLU, tanh, SiLU, GELU. gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits
+    of each neuron, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive number.
+    Everything is computed in fp32.
     """
     static, dynamic = wide(static_BFA).unbind(-1), wide(dynamic_BTA).unbind(-1)
     logits = [(s_BF[:, None] + c_BT[..., None]) / temperature for s_BF, c_BT in zip(static, dynamic, strict=True)]

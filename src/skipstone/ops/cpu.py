@@ -34,11 +34,12 @@ NEAR, FAR = 32.0, -53.0
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activation functions as `reference.mix_activations` does, in chunks that fit a CPU's cache.
+    """Mix A activation functions for each neuron and token (PolyGLU), in chunks that fit a CPU's cache.
 
-    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
-    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: temperature of the
-    softmax over the sum; it gets no gradient. Returns [B, T, F] in the dtype of the gate.
+    The result, [B, T, F] in the dtype of the gate, is sum_k softmax_k((static + dynamic) / temperature) act_k(gate),
+    with act = ReLU, tanh, SiLU, GELU. gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits
+    of each neuron, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive number,
+    which gets no gradient.
     """
     if gate_BTF.dtype == torch.float64:  # the chunks below are laid out for fp32
         return reference.mix_activations(gate_BTF, static_BFA, dynamic_BTA, temperature)

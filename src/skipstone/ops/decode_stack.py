@@ -157,14 +157,15 @@ def run(
 def prepare(program: Program) -> tuple[int, ...]:
     """Compile the functions that a program's calls need, unless they are on disk, and return their addresses.
 
-    A function that the program does not need has the address 0. What has been compiled is kept in the folder `kept`.
+    The addresses are in the order of `decode_stack_native.UNITS`; a function that the program does not need has the
+    address 0. What has been compiled is kept in the folder `kept`. program: the description of the blocks.
     """
     return _units(program.int8, program.int4, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
 
 @contextmanager
 def said_if_long(line: str) -> Iterator[None]:
-    """Log a line at the level INFO if the `with` block takes longer than `LONG_S` seconds."""
+    """Log the text `line` at the level INFO if the `with` block takes longer than four seconds."""
     timer = threading.Timer(LONG_S, logging.getLogger(__name__).info, [line])
     timer.daemon = True
     timer.start()
@@ -175,7 +176,10 @@ def said_if_long(line: str) -> Iterator[None]:
 
 
 def kept() -> Path:
-    """Return the folder in which numba keeps the compiled parts, unless it cannot be written to."""
+    """Return the folder in which numba keeps the compiled parts, unless it cannot be written to.
+
+    It is the one that the environment variable NUMBA_CACHE_DIR names, else `__pycache__` beside this file.
+    """
     return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
 
 

@@ -45,8 +45,9 @@ UNITS = (*ALWAYS, *INT8, *INT4, *ROUNDS, *MIXES, *CHOOSES, *GATES)  # in the ord
 def units(int8: bool, int4: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
     """Compile the functions of a step that a model needs, and return the addresses of all, 0 for those not needed.
 
-    int8, int4: whether any weights are int8, and whether any have four bits. mixes: whether any activation is a
-    mixture. chooses: whether any MLP chooses its neurons. gated: whether there are depth mechanisms.
+    The addresses are in the order of `UNITS`. int8, int4: whether any weights are int8, and whether any have four bits.
+    mixes: whether any activation is a mixture. chooses: whether any MLP chooses its neurons. gated: whether there are
+    depth mechanisms.
     """
     used: set[Unit] = {*ALWAYS, crew}
     rounded = ((INT8, int8), (INT4, int4), (ROUNDS, int8 or int4))

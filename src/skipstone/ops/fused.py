@@ -23,11 +23,12 @@ INV_SQRT_2PI: tl.constexpr = tl.constexpr(0.3989422804014327)
 
 
 def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, temperature: Tensor | float) -> Tensor:
-    """Mix PolyGLU's activation functions as `reference.mix_activations` does, by Triton kernels on a GPU.
+    """Mix A activation functions for each neuron and token (PolyGLU), by Triton kernels on a GPU.
 
-    gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits of each neuron for the A functions,
-    [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A], added to them. temperature: temperature of the
-    softmax over the sum; it gets no gradient. Returns [B, T, F] in the dtype of the gate.
+    The result, [B, T, F] in the dtype of the gate, is sum_k softmax_k((static + dynamic) / temperature) act_k(gate),
+    with act = ReLU, tanh, SiLU, GELU. gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits
+    of each neuron, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive number,
+    which gets no gradient.
     """
     static_BAF, dynamic_BAT = (
         (x.float() / temperature).transpose(1, 2).contiguous() for x in (static_BFA, dynamic_BTA)

@@ -168,11 +168,13 @@ def summed_int8(
     first: int,
     last: int,
 ) -> None:
-    """Compute what `summed` does from int8 weights: rows of 64 neurons that share scales are summed as integers.
+    """Compute the down projection from listed neurons of an int8 weight, for outputs `first` to `last` - 1.
 
-    Compiled by numba. weight_at: address of the int8 weight [F, D]. scale_at: address of fp32 scales [M, D], or [1, D].
-    scales: M, or 1. rounded_at, unit_at: addresses of the inputs rounded to int16, and of the K factors that restore
-    them.
+    Compiled by numba. Rows of 64 neurons that share scales are summed as integers. weight_at: address of the int8
+    weight, stored neuron by neuron, [F, D]. scale_at: address of fp32 scales [M, D], or [1, D]. scales: M, or 1.
+    rounded_at, unit_at: addresses of the inputs rounded to int16 [K, F], and of the K factors that restore them.
+    tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at: address of the result,
+    fp32 [K, D]. first, last: multiples of 16, or D.
     """
     y, rows, K, F, D = _lying(y_at, (tokens, width), ONE), _lying(rows_at, (count,), 0), tokens, neurons, width
     _clear(y, first, last)

@@ -95,11 +95,12 @@ def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tens
 def mix_kept(
     gate_NJ: Tensor, static_BFA: Tensor, dynamic_NA: Tensor, temperature: Tensor | float, runs: Runs, row_N: Tensor
 ) -> Tensor:
-    """Compute `mix_activations` for the neurons that are on, [N, J].
+    """Mix PolyGLU's activation functions for the neurons that are on, J for each token, and return [N, J].
 
-    gate_NJ: pre-activations of N tokens. static_BFA: preferences of all F neurons, [1 or B, F, A]. dynamic_NA: logits
-    of the tokens. temperature: temperature of the softmax over the A functions. runs: which neurons are on for which
-    tokens. row_N: int64, row of each token, used if B is not 1.
+    The result is sum_k softmax_k((static + dynamic) / temperature) act_k(gate), with act = ReLU, tanh, SiLU, GELU.
+    gate_NJ: pre-activations of N tokens. static_BFA: preferences of all F neurons for the A functions, [1 or B, F, A].
+    dynamic_NA: logits of the tokens. temperature: a positive number. runs: which neurons are on for which tokens.
+    row_N: int64, row of each token, used if B is not 1.
     """
     static_BGSA, parts = static_BFA.unflatten(1, (runs.total, -1)), []
     for (start, end), group_K in zip(pairwise(runs.bounds), runs.group_MK, strict=True):

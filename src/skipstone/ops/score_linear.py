@@ -21,10 +21,10 @@ from skipstone.ops import reference
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Compute a router's fp32 product as `reference.score_linear` does, saving only x for the backward pass.
+    """Return a router's product x weight^T + bias in fp32, [..., O], saving only x for the backward pass.
 
     x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
-    square. The result, [..., O], can be differentiated once.
+    square. The result can be differentiated once.
     """
     if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32) or x.dtype == torch.float64:
         return reference.score_linear(x, weight, bias, norm)

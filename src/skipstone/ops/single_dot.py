@@ -91,7 +91,8 @@ one_half, two_halves, four_halves = (_dots(tokens, "float16") for tokens in (1, 
 def one_float(kind: int, weight: int, x: int, row: int, steps: int) -> tuple[float]:
     """Return the inner product of one row of weights with one token, a tuple of fp32; compiled by numba.
 
-    kind: FLOAT32, BFLOAT16 or FLOAT16. The other arguments are those of `_dots`.
+    kind: the dtype of the weights, FLOAT32, BFLOAT16 or FLOAT16. weight, x: addresses of the weights and of the fp32
+    token. row: bytes from one token to the next, not used for one. steps: number of steps of 32 inputs.
     """
     if kind == BFLOAT16:
         return one_bfloat(weight, x, row, steps)  # type: ignore[no-any-return]
@@ -102,7 +103,11 @@ def one_float(kind: int, weight: int, x: int, row: int, steps: int) -> tuple[flo
 
 @inner
 def two_floats(kind: int, weight: int, x: int, row: int, steps: int) -> tuple[float, float]:
-    """Return the inner products with two tokens; see `one_float`."""
+    """Return the inner products of one row of weights with two tokens, a tuple of fp32; compiled by numba.
+
+    kind: the dtype of the weights, FLOAT32, BFLOAT16 or FLOAT16. weight, x: addresses of the weights and of the fp32
+    tokens. row: bytes from one token to the next. steps: number of steps of 32 inputs.
+    """
     if kind == BFLOAT16:
         return two_bfloats(weight, x, row, steps)  # type: ignore[no-any-return]
     if kind == FLOAT16:
@@ -112,7 +117,11 @@ def two_floats(kind: int, weight: int, x: int, row: int, steps: int) -> tuple[fl
 
 @inner
 def four_floats(kind: int, weight: int, x: int, row: int, steps: int) -> tuple[float, float, float, float]:
-    """Return the inner products with four tokens; see `one_float`."""
+    """Return the inner products of one row of weights with four tokens, a tuple of fp32; compiled by numba.
+
+    kind: the dtype of the weights, FLOAT32, BFLOAT16 or FLOAT16. weight, x: addresses of the weights and of the fp32
+    tokens. row: bytes from one token to the next. steps: number of steps of 32 inputs.
+    """
     if kind == BFLOAT16:
         return four_bfloats(weight, x, row, steps)  # type: ignore[no-any-return]
     if kind == FLOAT16:
