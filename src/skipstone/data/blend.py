@@ -23,7 +23,10 @@ SOURCE_STREAM = 1 << 20  # far from the streams from which windows are drawn
 
 
 def check_sources(blend: Blend, known: Sequence[str]) -> None:
-    """Raise ValueError if the blend names a source that is not in `known`."""
+    """Raise ValueError if the blend gives a share to a source whose name is not in `known`.
+
+    The message names the nearest known source. blend: the shares to check. known: the names of the sources that exist.
+    """
     for name in {**blend.start, **(blend.end or {})}:
         if name not in known:
             raise ValueError(unknown("source in blend", name, known))
@@ -59,11 +62,11 @@ class _Joined(RowDataset):
 class BlendedWindows(_Joined):
     """A dataset of training rows from several sources, mixed in shares that may change over the training.
 
-    Each source is divided into adjacent windows, which are read once each in an order shuffled by the seed, then again
-    in another order. rows: number of rows in all; row i depends on it, because the shares depend on the progress i /
-    rows. sources: the windows of each source. names: the sources' names, in the same order. blend: the sources' shares.
-    seed: the seed of the choice of a source for each row. once: whether to raise ValueError if `rows` rows need a
-    window twice.
+    Each source is divided into adjacent windows. Every window is read once, in an order shuffled by the seed; when all
+    have been read, they are read again in another order. rows: number of rows in all; row i depends on this number,
+    because the shares depend on the progress i / rows. sources: the windows of each source. names: the names of the
+    sources, in the same order. blend: the share of the rows that each source has. seed: the seed by which the source of
+    each row is drawn. once: whether to raise ValueError if `rows` rows would read some window twice.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -85,7 +88,7 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """The source of each of N rows, and the row's place in the reading order of the source: two arrays [N]."""
+        """The index of the source of each of N rows, and the row's place in its reading order: two int arrays [N]."""
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)
@@ -105,15 +108,15 @@ class BlendedWindows(_Joined):
 class InTurn(_Joined):
     """A dataset of evaluation rows from several parts: the first row of each part, then the second of each, and so on.
 
-    So the first rows of the dataset come from all parts. parts: the rows of each part. rows: number of rows of the
-    dataset.
+    The first rows of the dataset therefore come from all parts. A part that has no more rows is passed over. parts: the
+    rows of each part. rows: number of rows of the dataset, at most the number in all parts.
     """
 
     parts: tuple[CoveringWindows, ...] = field(repr=False)
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """For each of N rows, the index of its part and its index within the part, two arrays [N]."""
+        """The part of each of N rows, as an index, and the row's index within that part: two int arrays [N]."""
         part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
         place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
         order_N = np.lexsort((part_N, place_N))[: self.rows]
@@ -130,6 +133,9 @@ class InTurn(_Joined):
         return found_B
 
     def reached(self) -> list[CoveringWindows]:
-        """Return the parts, each cut to its rows that this dataset uses; parts without any are left out."""
+        """Return the parts, each shortened to those of its rows that are in this dataset.
+
+        Parts of which no row is in this dataset are left out.
+        """
         counts = np.bincount(self.plan[0], minlength=len(self.parts))
         return [replace(part, rows=int(n)) for part, n in zip(self.parts, counts, strict=True) if n]

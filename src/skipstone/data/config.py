@@ -22,10 +22,11 @@ LARGEST = 1 << 31  # largest context, seed and number of rows
 class Blend:
     """The shares in which training rows come from several sources, constant or changing over the training.
 
-    start: the share of the rows that each source has, by its name, up to the point `anneal_from` of the training; only
-    proportions count, so the shares need not sum to 1. end: the shares at the last row, reached linearly; None means
-    `start` throughout. anneal_from: where the change begins, as a part of the training in [0, 1). Raises ValueError for
-    negative shares or only zeros.
+    start: the share of each source, by its name, until the fraction `anneal_from` of the training is done. A source
+    that is not named has the share 0. Only proportions count, so the shares need not sum to 1. end: the shares at the
+    end of the training, approached linearly; None means `start` throughout. anneal_from: where the change begins, as a
+    fraction of the training in [0, 1). Raises ValueError for negative shares, for shares that are all 0, and for
+    `anneal_from` without `end`.
     """
 
     start: dict[str, float]
@@ -50,10 +51,10 @@ class Blend:
         return self.start.get(name, 0.0) + (self.end or {}).get(name, 0.0)
 
     def shares(self, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the share of each of S sources for each of N rows, [N, S]; each row of the result sums to 1.
+        """Return the share of each of S sources for each of N rows, float64 [N, S]; each row of the result sums to 1.
 
-        progress_N: the fraction of training completed at each row, from 0 to 1. The sources are in the order of
-        `sources`.
+        progress_N: the fraction of training completed at each row, from 0 to 1. The columns are in the order of the
+        property `sources`, which is alphabetical.
         """
         import numpy as np
 
@@ -78,17 +79,17 @@ class DataConfig:
     """The training and evaluation data of a run.
 
     corpus: a name in the registry `skipstone.data.corpora.CORPORA`, with an argument after a colon where it needs one;
-    `shards:FOLDER` are tokenised documents on disk, which `skipstone prepare` writes. tokenizer: `char`, `byte`,
+    `shards:FOLDER` is a folder of tokenised documents, which `skipstone prepare` writes. tokenizer: `char`, `byte`,
     `bpe:SIZE` or `pretrained:NAME_OR_PATH`; None means the corpus's default. context: tokens per row. packing:
     "stream": documents follow each other, separated by eos; "packed": rows also have document_ids and position_ids, so
-    that attention keeps documents apart. seed: the seed by which training rows are chosen. sampling: None means
-    training rows are windows at random places; "once": windows side by side in random order, none read twice. With
-    shards, rows always lie side by side, and None reads all of them before any a second time. blend: for shards in
-    several folders, the share of the rows that each has, fixed or changing during training; None means that it is
-    proportional to the folder's tokens. train_rows: number of training rows; None means as many windows as fit side by
-    side into the text, or 65,536 synthetic rows. Row i is the same whatever this number, unless a blend changes during
-    training. validation_rows: number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises
-    ValueError for invalid values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
+    that attention keeps documents apart. seed: the seed by which training rows are chosen. sampling: None means that
+    training rows are windows at random places; "once" means adjacent windows in random order, none read twice. Rows of
+    shards are always adjacent windows; None then reads all of them before it reads any a second time. blend: for shards
+    in several folders, the share of the rows that each has, fixed or changing during training; None means that it is
+    proportional to the folder's tokens. train_rows: number of training rows; None means as many adjacent windows as the
+    text has, or 65,536 synthetic rows. Row i is the same whatever this number, unless a blend changes during training.
+    validation_rows: number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises ValueError
+    for invalid values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"
@@ -127,5 +128,8 @@ class DataConfig:
 
     @property
     def tells_difficulty(self) -> bool:
-        """Whether rows have a field `difficulty`, which is 0 or more at tokens known to need depth, else below 0."""
+        """Whether rows of this corpus have a field `difficulty`.
+
+        It is 0 or more at tokens that are known to need depth, and -1 or -2 at all others.
+        """
         return knows_difficulty(self.corpus)

@@ -20,10 +20,11 @@ class CorpusEntry:
 
     summary: a description for lists. kind: "text" has documents, which a tokenizer encodes; "synthetic" generates rows
     of token ids; "mixed" puts such rows into the text of another corpus; "shards" has token ids on disk with their
-    tokenizer. known: whether rows have a field `difficulty` (the depth that each token needs is known). load: returns
-    the corpus, given what follows the colon in its name ("" if nothing does); None for corpora without text. argument:
-    how that part is written, such as "PATH"; "" means that there is none. required: whether the name needs it.
-    tokenizer: the default tokenizer; None if none can be chosen.
+    tokenizer. known: whether rows have a field `difficulty`, the depth that each token is known to need. load: a
+    function that returns the corpus, given the part of its name after the colon ("" if there is none); None for corpora
+    without text. argument: what is written after the colon, such as "PATH"; "" means that the name has no such part.
+    required: whether the name must have that part. tokenizer: the default tokenizer; None if the user cannot choose
+    one.
     """
 
     summary: str
@@ -119,8 +120,8 @@ CORPORA: dict[str, CorpusEntry] = {
 def find_entry(name: str) -> tuple[CorpusEntry, str]:
     """Return the registry entry for a corpus called `name` or `name:argument`, and the argument ("" if there is none).
 
-    Raises ValueError for an unknown name (naming the nearest), for a missing argument, and for an argument that is not
-    accepted.
+    Raises ValueError for an unknown name (the message suggests the nearest), for an argument that is missing where one
+    is required or after a colon, and for an argument of a corpus that accepts none.
     """
     head, colon, argument = str(name).partition(":")
     entry = choose("corpus", head, CORPORA)
@@ -134,17 +135,17 @@ def find_entry(name: str) -> tuple[CorpusEntry, str]:
 def knows_difficulty(name: str | None) -> bool:
     """Return whether rows of this corpus have a field `difficulty`, which says which tokens need depth; False for None.
 
-    name: the corpus's name, as in `DataConfig.corpus`.
+    name: the corpus's name, with an argument after a colon where it has one. Raises ValueError for an unknown name.
     """
     return name is not None and find_entry(name)[0].known
 
 
 def load_corpus(name: str) -> Corpus:
-    """Return the corpus called `name` or `name:argument`; its text is read only when it is asked for.
+    """Return the corpus called `name` or `name:argument`; its text is not read before `Corpus.documents` is called.
 
-    Raises ValueError for a name that is not in the registry, and for corpora without documents (synthetic, shards);
-    FileNotFoundError if `text:`, `jsonl:` or `hf:` points at nothing. Published files are found or downloaded later, by
-    `Corpus.documents`.
+    Raises ValueError for a name that is not in the registry, and for corpora without documents (synthetic ones and
+    shards); FileNotFoundError if the path of `text:` or `jsonl:`, or the dataset of `hf:`, does not exist. Published
+    files are found or downloaded only by `Corpus.documents`.
     """
     entry, argument = find_entry(name)
     if entry.load is None:

@@ -21,10 +21,10 @@ Percent = Sequence[int | Fraction]
 class Corpus:
     """A named corpus of text, divided into splits; each split is a tuple of documents (strings).
 
-    A corpus that is one continuous text has one document per split. name: its name, as in `DataConfig.corpus`.
-    description, licence: texts of one line each. readers: functions that read the documents of a split, by split
-    ("train", "validation", perhaps "test"); `documents` calls only the one it needs, so that other splits work if the
-    files of one are missing.
+    A corpus that is one continuous text has one document per split. name: its name, such as "enwik8" or "text:PATH".
+    description, licence: texts of one line each. readers: for each split ("train", "validation", perhaps "test"), a
+    function without arguments that reads and returns its documents. `documents` calls only the function of the split
+    that it is asked for, so a split can be read although the files of another are missing.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits."""
+        """The names of the splits, "train" and "validation", and "test" if there is one."""
         return tuple(self.readers)
 
     def documents(self, split: str) -> Documents:
@@ -54,8 +54,9 @@ class Corpus:
 def contiguous(read: Reader, percent: Percent) -> dict[str, Reader]:
     """Divide a text into consecutive splits by numbers of characters; return the reader of each split, by name.
 
-    read: returns the documents of the whole text, in order; a document may be cut in two. percent: per cent of the
-    characters for train, validation and optionally test; the sum is 100.
+    The text is the documents of `read` one after another, and a document may be cut in two. A reader is a function
+    without arguments that returns the documents of its split. read: returns all documents, in order; it is called once.
+    percent: per cent of the characters for train, validation and optionally test, in this order; the sum is 100.
     """
     read = cache(read)
     ends = [sum(percent[: i + 1]) for i in range(len(percent))]
@@ -80,9 +81,10 @@ def _between(documents: Documents, start: int, end: int) -> Iterable[str]:
 def by_hash(read: Reader, percent: Percent = (90, 5, 5)) -> dict[str, Reader]:
     """Divide documents into splits by the SHA-256 of their text; return the reader of each split, by name.
 
-    A document's split depends on its text alone: adding documents moves none, and equal documents stay together. read:
-    returns all documents. percent: expected per cent of the documents for train, validation and optionally test; the
-    sum is 100.
+    A document's split depends on its text alone: adding documents moves none, and equal documents stay together. A
+    reader is a function without arguments that returns the documents of its split. read: returns all documents; it is
+    called once. percent: expected per cent of the documents for train, validation and optionally test, in this order;
+    the sum is 100.
     """
     read = cache(read)
 
@@ -109,10 +111,11 @@ def _bucket(document: str) -> Fraction:
 
 
 def parse_percent(text: str, where: str) -> tuple[Fraction, ...]:
-    """Parse shares such as "80-10-10" or "99.5-.5" of train, validation and optionally test, as exact fractions of 100.
+    """Parse per cent such as "80-10-10" or "99.5-.5" of train, validation and optionally test, as exact fractions.
 
-    text: per cent with at most two decimals, separated by "-". where: the name shown in errors. Raises ValueError
-    unless these are two or three positive numbers with the sum 100.
+    The result has one `Fraction` for each number, and their sum is 100. text: per cent with at most two decimals,
+    separated by "-". where: the name shown in errors. Raises ValueError unless these are two or three positive numbers
+    with the sum 100.
     """
     parts = text.split("-")
     shares = tuple(Fraction(part) for part in parts if re.fullmatch(r"[0-9]+|[0-9]*\.[0-9]{1,2}", part))

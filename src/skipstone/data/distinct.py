@@ -31,7 +31,9 @@ Grams = NDArray[np.uint64]
 def distinct(corpus: Corpus) -> Corpus:
     """Return a copy of the corpus without the passages that nearly repeat in a later split (train < validation < test).
 
-    A passage of about 2,000 characters is dropped if more than a third of its runs of 13 words occur in a later split.
+    A passage is about 2,000 characters that end at a line end. It is dropped if more than a third of its runs of 13
+    words occur anywhere in the later splits; the last split stays whole. The copy reads the text when its documents are
+    asked for.
     """
     splits = [split for split in SPLITS if split in corpus.readers]
     readers = {split: cache(partial(_kept, corpus, split, splits[i + 1 :])) for i, split in enumerate(splits)}
@@ -54,7 +56,8 @@ def _kept(corpus: Corpus, split: str, later: Sequence[str]) -> Documents:
 def drop_copies(documents: Iterable[str], known: Grams) -> Iterator[str]:
     """Yield documents without the passages of which more than a third of the runs of 13 words are known.
 
-    known: hashes of known runs (`grams`), sorted. Documents of which nothing is left are not yielded.
+    documents: the texts, which are cut into passages of about 2,000 characters at line ends. known: hashes of the known
+    runs, as `grams` returns them, sorted. Documents of which nothing is left are not yielded.
     """
     for document in documents:
         kept = [passage for passage in passages(document) if share_known(grams(passage), known) <= MOST]
@@ -63,7 +66,10 @@ def drop_copies(documents: Iterable[str], known: Grams) -> Iterator[str]:
 
 
 def share_known(found: Grams, known: Grams) -> float:
-    """Return the share of the hashes `found` that are in `known` (sorted), from 0 to 1; 0 if either is empty."""
+    """Return the share of the hashes `found` that occur in `known`, from 0 to 1; 0 if either array is empty.
+
+    Both are uint64 [N]; `known` must be sorted.
+    """
     if not len(found) or not len(known):
         return 0.0
     at = np.minimum(np.searchsorted(known, found), len(known) - 1)

@@ -22,8 +22,9 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np.float64]:
     """Return uniform random numbers in [0, 1), float64 [R, columns], functions of seed, stream, row and column.
 
-    Any row can thus be drawn alone, in any order. seed, stream: two numbers that select the draws; different streams of
-    a seed are independent. rows: R row indices, int, or a single one. columns: numbers per row.
+    Any row can therefore be drawn alone, in any order. seed, stream: two numbers that select the draws; different
+    streams of a seed are independent. rows: int [R], the indices of the rows to draw, or one index (R = 1). columns:
+    numbers per row.
     """
     key = np.array([seed], np.uint64)
     for counter in (np.array([stream], np.uint64), np.asarray(rows, np.uint64).reshape(-1, 1), np.arange(columns)):
@@ -34,7 +35,8 @@ def uniform(seed: int, stream: int, rows: ArrayLike, columns: int) -> NDArray[np
 def integers(seed: int, stream: int, rows: ArrayLike, columns: int, below: int) -> NDArray[np.int64]:
     """Return uniform random integers in [0, below), int64 [R, columns], functions of seed, stream, row and column.
 
-    seed, stream: two numbers that select the draws; different streams of a seed are independent. rows: R row indices,
-    int, or a single one. columns: numbers per row. below: the upper bound, exclusive, at most about 2^53.
+    seed, stream: two numbers that select the draws; different streams of a seed are independent. rows: int [R], the
+    indices of the rows to draw, or one index (R = 1). columns: numbers per row. below: the upper bound, exclusive, at
+    most about 2^53.
     """
     return (uniform(seed, stream, rows, columns) * below).astype(np.int64)

@@ -46,8 +46,8 @@ class Encoded:
 def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Encoded:
     """Encode documents and concatenate them with an eos token between two of them.
 
-    Special tokens written in a text ("<eos>") are encoded as ordinary text. Raises ValueError if there are several
-    documents and the tokenizer has no eos token.
+    documents: the texts of one split. Special tokens written in a text ("<eos>") are encoded as ordinary text. Raises
+    ValueError if there are several documents and the tokenizer has no eos token.
     """
     eos = tokenizer.eos_token_id
     if eos is None and len(documents) > 1:
@@ -72,10 +72,11 @@ def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
 
 
 def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """Yield the token ids of each document as an array of `dtype`, without special tokens.
+    """Yield the token ids of each document as an array [N] of `dtype`, without special tokens.
 
-    documents: read one batch at a time, so that they may be a stream. For byte and character tokenizers, a table lookup
-    in NumPy gives the same ids about 10 times as fast as the tokenizer.
+    Special tokens that are written in a text are encoded as ordinary text. documents: they are read in batches, so they
+    may be a stream. For byte and character tokenizers, a table lookup in NumPy gives the same ids about 10 times as
+    fast as the tokenizer.
     """
     kind, table = _simple(tokenizer)
     if kind == "byte":
@@ -156,10 +157,10 @@ def _char_table(state: PlainDict) -> NDArray[np.uint32] | None:
 
 
 def text_bytes(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, tokens: int) -> int:
-    """Return how many UTF-8 bytes of text the first `tokens` tokens encode; an eos counts 0.
+    """Return how many UTF-8 bytes of text the first `tokens` tokens of a split encode; an eos counts 0.
 
-    tokenizer: the tokenizer that encoded the text. encoded: the split. If the last document is cut, the tokens of its
-    part are decoded to count their bytes.
+    tokenizer: the tokenizer that encoded the split. encoded: the split. tokens: a number of tokens, which may end
+    within a document; the tokens of that document are then decoded to count their bytes.
     """
     ends = np.append(encoded.document_starts[1:], len(encoded.ids))
     whole = int(np.searchsorted(ends, tokens, side="right"))

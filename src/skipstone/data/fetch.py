@@ -32,9 +32,9 @@ class SourceFile:
 
     path: its path below the data folder, such as `enwik8/enwik8`. size: its size in bytes. sha256: its hash in
     lower-case hexadecimal. url: its address; None means that it cannot be downloaded. member: the name of the file in
-    the zip archive at `url`; None means that `url` is the file itself. download_size: size of that archive in bytes.
-    system: absolute paths where system packages install the file. hint: what the user can do if the file is missing. A
-    size or hash that is None is not checked.
+    the zip archive at `url`; None means that `url` is the file itself. download_size: size of that archive in bytes;
+    not used without `member`. system: absolute paths where system packages install the file. hint: what the user can do
+    if the file is missing. A size or hash that is None is not checked.
     """
 
     path: str
@@ -61,7 +61,11 @@ def cache_folder() -> Path:
 
 
 def places(source: SourceFile) -> list[Path]:
-    """Return every path at which a file is looked for, in order: $SKIPSTONE_DATA, the cache folder, system folders."""
+    """Return every path at which a file is looked for, in the order in which they are tried.
+
+    The order is: below the folder SKIPSTONE_DATA (if this environment variable is set), below the cache folder, and the
+    system paths of `source`. The files need not exist.
+    """
     data = os.environ.get("SKIPSTONE_DATA")
     roots = ([Path(data).expanduser()] if data else []) + [cache_folder()]
     return [root / source.path for root in roots] + [Path(path) for path in source.system]

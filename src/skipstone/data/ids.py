@@ -14,8 +14,9 @@ Ids: TypeAlias = NDArray[np.unsignedinteger[Any]]
 class Stitched:
     """Several arrays of token ids presented as one long array; only the parts that are indexed are read.
 
-    parts: the arrays, one after another. ends, starts: int64, the index after the last and of the first id of each
-    part. `x[slice]` and `x[integer array]` return copies.
+    parts: the arrays, of one dtype. starts, ends: int64 [parts], for each part the index of its first id in the long
+    array and the index after its last. `len(x)` is the number of ids. `x[slice]` and `x[integer array]` return copies;
+    negative integers are not supported.
     """
 
     def __init__(self, parts: Sequence[Ids]) -> None:

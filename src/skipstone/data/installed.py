@@ -56,10 +56,10 @@ def _stdlib_and(packages: tuple[str, ...]) -> Documents:
 def python_code(argument: str) -> Corpus:
     """Return the corpus of all installed Python packages, in which every package belongs to one split as a whole.
 
-    Each .py file is a document. Packages are assigned in the order of the SHA-256 of their names: those of at most 2.5
-    MB to test until it has 5 MB, then those of at most 1 MB to validation until it has 2 MB, and all others to train.
-    The standard library belongs to train. A package contributes at most 8 MB. Skipstone is left out. argument: not
-    used.
+    Each .py file is a document. Packages are assigned one by one, in the order of the SHA-256 of their names: to test
+    if the package has at most 2.5 MB and test has less than 5 MB, else to validation if the package has at most 1 MB
+    and validation has less than 2 MB, else to train. The standard library belongs to train. A package contributes at
+    most 8 MB. Skipstone is left out. argument: not used.
     """
     assigned = cache(_by_package)
     return Corpus(
@@ -128,9 +128,10 @@ def package_folder(name: str) -> Path:
 
 
 def sources(folder: Path) -> Documents:
-    """Return the text of the .py files below a folder, ordered by path; files that are not UTF-8 are left out.
+    """Return the text of each .py file below a folder, as a tuple ordered by path.
 
-    Raises FileNotFoundError if there is none: some Python distributions contain compiled files only.
+    Files that are not UTF-8, and folders called site-packages, dist-packages and __pycache__, are left out. Raises
+    FileNotFoundError if there is no file left: some Python distributions contain compiled files only.
     """
     documents = tuple(text for path in _python_files(folder) if (text := _utf8(path)) is not None)
     if not documents:

@@ -37,11 +37,12 @@ PLACE_STREAMS, SPAN_STREAM = 64, 32  # far from the streams from which windows a
 class MixedWindows(RowDataset):
     """A dataset of text windows, half of which contain a span of 32 tokens from the synthetic task Switched-S3.
 
-    The depth that a span's tokens need is known; for text tokens it is not (`difficulty` is -2). text: the windows.
-    first_id: id of the first of the span's 15 tokens, which follow the text's vocabulary. seed, stream: row i is a
-    function of the text's row i and of (seed, stream, i); streams separate training from validation. Targets are in
-    `shift_labels`, aligned with the inputs, and in `labels`, one place later. Raises ValueError for a context of fewer
-    than 34 tokens.
+    Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same targets
+    one place later; and difficulty, the depth that a token of a span needs (-1 for its fillers and switches, -2 for all
+    tokens of the text, whose depth is not known). text: the windows. first_id: id of the first of the span's 15
+    symbols, whose ids follow the text's vocabulary. seed, stream: row i is a function of row i of the text and of
+    (seed, stream, i); streams separate training from validation. Raises ValueError for a context of fewer than 34
+    tokens.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
@@ -77,7 +78,7 @@ class MixedWindows(RowDataset):
     def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which of the rows `index_B` contain a span of Switched-S3, bool [B].
 
-        A row that is shorter than the context never does.
+        A row of evaluation text that is shorter than the context has none.
         """
         drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
         lengths_B = self.lengths(index_B)
@@ -85,7 +86,7 @@ class MixedWindows(RowDataset):
 
     @property
     def num_labels(self) -> int:
-        """The number of predictions in all rows: the text's, minus one per span. Only for evaluation windows.
+        """The number of predictions in all rows, for evaluation windows only: that of the text, minus one per span.
 
         The token before a span has no target, because the first token of a span is random.
         """
@@ -113,7 +114,8 @@ class MixedWindows(RowDataset):
 def with_spans(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the 15 symbols of Switched-S3 to the tokenizer as tokens, unless it has them; return the id of the first.
 
-    Their ids are consecutive. Raises ValueError if the tokenizer has one of these tokens at another place.
+    The tokenizer is changed in place, and the ids of the symbols are consecutive. Raises ValueError if the tokenizer
+    already has one of these tokens at another place.
     """
     names = [f"<{name}>" for name in NAMES]
     tokenizer.add_special_tokens({"extra_special_tokens": names}, replace_extra_special_tokens=False)

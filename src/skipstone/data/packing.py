@@ -61,12 +61,13 @@ class _Windows(RowDataset):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RandomWindows(_Windows):
-    """A dataset of training rows: windows at uniformly random places of the text, row i a function of (seed, i).
+    """A dataset of training rows: windows at uniformly random places of the text, and row i is a function of (seed, i).
 
     Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
-    the token. ids: token ids of the split. context: tokens per row, T. document_starts: index of each document's first
-    token, for rows with document_ids and position_ids; None means rows without these fields. There are no epochs.
-    Raises ValueError if `ids` is shorter than a row.
+    the token. ids: token ids of the split. context: tokens per row, T. document_starts: int64 [D], the index of each
+    document's first token; with it, rows also have document_ids and position_ids, int64 (T,), which count from 0 in
+    each row and in each document of a row; None means rows without these fields. There are no epochs. Raises ValueError
+    if `ids` is shorter than a row.
     """
 
     seed: int
@@ -86,11 +87,12 @@ class RandomWindows(_Windows):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowsOnce(_Windows):
-    """A dataset of training rows that reads no token twice: windows side by side, in an order shuffled by `seed`.
+    """A dataset of training rows that reads no token twice: adjacent windows, in an order shuffled by `seed`.
 
-    rows: number of rows. ids: token ids of the split. context: tokens per row. document_starts: index of each
-    document's first token, for rows with document_ids and position_ids; None means rows without these fields. Raises
-    ValueError if `rows` is larger than the number of windows.
+    Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
+    the token. rows: number of rows. ids: token ids of the split. context: tokens per row, T. document_starts: int64
+    [D], the index of each document's first token, for rows with document_ids and position_ids; None means rows without
+    these fields. Raises ValueError if `rows` is larger than the number of windows.
     """
 
     seed: int
@@ -105,7 +107,10 @@ class WindowsOnce(_Windows):
 
     @property
     def count(self) -> int:
-        """The number of windows of `context` tokens that fit side by side into `ids`."""
+        """The number of adjacent windows of `context` tokens in `ids`.
+
+        Tokens after the last whole window are in no row.
+        """
         return len(self.ids) // self.context
 
     @cached_property
@@ -120,9 +125,10 @@ class WindowsOnce(_Windows):
         return self._orders[time]
 
     def nth(self, place_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the index of the first token of the windows at these places of the shuffled order, int64 [B].
+        """Return the index in `ids` of the first token of each of B windows, int64 [B].
 
-        place_B: 0 is the first window read; after the last one, all windows follow again in another order.
+        place_B: int64 [B], the places of the windows in the reading order. 0 is the window read first; after the last
+        one, all windows follow again in another order.
         """
         start_B = np.zeros_like(place_B)
         for time in np.unique(place_B // self.count):
@@ -144,10 +150,11 @@ class CoveringWindows(_Windows):
     """A dataset of evaluation rows: consecutive windows, each beginning with the last token of the one before.
 
     Together they predict every token exactly once, except for the first one and, if `document_starts` is given, the
-    first one of each document. The last row may be shorter; `collate` pads it. rows: number of rows; fewer than are
-    needed cover the beginning of the text. ids: token ids of the split. context: tokens per row. document_starts: index
-    of each document's first token, for rows with document_ids and position_ids; None means rows without these fields.
-    Raises ValueError for fewer than two tokens, or more rows than are needed.
+    first one of each document. Rows have input_ids and labels, int64 (T,); labels are -100 where nothing in the row
+    predicts the token. The last row may be shorter; `collate` pads it. rows: number of rows; if it is smaller than
+    needed, only the beginning of the text is covered. ids: token ids of the split. context: tokens per row.
+    document_starts: int64 [D], the index of each document's first token, for rows with document_ids and position_ids;
+    None means rows without these fields. Raises ValueError for fewer than two tokens, or more rows than are needed.
     """
 
     def __post_init__(self) -> None:

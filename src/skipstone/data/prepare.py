@@ -40,15 +40,16 @@ EVALUATION_SEED = 0  # all runs are evaluated on the same synthetic rows, whatev
 class PreparedData:
     """The datasets of a run, with their tokenizer and counts.
 
-    config: the configuration they were made from. description: one line about the corpus. train: training rows, to be
-    read in order (a sequential sampler), because row i is already a random draw; `dataclasses.replace(train, rows=n)`
-    sets their number; None if not requested. validation: rows that predict every token of the split once
-    (`CoveringWindows`), or synthetic rows that are the same for every seed. tokenizer: None for synthetic tasks.
-    vocab_size: all ids are below it. pad_id: the id with which `collate` pads. validation_labels: number of predictions
-    in all rows of `validation`. validation_bytes: UTF-8 bytes of the text that these rows cover, for bits per byte =
-    summed loss in nats / ln 2 / validation_bytes (losses on eos tokens count, which have no bytes); None for synthetic
-    tasks and mixed corpora. fingerprint: SHA-256 of all token ids, or of the manifests of shards, by which a resumed
-    run recognises its data; None for synthetic tasks and without training rows.
+    config: the configuration that the datasets were made from. description: one line about the corpus. train: training
+    rows, to be read in order (a sequential sampler), because row i is already a random draw;
+    `dataclasses.replace(train, rows=n)` sets their number; None if training rows were not requested. validation: rows
+    that predict every token of the split once (`CoveringWindows`), or synthetic rows that are the same for every seed.
+    tokenizer: None for synthetic tasks. vocab_size: number of ids; all ids are below it. pad_id: the id with which
+    `collate` pads. validation_labels: number of predictions in all rows of `validation`. validation_bytes: UTF-8 bytes
+    of the text that these rows cover, for bits per byte = summed loss in nats / ln 2 / validation_bytes (losses on eos
+    tokens count, which have no bytes); None for synthetic tasks and mixed corpora. fingerprint: SHA-256 of all token
+    ids, or of the manifests of shards, by which a resumed run recognises its data; None for synthetic tasks and without
+    training rows.
     """
 
     config: DataConfig
@@ -63,9 +64,10 @@ class PreparedData:
     fingerprint: str | None = None
 
     def collate(self, items: Sequence[Row]) -> Row:
-        """Stack rows into a batch, padded with `pad_id`; for DataLoader or Trainer. See `rows.collate`.
+        """Stack rows into a batch, padded with `pad_id`; for DataLoader or Trainer.
 
-        items: rows of `train` or `validation`.
+        items: B rows of `train` or `validation`, dicts of int64 tensors (T,). The result has the same keys with tensors
+        (B, T), T being that of the longest row, and `attention_mask` (1 for real tokens) if any row was padded.
         """
         return rows.collate(items, self.pad_id)
 
@@ -80,9 +82,9 @@ def prepare(
     """Load, tokenise and cut the data of a run into rows.
 
     config: the data to load. tokenizer: a tokenizer to use instead of the one that `config` names, such as a saved
-    run's. train: whether to load training rows; if False, the training split may be missing. split: which split becomes
-    `validation`: "validation" or "test". Raises ValueError or FileNotFoundError for unknown names, missing files, and
-    corpora that are too small for one row.
+    run's. train: whether to load training rows; if False, the training split may be missing. split: the split whose
+    rows become `validation` in the result: "validation" or "test". Raises ValueError or FileNotFoundError for unknown
+    names, missing files, and corpora that are too small for one row.
     """
     entry, _ = find_entry(config.corpus)
     if entry.kind == "synthetic":

@@ -58,7 +58,8 @@ GCIDE = SourceFile(
 def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
     """Return the corpus tiny-shakespeare, one continuous text, cut into 90 % train and 10 % validation by default.
 
-    argument: another division in per cent, such as "80-10-10"; "" means the default. source: the file to read.
+    argument: another division in per cent, such as "80-10-10"; "" means the default. Raises ValueError if it is not
+    such a division. source: the file to read.
     """
     percent = parse_percent(argument or "90-10", "corpus tiny-shakespeare")
     return Corpus(
@@ -72,7 +73,7 @@ def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
 def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corpus:
     """Return the corpus WikiText-2: word-tokenised text with `<unk>` for rare words, one document per split.
 
-    argument: unused. sources: the file of each split.
+    argument: not used. sources: the file of each split ("train", "validation", "test").
     """
     return Corpus(
         name="wikitext-2",
@@ -85,8 +86,8 @@ def wikitext_2(argument: str, sources: dict[str, SourceFile] = WIKITEXT) -> Corp
 def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = ENWIK8_CUTS) -> Corpus:
     """Return the corpus enwik8, cut into train, validation and test at 90 and 95 million of its 100 million bytes.
 
-    A character across a cut belongs to the later split. argument: unused. source: the file to read. cuts: the positions
-    in bytes.
+    A character that lies across a cut belongs to the later split. argument: not used. source: the file to read. cuts:
+    the two positions at which to cut, in bytes.
     """
     spans = {"train": (0, cuts[0]), "validation": cuts, "test": (cuts[1], None)}
     return Corpus(
@@ -100,7 +101,8 @@ def enwik8(argument: str, source: SourceFile = ENWIK8, cuts: tuple[int, int] = E
 def gcide(argument: str, source: SourceFile = GCIDE) -> Corpus:
     """Return the GCIDE dictionary as a corpus: each entry is a document, assigned to a split by the hash of its text.
 
-    So every letter of the alphabet is in every split. argument: unused. source: the file to read.
+    The splits have about 90, 5 and 5 % of the entries, and every letter of the alphabet is in each. argument: not used.
+    source: the file to read.
     """
     return Corpus(
         name="gcide",

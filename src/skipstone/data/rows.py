@@ -47,7 +47,10 @@ class RowDataset(Dataset[Row]):
         """
 
     def lengths(self, index_B: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Return the numbers of tokens of the rows with the indices `index_B`, int64 (B,); None if all have T."""
+        """Return the numbers of tokens of the rows with the indices `index_B`, int64 (B,).
+
+        None means that all rows have the same number of tokens.
+        """
         return None
 
     def __len__(self) -> int:

@@ -42,9 +42,10 @@ AGAIN = "make the shards again with skipstone prepare"
 class Shard:
     """One shard as the manifest describes it: a file with token ids and a file with the documents' start positions.
 
-    name: the name of both files, without suffix. tokens, documents: how many tokens and documents the shard has. bytes:
-    the number of UTF-8 bytes of its text. sha256: hash of the file with token ids. documents_sha256: hash of the file
-    with document starts.
+    name: the name of both files without their suffixes, .tokens and .documents. tokens, documents: how many tokens and
+    documents the shard has. bytes: the number of UTF-8 bytes of its text. sha256: SHA-256 of the file with token ids,
+    in hexadecimal. documents_sha256: that of the file with document starts. Raises ValueError for a name with a path in
+    it, and for numbers out of range.
     """
 
     name: str
@@ -66,10 +67,11 @@ class Shard:
 class Manifest:
     """The description of a folder of shards, stored in its manifest.json.
 
-    format_version: version of the file format. settings: arguments of `write_shards`. tokenizer_sha256: hash of
-    tokenizer.json. vocab_size: number of ids. dtype: the dtype of the ids, "uint16" or "uint32". splits: the shards of
-    each split, in order. tokenizer_files: SHA-256 of every file of the tokenizer by name; empty in manifests of earlier
-    releases.
+    format_version: version of the file format. settings: the arguments of `write_shards` by name (source, field, split,
+    shard_tokens, tokenizer), and `size`, the bytes of the files read. tokenizer_sha256: SHA-256 of
+    tokenizer/tokenizer.json, in hexadecimal. vocab_size: number of ids. dtype: the dtype of the ids, "uint16" or
+    "uint32". splits: the shards of each split, in order. tokenizer_files: SHA-256 of every file of the tokenizer by
+    name; empty in manifests of earlier releases.
     """
 
     format_version: int
@@ -92,8 +94,8 @@ class Manifest:
 class ShardSet:
     """An opened folder of shards.
 
-    folder: its path. manifest: its parsed manifest. sha256: hash of its manifest file, which in turn contains the
-    hashes of all other files.
+    folder: its path. manifest: its parsed manifest. sha256: SHA-256 of manifest.json, which in turn contains the hashes
+    of all other files.
     """
 
     folder: Path
@@ -101,7 +103,10 @@ class ShardSet:
     sha256: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer with which the shards were made."""
+        """Load the tokenizer with which the shards were made, from the subfolder `tokenizer`.
+
+        Raises ValueError if its files cannot be read.
+        """
         return load_saved(self.folder / TOKENIZER)
 
     def encoded(self, split: str) -> Encoded:
@@ -162,7 +167,9 @@ def _manifest(values: Any) -> Manifest:
 def open_sources(folder: Path) -> dict[str, ShardSet]:
     """Open a folder of shards, or a folder that contains several such folders; return them by folder name.
 
-    Raises what `open_shards` raises, and ValueError if they were made with different tokenizers.
+    Manifests are read and the files of the tokenizers checked, but no token ids are read. Raises FileNotFoundError if
+    there is no such folder or it has no manifest, and ValueError for a manifest in another format, a tokenizer file
+    that differs from the manifest, and folders made with different tokenizers.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"corpus shards:FOLDER: there is no folder {str(folder)!r}")
@@ -177,9 +184,9 @@ def open_sources(folder: Path) -> dict[str, ShardSet]:
 
 
 def fingerprint(sets: Mapping[str, ShardSet]) -> str:
-    """Return one SHA-256 over the names and manifests of all sources, in hexadecimal.
+    """Return one SHA-256 over the names and manifests of all folders of shards, in hexadecimal.
 
-    sets: the opened folders of shards, by name.
+    sets: the opened folders by name; their order does not matter.
     """
     return hashlib.sha256("".join(f"{name} {sets[name].sha256}\n" for name in sorted(sets)).encode()).hexdigest()
 

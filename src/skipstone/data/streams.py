@@ -22,10 +22,10 @@ ONE_BY_ONE = "documents"
 class Source:
     """Documents to be read one after another, as a stream for each split or as a single stream without splits.
 
-    streams: by split, a function without arguments that begins reading and returns an iterator; a single stream has the
-    key "", and is divided into splits by the hash of each document's text. size: bytes of the files that are read; None
-    if unknown. unit: what progress is counted in, "documents" or "bytes of JSON". total: how many of these there are;
-    None if unknown.
+    streams: for each split, a function without arguments that begins reading and returns an iterator of texts. A single
+    stream has the key ""; callers divide it into splits by the hash of each document's text. size: bytes of the files
+    that are read; None if unknown. unit: the unit in which progress is counted, "documents" or "bytes of JSON". total:
+    the number of these units in all; None if unknown.
     """
 
     streams: Mapping[str, Callable[[], Iterator[str]]]
@@ -38,8 +38,9 @@ def open_source(name: str, field: str | None = None) -> Source:
     """Open a corpus for reading one document after another, for text that does not fit into memory.
 
     name: `jsonl:PATH` or `hf:...` are streamed; any other text corpus of the registry is read as a whole, with its own
-    splits. field: the field of a JSON object or dataset row that contains the text; None means "text" (of a dataset
-    also its only column of strings). Raises ValueError or FileNotFoundError for what cannot be read.
+    splits. field: the field of a JSON object or dataset row that contains the text; None means "text", or the only
+    column of strings of a dataset that has no "text". Raises ValueError for a field with any other corpus, and
+    ValueError or FileNotFoundError for a corpus that cannot be found or read.
     """
     head, _, argument = name.partition(":")
     if head == "jsonl":

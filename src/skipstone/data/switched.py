@@ -69,9 +69,10 @@ class SwitchedS3(RowDataset):
 
 
 def operations(input_BT: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which tokens are operations, bool (B, T): symbols whose last switch before them is `on`.
+    """Return which tokens of `SwitchedS3` rows are operations, bool (B, T).
 
-    input_BT: token ids of `SwitchedS3`; every row begins with a switch.
+    These are the symbols after a switch `on` and before the next `off`; switches themselves are none. input_BT: token
+    ids, int64 (B, T); every row begins with a switch.
     """
     switch_BT = input_BT < FIRST_ELEMENT
     last_BT = np.maximum.accumulate(np.where(switch_BT, np.arange(input_BT.shape[1]), 0), axis=1)

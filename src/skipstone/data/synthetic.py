@@ -107,10 +107,11 @@ def solve(
 
 
 def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
-    """Return rows with these ids, targets and difficulties, int64 (B, T) each, as a dict for a dataset.
+    """Return rows with these ids, targets and difficulties as a dict of int64 arrays (B, T).
 
-    input_BT: token ids. difficulty_BT: the tokens' difficulties. target_BT: the target of the logits at the same place,
-    which becomes `shift_labels`. `labels` has the same targets one place later, as models that shift labels expect.
+    Its keys are input_ids, shift_labels, labels and difficulty. input_BT: token ids. target_BT: the target of the
+    logits at the same place, which becomes shift_labels; labels has the same targets one place later, as models that
+    shift labels expect, and begins with -100. difficulty_BT: the tokens' difficulties.
     """
     labels_BT = np.full_like(target_BT, IGNORE)
     labels_BT[:, 1:] = target_BT[:, :-1]

@@ -27,7 +27,10 @@ TRAINED_ON = 1 << 22  # characters of the training text from which merges are le
 
 
 def check_spec(spec: str) -> None:
-    """Raise ValueError unless `spec` is `char`, `byte`, `bpe:SIZE` or `pretrained:NAME_OR_PATH`."""
+    """Raise ValueError unless `spec` is `char`, `byte`, `bpe:SIZE` or `pretrained:NAME_OR_PATH`.
+
+    SIZE is a number of ids from 258 to 65,536; NAME is the name of a repository on the Hugging Face hub.
+    """
     if spec in ("char", "byte") or (spec.startswith("pretrained:") and spec != "pretrained:"):
         return
     if spec.startswith("bpe:"):
@@ -52,14 +55,14 @@ def needs_text(spec: str) -> bool:
 
 
 def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase:
-    """Build the tokenizer that `spec` names.
+    """Build the tokenizer that `spec` names: `char`, `byte`, `bpe:SIZE` or `pretrained:NAME_OR_PATH`.
 
     `char`: one id for every character of the corpus's train and validation text, by code point from 0, then `<unk>`,
     `<eos>`, `<pad>`; unseen characters become `<unk>`. `byte`: ids 0 to 255 are the bytes of UTF-8, 256 is `<eos>`, 257
     is `<pad>`; it represents any text. `bpe:SIZE`: the 256 bytes, then the pairs that byte-level BPE merges in the
     corpus's train text, then `<eos>` and `<pad>`; at most SIZE ids, fewer for short texts; it represents any text, too.
     `pretrained:NAME_OR_PATH`: the tokenizer as published, without additions. corpus: needed for `char` and `bpe:SIZE`
-    only. Raises ValueError for another spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
+    only. Raises ValueError for any other spec, FileNotFoundError if a pretrained tokenizer cannot be loaded.
     """
     check_spec(spec)
     if spec == "char":
@@ -75,7 +78,8 @@ def build_tokenizer(spec: str, corpus: Corpus | None) -> PreTrainedTokenizerBase
 def char_tokenizer(characters: set[str]) -> PreTrainedTokenizerBase:
     """Build a tokenizer with one id per character, in the order of code points, then `<unk>`, `<eos>` and `<pad>`.
 
-    characters: the vocabulary. It is a BPE without merges, which is faster than splitting by a pattern.
+    characters: the characters that get an id. The tokenizer is a BPE without merges, which is faster than splitting by
+    a pattern.
     """
     from tokenizers import Tokenizer, decoders, models
 
@@ -100,8 +104,8 @@ def bpe_tokenizer(documents: Iterable[str], size: int) -> PreTrainedTokenizerBas
     """Train a byte-level BPE tokenizer on documents and return it.
 
     documents: texts; only their first 4,194,304 characters (`TRAINED_ON`) are read. size: the largest number of ids,
-    `<eos>` and `<pad>` included. Text is split into words as GPT-2 does, and no merge crosses two words. Equal texts
-    give equal ids.
+    `<eos>` and `<pad>` included. Text is split into words as GPT-2 does, and no merge crosses two words. Training on
+    equal texts gives equal ids.
     """
     from tokenizers import Tokenizer
 

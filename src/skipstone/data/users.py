@@ -23,9 +23,10 @@ OWN_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"),
 def text(argument: str) -> Corpus:
     """Return the corpus `text:PATH`: a UTF-8 file, or all .txt files below a folder, each of which is a document.
 
-    Files are ordered by path. The text is cut into 90 % train and 10 % validation, unless the folder has train.txt and
-    validation.txt (or valid.txt, val.txt; optionally test.txt). argument: the PATH. Raises FileNotFoundError if there
-    is no such file.
+    Files are ordered by path. If the folder has train.txt and validation.txt (or valid.txt or val.txt), and optionally
+    test.txt, these are the splits, and other files are not read. Otherwise the whole text is cut into 90 % train and 10
+    % validation. argument: the PATH. Raises FileNotFoundError if there is no such file; reading raises ValueError for a
+    file that is not UTF-8.
     """
     files, path = _files("text", argument, ".txt"), Path(argument).expanduser()
     if path.is_dir():
@@ -65,7 +66,8 @@ def jsonl(argument: str) -> Corpus:
     """Return the corpus `jsonl:PATH`: JSON objects, one per line, whose field "text" is a document.
 
     argument: PATH, a file, or a folder with .jsonl or .jsonl.gz files. Documents are assigned to train, validation and
-    test by the hash of their text (90, 5 and 5 %). Raises FileNotFoundError if there is no such file.
+    test by the hash of their text (90, 5 and 5 %). Raises FileNotFoundError if there is no such file; reading raises
+    ValueError for a line without such a text.
     """
     files = jsonl_files(argument)
     return Corpus(
@@ -79,7 +81,7 @@ def jsonl(argument: str) -> Corpus:
 def jsonl_files(argument: str) -> list[Path]:
     """Return the file PATH, or all .jsonl and .jsonl.gz files below the folder PATH, ordered by path.
 
-    argument: PATH. Raises FileNotFoundError if there is none.
+    argument: PATH. Raises FileNotFoundError if there is no such file, and ValueError for a device or a pipe.
     """
     return _files("jsonl", argument, ".jsonl", ".jsonl.gz")
 
@@ -127,10 +129,11 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[str]:
 def huggingface(argument: str) -> Corpus:
     """Return a dataset of the Hugging Face hub, or of a local folder, as a corpus in which each row is a document.
 
-    argument: `NAME`, `OWNER/NAME`, `OWNER/NAME/CONFIG` or a folder. The text is the column "text" or the only column of
-    strings. The dataset's own splits are used; without a validation split, train is divided by the hash of the
-    documents (90, 5 and 5 %). The dataset is loaded at once, because its splits are not known before. Raises ValueError
-    or FileNotFoundError if it cannot be used.
+    argument: `NAME`, `OWNER/NAME`, `OWNER/NAME/CONFIG` or a folder. The text is the column "text" or, without one, the
+    only column of strings. The dataset's own splits are used; if it has none for validation, its train split is divided
+    by the hash of the documents (90 % train, 5 % validation and, unless the dataset has one, 5 % test). The dataset is
+    loaded at once, because its splits are not known before. Raises ValueError for a dataset without usable splits or
+    without the package `datasets`, FileNotFoundError if the dataset cannot be loaded.
     """
     if not argument:
         raise ValueError("corpus hf:NAME: the name of a dataset is missing")

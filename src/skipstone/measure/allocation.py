@@ -27,12 +27,12 @@ def measure_allocation(
 ) -> Allocation:
     """Measure how much compute groups of tokens received, and whether compute correlates with the loss of a token.
 
-    All tensors are [B, T] (rows, tokens), on the CPU. compute_BT: share of the blocks' computation that was executed
-    for each token, from 0 to 1. loss_BT: cross-entropy in nats of predicting the next token, NaN where there is no
-    target. ids_BT: token ids, int64. real_BT: bool, False for padding, which is left out. category_BT: int64, the kind
-    of each token's text as an index in `CATEGORIES` (letters, digits, signs, white space); None if unknown, which
-    leaves the groups by kind empty. Groups by frequency are quarters of the text, from its most frequent token ids to
-    its rarest; groups by position are eighths of the row.
+    All tensors are [B, T] (rows, tokens), on the CPU. compute_BT: for each token, the executed share of the blocks'
+    computation, from 0 to 1. loss_BT: cross-entropy in nats of predicting the next token, NaN where there is no target.
+    ids_BT: token ids, int64. real_BT: bool, False for padding, which is left out. category_BT: int64, the kind of each
+    token's text as an index in `CATEGORIES` (letters, digits, signs, white space); None if it is unknown, and the
+    result then has no groups by kind. Groups by frequency are quarters of the tokens, from those with the most frequent
+    ids to those with the rarest. Groups by position are eighths of the row. A group without tokens is left out.
     """
     position_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     compute_N, loss_N = compute_BT.double()[real_BT], loss_BT.double()[real_BT]

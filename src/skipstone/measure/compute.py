@@ -27,10 +27,11 @@ WHOLE = TokenCounts(kv_tokens=1.0, query_tokens=1.0)
 def compute_shares(blocks: Iterable[nn.Module], records: Sequence[Records]) -> Tensor:
     """Compute for each token the share of the blocks' matrix FLOPs that its forward pass executed.
 
+    The result is fp32 [B, T] (rows, tokens) in [0, 1] on the CPU: the FLOPs of the weight matrices of attention and MLP
+    that were multiplied for the token, over all blocks, divided by those of the same blocks without mechanisms.
+    Attention scores, embeddings, head and routers are not counted; a gate that only scales updates skips nothing.
     blocks: the model's blocks. records: their recorded decisions in the same order, a dict by mechanism name for each
-    block. Returns fp32 [B, T] (rows, tokens) in [0, 1] on the CPU. If no block recorded anything, B and T are unknown
-    and the result is the number 1 in shape [1, 1]. Attention scores, embeddings, head and routers are not counted; a
-    gate that only scales updates skips nothing.
+    block. If no block recorded anything, B and T are unknown, and the result is the number 1 in shape [1, 1].
     """
     if not any(records):  # nothing has decided anything; adding up all blocks would take longer than their step
         return torch.ones(1, 1)

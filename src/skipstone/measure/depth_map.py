@@ -29,10 +29,10 @@ ROWS = 8  # rows of a forward pass
 class Decisions:
     """The decisions of one mechanism of one block in a forward pass; all tensors are [B, T] (rows, tokens) on the CPU.
 
-    layer: index of the block. mechanism: its name within the block; None for a block without depth mechanisms, which
-    updates every token. score_BT: fp32, the router's score, which is compared with a threshold; NaN where the token did
-    not reach the mechanism because another one skipped it. weight_BT: fp32, factor on the block's update, 0 where the
-    token skips it. kept_BT: bool, whether the token gets the update.
+    layer: index of the block. mechanism: the mechanism's name within the block; None for a block without depth
+    mechanisms, which updates every token. score_BT: fp32, the router's score, which is compared with a threshold; NaN
+    where the token did not reach the mechanism because another one skipped it. weight_BT: fp32, the factor on the
+    update that the mechanism wraps, 0 where the token skips it. kept_BT: bool, whether the token gets that update.
     """
 
     layer: int
@@ -43,7 +43,7 @@ class Decisions:
 
 
 def read_decisions(blocks: Sequence[Block], records: Sequence[Records], shape: tuple[int, int]) -> list[Decisions]:
-    """Return the decisions of every depth mechanism in a forward pass, ordered by block and then by mechanism.
+    """Return the decisions of every depth mechanism in a forward pass, ordered by block, then mechanism.
 
     blocks: the model's blocks. records: what the pass recorded, a dict by mechanism name for each block. shape: rows
     and tokens per row (B, T) of the pass. A block without depth mechanisms gets one entry with mechanism None, all
@@ -77,9 +77,9 @@ def _decisions(layer: int, name: str, record: DepthRecord | None, shape: tuple[i
 class DepthMap:
     """The decisions and losses of B consecutive rows of T tokens: one part of a depth map, the table of a whole text.
 
-    first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: the decisions of all
-    mechanisms, as `read_decisions` returns them. loss_BT: fp32, cross-entropy in nats of predicting the token that
-    follows; NaN for the last token of the text.
+    first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: the decisions of
+    every mechanism of every block, ordered by block, with tensors [B, T]. loss_BT: fp32, cross-entropy in nats of
+    predicting the token that follows; NaN for the last token of the text.
     """
 
     first_row: int
@@ -88,10 +88,11 @@ class DepthMap:
     loss_BT: Tensor
 
     def lines(self, text_of: Callable[[int], str]) -> Iterator[tuple[object, ...]]:
-        """Yield one tuple for each token, block and mechanism, with values in the order of `token_trace.COLUMNS`.
+        """Yield one tuple for each token, block and mechanism, ordered by row, token and block.
 
-        These are: row, position in the row, text of the token, block index, mechanism name (or None), score, weight,
-        kept, loss. A score or loss that does not exist is None. text_of: returns the text of a token id.
+        The values of a tuple are: row, position in the row, text of the token, block index, mechanism name, score,
+        weight, kept, loss. The name is None for a block without depth mechanisms, and a score or loss that does not
+        exist is None. text_of: returns the text of a token id.
         """
         names = {i: text_of(i) for i in self.ids_BT.unique().tolist()}
         ids, losses = self.ids_BT.tolist(), _numbers(self.loss_BT)
@@ -116,11 +117,11 @@ def depth_maps(
 ) -> Iterator[DepthMap]:
     """Yield which blocks update each token of a text (its depth map), in parts of at most 8 rows.
 
-    ids: token ids of the text, cut into rows of `context` tokens; the last row may be shorter. done: called after each
-    part with the number of tokens processed so far. Decisions look at no later token and blocks are really skipped, as
-    in generation; a model that cannot decide this way decides with a view of the whole row, as in training. Noise on
-    router scores is off. Raises ValueError for an empty text, for a model that is not a Skipstone model, and for a
-    model whose decisions the caller has to provide.
+    model: runs as it is, on its own device. ids: token ids of the text, cut into rows of `context` tokens; the last row
+    may be shorter. done: called after each part with the number of tokens processed so far. Decisions look at no later
+    token and blocks are really skipped, as in generation; a model that cannot decide this way looks at the whole row,
+    as in training. Noise on router scores is off. Raises ValueError for an empty text, for a model that is not a
+    Skipstone model, and for a model whose decisions the caller has to provide.
     """
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")

@@ -68,9 +68,11 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
-    """Count how often the host needed a value or a shape from the device while `fn()` ran, by name of the operation.
+    """Count how often the device held up the host while `fn()` ran, by name of the operation.
 
-    fn: called once, without arguments. On a CPU nothing waits, but the same operations are counted.
+    The host waits when it needs a value from the device, or a shape that depends on such a value. Keys are names such
+    as "aten.nonzero.default". fn: called once, without arguments. On a CPU nothing waits, but the same operations are
+    counted.
     """
     with _Operations() as operations:
         fn()
@@ -93,10 +95,10 @@ def _counted(fn: Callable[[], object]) -> tuple[FlopCount, Counter[str]]:
 
 
 def kind_of(modules: set[str]) -> str:
-    """Return the kind of a matrix product, a key of `FlopCount.by_kind`, from the modules that are running.
+    """Return the kind of a matrix product (a key of `FlopCount.by_kind`) from the modules that are running.
 
-    modules: full names of the running modules, outermost to innermost in any order, such as
-    "model.layers.0.mlp.up_proj".
+    The kinds are "attention_linear", "attention_score", "mlp", "router", "head" and "other". modules: full names of the
+    modules whose forward is running, in any order, such as {"model.layers.0.mlp", "model.layers.0.mlp.up_proj"}.
     """
     parts = {name.rpartition(".")[2] for name in modules}
     if "self_attn" in parts:
@@ -109,15 +111,19 @@ def kind_of(modules: set[str]) -> str:
 
 
 def is_free(op: torch._ops.OpOverload) -> bool:
-    """Return whether an operation counts 0 FLOPs by convention: view, pointwise, reduction, or named in `FREE`."""
+    """Return whether an operation counts as 0 FLOPs: a view, pointwise, a reduction, or named in `FREE`.
+
+    op: an operation as torch dispatches it.
+    """
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
     return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)
 
 
 def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
-    """Return whether an operation makes the host wait: a value or shape depends on data, or data leaves the device.
+    """Return whether an operation makes the host wait for the device.
 
-    op: the dispatched operation. args: its positional arguments. out: its result.
+    It does if its result is a value for the host or has a shape that depends on data, and if it copies data from the
+    device to the CPU. op: the operation as torch dispatches it. args: its positional arguments. out: its result.
     """
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
@@ -245,10 +251,10 @@ class FlopCheck:
     """Forward FLOPs per token of a model on whole rows without a cache, as counted and as the cost model predicts them.
 
     Padding counts as tokens, because it is computed. counted: FLOPs of the operations that ran. predicted: what
-    `model.cost` derives for the recorded decisions. needed: the same, but without the padding that arises in a batch
-    where rows keep fewer tokens than the row that keeps most. dense: what `model.cost` derives for the same model
-    without mechanisms. syncs: mean number of times that a forward pass made the host wait for the device. unknown:
-    operations that ran but that the counter does not know; if there are any, `counted` is incomplete.
+    `model.cost` derives for the recorded decisions. needed: the same, but without the padding of rows that keep fewer
+    tokens than the row of the batch that keeps the most. dense: what `model.cost` derives for the same model without
+    mechanisms. syncs: mean number of times that a forward pass made the host wait for the device. unknown: operations
+    that ran but that the counter does not know; if there are any, `counted` is incomplete.
     """
 
     counted: float
@@ -260,7 +266,7 @@ class FlopCheck:
 
     @property
     def agree(self) -> bool:
-        """Whether counted and predicted FLOPs are equal up to rounding and no operation was unknown."""
+        """Whether counted and predicted FLOPs differ by at most a billionth, and no operation was unknown."""
         return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
 
     @property
@@ -273,8 +279,8 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
     """Count the FLOPs of a model's forward passes and compare them with the cost model's prediction.
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
-    `input_ids` [B, T] (rows, tokens). Each batch is run twice: for the FLOPs and host syncs, and for the records.
-    FLOPs are means over all tokens, syncs the mean over batches.
+    `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs and once to record
+    the decisions. FLOPs are means over all tokens, syncs the mean over batches.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()

@@ -35,10 +35,11 @@ class LossResult:
     """The losses of one kind of forward pass over all rows, and what the model's mechanisms did in it.
 
     nats: cross-entropy summed over all predictions, in double precision. predictions: number of tokens that have a
-    label. right: number of predictions whose most probable token is the label. summaries: the mechanisms' figures, by
-    layer. accuracy: share of correct predictions by bin of difficulty, as `Accuracy.by_bin` returns it; kinds: loss and
-    depth by kind of token, as `TokenKinds.result` returns them. Both are None unless the data state each token's
-    difficulty.
+    label. right: number of predictions whose most probable token is the label. summaries: the figures of the
+    mechanisms; `summaries.layers()` returns them by layer. accuracy: share of correct predictions by bin of difficulty
+    ("0-3", "4-7", "8-15", "16+") and over "all operations". kinds: for each of "operations", "fillers" and "text" that
+    occurs, "loss" in nats and "depth", the mean number of blocks that update a token. Both are None unless the data
+    state each token's difficulty.
     """
 
     nats: float
@@ -55,7 +56,7 @@ class LossResult:
 
     @property
     def perplexity(self) -> float:
-        """The perplexity, exp of the loss, capped at exp(700) because a double holds no more."""
+        """The perplexity, exp(loss); for a loss above 700 it is exp(700), because a double holds little more."""
         return math.exp(min(self.loss, 700.0))  # 700: the largest power that a double holds
 
     def bits_per_byte(self, num_bytes: int | None) -> float | None:
@@ -73,9 +74,9 @@ def measure_loss(
 
     model: should be in evaluation mode. forward: the kind of pass, which says how the model decides and executes.
     batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally
-    `difficulty`. Apart from rounding, no figure depends on how rows are batched. activations: whether to summarise
-    activation mechanisms such as PolyGLU, which takes about as long as the pass itself. Raises ValueError for a model
-    that is not a Skipstone model.
+    `difficulty`, int64 [B, T]. Apart from rounding, no figure depends on how rows are batched. activations: whether the
+    result has figures of activation mechanisms such as PolyGLU, which take about as long as the pass itself and are
+    therefore those of the first 64 rows. Raises ValueError for a model that is not a Skipstone model.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0
@@ -109,8 +110,8 @@ def measure_loss(
 def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, fp32 [B, T] (rows, tokens).
 
-    logits_BTV: [B, T, V] over the vocabulary. target_BT: int64, the token to predict; -100 where there is none: its
-    loss is 0.
+    logits_BTV: [B, T, V] over the vocabulary. target_BT: int64 [B, T], the token to predict; -100 where there is none,
+    and the loss there is 0.
     """
     flat = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED, reduction="none"
@@ -121,8 +122,8 @@ def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 class Accuracy:
     """Collects the accuracy of predicted operations by difficulty, on synthetic data that state it for each token.
 
-    Difficulty is the number of operations since the last reset of the state. Only tokens that are an operation are
-    counted; fillers, which a model just copies, are not.
+    Difficulty is the number of operations since the last reset of the state. Only tokens that are operations are
+    counted; fillers, which a model only copies, are not.
     """
 
     def __init__(self) -> None:
@@ -131,8 +132,8 @@ class Accuracy:
     def add(self, logits_BTV: Tensor, target_BT: Tensor, difficulty_BT: Tensor) -> None:
         """Add the predictions of one batch.
 
-        logits_BTV: [B, T, V], whose argmax is the prediction. target_BT: int64, the token to predict. difficulty_BT:
-        int64, negative for tokens that are not operations.
+        logits_BTV: [B, T, V], whose argmax is the prediction. target_BT: int64 [B, T], the token that the logits at the
+        same place should predict. difficulty_BT: int64 [B, T], negative for tokens that are not operations.
         """
         operation_BT = difficulty_BT >= 0
         columns = logits_BTV.argmax(-1), target_BT, difficulty_BT
@@ -140,9 +141,10 @@ class Accuracy:
         self._parts.append((guess, target, difficulty))
 
     def by_bin(self) -> dict[str, float]:
-        """Return the share of correct predictions by bin of difficulty and over "all operations"; nan without any.
+        """Return the share of correct predictions by bin of difficulty and over "all operations".
 
-        The bins are "0-3", "4-7", "8-15" and "16+" operations since the last reset.
+        The bins are "0-3", "4-7", "8-15" and "16+" operations since the last reset; the share of a bin without
+        operations is nan. At least one batch must have been added.
         """
         guess, target, difficulty = (torch.cat(column) for column in zip(*self._parts, strict=True))
         overall = float((guess == target).double().mean()) if len(guess) else math.nan
@@ -160,11 +162,12 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 
 
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
-    """Return (learned - dense) / (forced - dense) for each bin of difficulty, as `headroom_captured` does.
+    """Return (learned - dense) / (forced - dense) for each bin of difficulty.
 
-    learned: accuracies with the model's own router. dense: accuracies of a dense model. forced: accuracies with routing
-    by the known difficulty. All are dicts as `Accuracy.by_bin` returns them, with the keys "0-3", "4-7", "8-15", "16+"
-    and "all operations".
+    1 means that the model's router is as good as routing by the known difficulty, 0 that it gains nothing over a dense
+    model, nan that dense and forced are equal. learned: accuracies with the model's own router. dense: accuracies of a
+    dense model. forced: accuracies with routing by the known difficulty. These three and the result are dicts with the
+    keys "0-3", "4-7", "8-15", "16+" and "all operations".
     """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 
@@ -185,8 +188,8 @@ class TokenKinds:
         """Add the losses and records of one batch. Tensors are [B, T] (rows, tokens) on one device.
 
         nats_BT: loss of each prediction, 0 where there is no target. target_BT: token ids, -100 where there is no
-        target. records: decisions of the pass, a dict by mechanism name for each block. difficulty_BT: int64, as the
-        class describes. real_BT: bool, False for padding.
+        target. records: decisions of the pass, a dict by mechanism name for each block. difficulty_BT: int64, at least
+        0 for operations, -1 for fillers, lower for text. real_BT: bool, False for padding.
         """
         depth_BT, predicted_BT = depths(records, real_BT), target_BT != IGNORED
         masks = (difficulty_BT >= 0, difficulty_BT == -1, difficulty_BT < -1)
@@ -196,10 +199,10 @@ class TokenKinds:
             sums += torch.stack([part.double().sum().cpu() for part in parts])
 
     def result(self) -> dict[str, PlainDict]:
-        """Return loss and depth of each kind that occurs, of "operations", "fillers" and "text".
+        """Return loss and depth of each of the kinds "operations", "fillers" and "text" that occurs, by kind.
 
-        The values are {"loss": nats per prediction, None without predictions; "depth": mean number of blocks per
-        token}.
+        The values are dicts: "loss" is the cross-entropy in nats per prediction, None without predictions; "depth" is
+        the mean number of blocks that update a token.
         """
         found = {}
         for kind, sums in self._sums.items():
@@ -230,8 +233,10 @@ def measure_hard_mix(
 ) -> LossResult | None:
     """Measure the loss with each neuron's strongest activation alone, instead of its learned mix of activations.
 
-    forward: the kind of pass. batches: dicts of tensors on the model's device, with `input_ids` and `labels` or
-    `shift_labels`. Returns None for a model that does not mix activations. Activation mechanisms are not summarised.
+    forward: the kind of pass, which says how the model decides and executes. batches: dicts of tensors on the model's
+    device, with `input_ids` and `labels` or `shift_labels`. The result has no figures of activation mechanisms; it is
+    None for a model that does not mix activations. The temperatures of the mixes, which are lowered meanwhile, are
+    restored.
     """
     if not mixes_activations(model):
         return None
@@ -248,8 +253,8 @@ def mixes_activations(model: SkipstoneForCausalLM) -> bool:
 def hard_mix(model: SkipstoneForCausalLM) -> Iterator[None]:
     """Make every MLP neuron use only its strongest activation function inside a `with` block.
 
-    It lowers the temperature of the mixes almost to 0, and restores it afterwards. Nothing changes for a model that
-    does not mix activations.
+    The temperatures of the mixes are lowered almost to 0 and restored at the end. Nothing changes for a model that does
+    not mix activations.
     """
     taus = _temperatures(model)
     before = [tau.clone() for tau in taus]

@@ -25,7 +25,7 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
 
     data: the prepared data of the run, whose first validation rows are used; up to 256 tokens of the first one are
     shown as text. forced: whether the data's known difficulty decides which tokens blocks keep, instead of the routers.
-    Raises ValueError for a model that makes no decisions of its own if forced is False.
+    Raises ValueError if `forced` is False and the model needs the caller to decide.
     """
     rows = data.validation
     batch = data.collate(rows.__getitems__(range(min(ROWS, len(rows)))))
@@ -54,9 +54,10 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
 
 
 def configured_capacities(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
-    """Return the configured capacity (largest share of tokens that a block keeps), {layer: {mechanism name: share}}.
+    """Return the configured capacity of each depth mechanism, {layer: {mechanism name: share}}.
 
-    Mechanisms that guarantee no capacity are left out.
+    The capacity is the largest share of a row's tokens that the mechanism keeps. Mechanisms that guarantee none are
+    left out; the dict of a layer may therefore be empty.
     """
     blocks = list(model.decoder.layers)
     return {

@@ -32,9 +32,9 @@ GATHERING = frozenset({"aten::index_select", "aten::index_copy", "aten::index_co
 class Overhead:
     """The shares of a training step's time (forward and backward together) that routing and mixing activations take.
 
-    routing: depth mechanisms without the updates that they wrap (router, decision, gathering, weighting, scattering),
-    in [0, 1]. activation: activation mechanisms, in [0, 1]. The profiler slows small operations most, so both are upper
-    bounds.
+    Both are from 0 to 1. routing: the share of depth mechanisms without the updates that they wrap, which leaves
+    router, decision, gathering, weighting and scattering. activation: the share of activation mechanisms. The profiler
+    slows small operations most, so both are upper bounds.
     """
 
     routing: float
@@ -46,8 +46,8 @@ def overhead(model: SkipstoneForCausalLM, forward: Pass, batch: Mapping[str, Ten
 
     A step is a forward pass with exploration noise on router scores and a backward pass, without an optimizer. forward:
     the kind of pass, which says how the model decides and executes. batch: the model's inputs, with `input_ids` [B, T]
-    on its device, which also serve as labels. steps: how many are profiled, after one to warm up. Gradients are cleared
-    afterwards.
+    on its device, which also serve as labels. steps: how many are profiled, after one to warm up. Afterwards the
+    model's gradients are None, and it is in training or evaluation mode as before.
     """
     arguments = {**forward.arguments(model, batch), "noise": True, "labels": batch["input_ids"]}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes lines of its own to the terminal

@@ -34,8 +34,8 @@ Batch = Mapping[str, Tensor]
 def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return the entries of a batch that are inputs of the model's forward, without labels.
 
-    These are `input_ids`, `attention_mask`, `position_ids` and `document_ids`, as far as present. device: where to move
-    them; None leaves them where they are.
+    These are those of `input_ids`, `attention_mask`, `position_ids` and `document_ids` that the batch has. batch:
+    tensors by name. device: the device to move them to; None leaves them where they are.
     """
     return {name: batch[name] if device is None else batch[name].to(device) for name in INPUTS if name in batch}
 
@@ -52,16 +52,17 @@ def real_tokens(batch: Batch) -> Tensor:
 def targets(batch: Batch) -> Tensor:
     """Return the token that the logits at each position should predict, int64 [B, T]; -100 where there is none.
 
-    batch: the tensors by name; its `shift_labels` are returned unchanged, or else its `labels` shifted by one.
+    batch: the tensors by name. If it has `shift_labels`, these are returned unchanged; otherwise its `labels` are moved
+    one place to the left, with -100 at the end of the row.
     """
     return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"])
 
 
 def known_to_need_depth(batch: Batch) -> Tensor | None:
-    """Return the tokens that are known to need depth, bool [B, T] (rows, tokens); None if the data do not state it.
+    """Return which tokens are known to need depth, bool [B, T] (rows, tokens); None if the data do not state it.
 
-    batch: `difficulty`, int64 [B, T], is 0 or above for tokens that are the result of an operation, negative for
-    others.
+    batch: the tensors by name. Its `difficulty`, int64 [B, T], is 0 or above for tokens known to need depth and
+    negative for all others; without it, the result is None.
     """
     return batch["difficulty"] >= 0 if "difficulty" in batch else None
 
@@ -85,10 +86,10 @@ def forced_routing(model: SkipstoneForCausalLM, kept_BT: Tensor) -> dict[int, Te
 class Pass:
     """One way to run the forward pass.
 
-    name: the key in `PASSES`. routing: "oracle" (decisions may look at the whole row, as in training), "causal"
-    (decisions look at no later token, as in generation) or "forced" (every depth mechanism keeps exactly the tokens
-    whose known difficulty is 0 or above). executor: "gathered" computes only kept tokens; "masked" computes all tokens
-    and discards the updates of the others, with equal results.
+    name: the pass's key in `PASSES`: "oracle", "causal", "executed" or "forced". routing: "oracle" (decisions may look
+    at the whole row, as in training), "causal" (decisions look at no later token, as in generation) or "forced" (every
+    depth mechanism keeps exactly the tokens whose known difficulty is 0 or above). executor: "gathered" computes only
+    kept tokens; "masked" computes all tokens and discards the updates of the others, with equal results.
     """
 
     name: str
@@ -134,12 +135,13 @@ PASSES = {
 def passes_of(
     model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """Return the passes ("oracle", "causal", "executed", "forced") that a model can run, and why others are missing.
+    """Return the passes that a model can run, and why others are missing, as two dicts by the names of passes.
 
-    The first dict maps names to passes of `PASSES`, the second maps the missing passes' names to reasons. corpus: name
-    of the data's corpus, which tells whether difficulties are known (needed for "forced"); None if there is none.
-    was_forced: whether training imposed the known difficulty on the model, so that its own routers have learned nothing
-    and only "forced" is possible.
+    The names are "oracle", "causal", "executed" and "forced". The first dict has the passes themselves. The second has
+    a reason for each of the first three that is missing; "forced" is left out without a reason. corpus: name of the
+    data's corpus, by which it is known whether rows state difficulties, which "forced" needs; None if there is no
+    corpus. was_forced: whether training imposed the known difficulty on the model, so that its own routers have learned
+    nothing and only "forced" is possible.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())

@@ -18,14 +18,15 @@ from skipstone.measure.summaries import READERS
 class RecordMeter:
     """Averages figures of mechanisms over micro-batches for the training log; only `read` makes the host wait.
 
-    The figures' names end in /L/NAME: index of the block, and name of the mechanism in it. capacity: kept tokens as a
-    share of those that reached the mechanism. gate: mean factor on the updates of the tokens that reached the
-    mechanism, 0 for a skipped one. entropy: mean entropy of a neuron's mix of activation functions, or of a token's
-    softmax over experts, as a share of its maximum. diversity: share of neurons whose strongest activation is not the
-    most common one. dynamic_entropy, static_entropy: entropies in nats at temperature 1, as in the PolyGLU paper: with
-    all logits, and with the neurons' learned preferences alone. no_op: share of all choices that are no-ops. busiest:
-    share of all choices that fall on the expert chosen most often in a pass. on: mean share of neuron groups that are
-    on for a token. changing: share of groups that are on for some tokens of a pass and off for others.
+    The names of the figures are KIND/L/NAME, such as capacity/3/mod: the kind, the index of the block, and the
+    mechanism's name in it. The kinds are as follows. capacity: kept tokens as a share of those that reached the
+    mechanism. gate: mean factor on the updates of the tokens that reached the mechanism, 0 for a skipped one. entropy:
+    mean entropy of a neuron's mix of activation functions, or of a token's softmax over experts, divided by the largest
+    possible one. diversity: share of neurons whose strongest activation is not the most common one. dynamic_entropy,
+    static_entropy: mean entropies of the mixes in nats at temperature 1, as in the PolyGLU paper, of all logits and of
+    the neurons' learned preferences alone. no_op: share of all choices of experts that are no-ops. busiest: share of
+    all choices that fall on the expert chosen most often in a pass. on: mean share of neuron groups that are on for a
+    token. changing: share of groups that are on for some tokens of a pass and off for others.
     """
 
     def __init__(self) -> None:
@@ -36,8 +37,8 @@ class RecordMeter:
         """Add the figures of one forward pass.
 
         mechanisms: the model's mechanisms. records: decisions of the pass, a dict by mechanism name for each block.
-        counts: False registers the figures' names with zero weight, because processes that sum their meters have to
-        agree on the names.
+        counts: whether the pass counts. False adds only the names of its figures, which processes that sum their meters
+        need to agree on.
         """
         for mechanism in mechanisms:
             placement = mechanism.placement

@@ -22,8 +22,9 @@ CERTAIN = 0.9999  # probability of a token's most probable expert
 def bad_scores(records: Iterable[Records]) -> dict[str, Tensor]:
     """Return whether each router gave a NaN or infinite score to a token that reached it, by `block L NAME`.
 
-    records: decisions of a pass, a dict by mechanism name for each block. The values are bool scalars on the device, so
+    L is the index of the block and NAME the mechanism's name in it. The values are bool scalars on the device, so that
     the host does not wait. Records of one shape are checked together, which keeps the number of operations small.
+    records: decisions of a pass, a dict by mechanism name for each block.
     """
     groups: dict[torch.Size, list[tuple[str, Record]]] = {}
     for layer, decided in enumerate(records):
@@ -66,9 +67,10 @@ class RouterHealth:
     def read(self, summed: Callable[[Tensor], Tensor], late: bool) -> dict[str, str]:
         """Return the routers that are dead (nothing chosen), constant or saturated, and empty the collection.
 
-        Keys are `block L NAME`; values say in words what is wrong. summed: sums a tensor over the processes that train
-        together, all of which have to call this method. late: whether at least half of the training is over; by then,
-        routers that start by keeping everything should have begun to choose.
+        Keys are `block L NAME`, with the index of the block and the mechanism's name in it; values say in words what is
+        wrong. Healthy routers are left out. summed: sums a tensor over the processes that train together, all of which
+        have to call this method. late: whether at least half of the training is over; some faults are reported only
+        then, because routers that start by keeping everything need time to begin to choose.
         """
         names, found = list(self._sums), {}
         if names:

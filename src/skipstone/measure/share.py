@@ -30,10 +30,10 @@ class ScoreReader(Protocol):
         """The score above which a token is kept."""
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores of a pass that this threshold decides on, fp32 [N].
+        """Return the scores of a pass that this threshold is compared with, fp32 [N].
 
-        A token has one score for each block of this threshold that it reached; the blocks follow one another. records:
-        decisions of the pass, a dict by mechanism name for each block.
+        For each block that the threshold belongs to, N counts the tokens that reached it; scores are ordered by block.
+        records: decisions of the pass, a dict by mechanism name for each block.
         """
 
 
@@ -41,9 +41,9 @@ class ScoreReader(Protocol):
 class Seen:
     """The decisions of passes that look at no later token (as in generation), and the FLOPs that they need.
 
-    needed: forward FLOPs per token by the cost model with these decisions. dense: forward FLOPs per token without any
-    mechanism. scores: one fp32 tensor [N] for each threshold, with the scores of the N tokens that reached its blocks.
-    kept: for each threshold, the share of these scores above it.
+    needed: forward FLOPs per token by the cost model with these decisions. dense: the same without any mechanism.
+    scores: for each threshold an fp32 tensor [N] of the scores of the N tokens that reached its blocks. kept: for each
+    threshold, the share of its scores that are above it; 0 if there are none.
     """
 
     needed: float
@@ -64,7 +64,8 @@ def observe(
     """Run a model over rows and return its decisions, which look at no later token and are made without noise.
 
     model: must be in evaluation mode. rows: batches of any size, as dicts of input tensors on the model's device.
-    handles: the thresholds whose scores are returned.
+    handles: the thresholds whose scores are returned, in the order of the result's `scores` and `kept`. Raises
+    ValueError for a model that is not a Skipstone model.
     """
     scores: list[list[Tensor]] = [[] for _ in handles]
     needed = dense = tokens = 0.0
@@ -85,12 +86,11 @@ def observe(
 
 
 def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records]) -> tuple[float, float]:
-    """Return a batch's forward FLOPs with its recorded decisions and without mechanisms, each summed over rows.
+    """Return a batch's forward FLOPs with its recorded decisions, and without mechanisms, each summed over rows.
 
-    ids_BT: token ids [B, T], of which only the shape is used. records: the decisions of a forward
-    pass over these ids, one entry for each block, as the model's output returns them. Each row is counted by
-    itself, without the padding that a batch would add, because attention grows with the square of the tokens that a row
-    keeps.
+    Each row is counted by itself, without the padding that a batch would add, because attention grows with the square
+    of the tokens that a row keeps. ids_BT: token ids [B, T], of which only the shape is used. records: the decisions of
+    a forward pass over these ids, a dict by mechanism name for each block.
     """
     rows, tokens = ids_BT.shape
     needed = 0.0

@@ -75,8 +75,8 @@ K = TypeVar("K", bound=Hashable)
 def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
     """Time every task once per round, in alternating order, so that changes in the machine's speed affect all alike.
 
-    tasks: functions that run and time one lap, by name. rounds: number of laps of each task in the result; one more
-    round runs first to warm up and is discarded. Returns the laps of each task, by name.
+    tasks: by name, functions without arguments that run one lap and return it as `Lap`. rounds: number of laps of each
+    task in the result; one more round runs first to warm up and is discarded. Returns the laps of each task, by name.
     """
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}
@@ -127,8 +127,8 @@ def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) ->
 def prefill(model: SkipstoneForCausalLM, ids_BP: Tensor) -> tuple[Tensor, Cache]:
     """Run a prompt with a cache and return the first new token, greedily chosen, int64 [B, 1], and the cache.
 
-    ids_BP: token ids, int64 [B, P] (rows, prompt tokens). Decisions look at no later token; noise is off. Raises
-    ValueError for a model that is not a Skipstone model.
+    ids_BP: token ids, int64 [B, P] (rows, prompt tokens). The cache holds the P prompt tokens. Decisions look at no
+    later token; noise is off. Raises ValueError for a model that is not a Skipstone model.
     """
     require_ours(model)
     out = model(ids_BP, use_cache=True, routing="causal", noise=False, logits_to_keep=1)
@@ -170,10 +170,11 @@ def finish(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBytes:
-    """The bytes of a cache, over all layers, per token that the model has seen (including tokens that blocks skipped).
+    """The bytes of a cache over all layers, divided by the number of tokens that the model has seen.
 
-    kv: bytes of the stored tokens' keys, values and slots (indices in the row). state: bytes of what mechanisms store,
-    with the slots of the entries. allocated: bytes that the cache has reserved, used or not.
+    Tokens that blocks skipped count as seen. kv: bytes of keys, values and slots (indices in the row) of the stored
+    tokens. state: bytes of what mechanisms store, with the slots of the entries. allocated: bytes that the cache has
+    reserved, used or not.
     """
 
     kv: float
@@ -182,7 +183,10 @@ class CacheBytes:
 
 
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
-    """Prefill a cache with `ids_BT` (token ids, int64 [B, T]), deciding without later tokens, and return its bytes."""
+    """Prefill a cache with `ids_BT`, with decisions that look at no later token, and return its bytes per token.
+
+    ids_BT: token ids, int64 [B, T], on the model's device. Raises ValueError for a model that is not a Skipstone model.
+    """
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0
     for layer in cache.layers:
@@ -207,9 +211,9 @@ class EnergyMeter:
 
 
 def find_meter(device: torch.device, powercap: Path = POWERCAP) -> EnergyMeter | None:
-    """Find the energy meter of the machine that computes on `device`; None if there is none that this user may read.
+    """Return the energy meter of the machine that computes on `device`; None if there is none that this user may read.
 
-    It is the GPU's own counter (NVML) for CUDA devices and RAPL for the CPU. powercap: folder of the RAPL counters.
+    For a CUDA device it is the GPU's own counter (NVML), for any other RAPL. powercap: folder of the RAPL counters.
     """
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 

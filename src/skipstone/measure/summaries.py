@@ -38,8 +38,8 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class FigureColumn:
     """A column of a table of figures by layer.
 
-    title: the column's heading. value: returns the cell's number from a mechanism's figures (`Reader.result`), or None
-    for an empty cell. digits: decimals shown; None for a share, which is shown as a percentage.
+    title: the column's heading. value: given the figures of a mechanism by name, returns the cell's number, or None for
+    an empty cell. digits: decimals shown; None for a share, which is shown as a percentage.
     """
 
     title: str
@@ -51,8 +51,8 @@ class FigureColumn:
 class FigureTable:
     """The layout of a table of one kind of figures, with a row for each layer and mechanism.
 
-    key: the name of a figure that only this kind has, by which the table is chosen. title: heading of the table. first:
-    heading of the first column. columns: the other columns. note: explanation below the table, or None.
+    key: a figure that only mechanisms of this kind have; the table shows those that have it. title: heading of the
+    table. first: heading of the first column. columns: the other columns. note: explanation below the table, or None.
     """
 
     key: str
@@ -78,8 +78,8 @@ class Reader(Generic[AnyModule, AnyRecord]):
     def log_pairs(module: AnyModule, record: AnyRecord) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield (name, numerator, denominator) of each figure of one pass that training logs.
 
-        module: the mechanism. record: the decisions of the pass. Numerator and denominator are scalar tensors on the
-        device, so that they can be summed over passes and processes before they are divided.
+        The figure is numerator / denominator, scalar tensors on the device that can first be summed over passes and
+        processes. module: the mechanism. record: the decisions of the pass.
         """
         raise NotImplementedError
 
@@ -124,7 +124,7 @@ class Summaries:
                     readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
     def layers(self) -> list[dict[str, PlainDict]]:
-        """Return for each block a dict {mechanism name: figures so far}; the `Reader` classes describe the figures."""
+        """Return for each block a dict {mechanism name: {figure: value}}; the `Reader` classes list their figures."""
         return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
 
@@ -161,10 +161,10 @@ class PrecisionRecall:
 class DepthReader(Reader[DepthMechanism, DepthRecord]):
     """Accumulates figures of a depth mechanism.
 
-    `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: its 99th percentile over
-    rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept tokens, against
-    those known to need depth; if the data do not state these, against the tokens of each row with the highest scores
-    (missing where these are undefined). A figure is None if no token counts towards it. activation_rows: not used.
+    `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
+    share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept
+    tokens, against those known to need depth; if the data do not state these, against the tokens of each row with the
+    highest scores (without these, the keys are missing). A figure is None if no token counts towards it.
     """
 
     tables = (
@@ -233,10 +233,10 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
 class ActivationReader(Reader[MixFigures, ActivationRecord]):
     """Accumulates figures of an activation mechanism (PolyGLU) over the first `activation_rows` rows.
 
-    `shares`: mean share of each activation function in the mix. `neurons`: share of neurons in which each function is
-    the strongest. `diversity`: share of neurons whose strongest function is not the most common one. `entropy`: mean
-    entropy of the mix, as a share of its maximum. `dynamic_entropy`, `static_entropy`: entropies in nats at temperature
-    1, with all logits and with the neurons' learned preferences alone (`MixFigures`).
+    `shares`: mean share of each activation function in the mix, by name. `neurons`: share of neurons in which each
+    function is the strongest, by name. `diversity`: share of neurons whose strongest function is not the most common
+    one. `entropy`: mean entropy of the mix, divided by the largest possible. `dynamic_entropy`, `static_entropy`: mean
+    entropies in nats at temperature 1, of all logits and of the neurons' learned preferences alone.
     """
 
     SHARES, FIGURES = ("shares", "neurons"), ("diversity", "entropy", "dynamic_entropy")
@@ -293,9 +293,9 @@ class ActivationReader(Reader[MixFigures, ActivationRecord]):
 class ExpertsReader(Reader[ExpertsMLP, ExpertsRecord]):
     """Accumulates figures of a mixture of experts.
 
-    `experts`: list of each expert's share of all choices (token, chosen expert). `no_op`: share of choices that are
-    no-ops. `entropy`: mean entropy of the softmax over experts and no-ops, as a share of its maximum. All are None if
-    no token reached the experts. activation_rows: not used.
+    `experts`: list of each expert's share of all choices (a choice sends one token to one expert). `no_op`: share of
+    choices that are no-ops. `entropy`: mean entropy of the softmax over experts and no-ops, divided by the largest
+    possible. All are None if no token reached the experts. activation_rows: not used.
     """
 
     tables = (

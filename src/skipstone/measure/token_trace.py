@@ -20,9 +20,10 @@ FORMAT = 3  # of a view's plain values; others are made anew
 class ActivationSummary:
     """The mix of activation functions in the MLP neurons of one layer.
 
-    shares: mean share of each function. entropy: mean entropy of the mix, as a share of its maximum. strongest: for
-    each neuron, the index of the function that it prefers for the mean logits of all tokens. by_category: mean shares
-    for the tokens of each category of text (letters, digits, signs, white space) that occurs.
+    shares: mean share of each function. entropy: mean entropy of a mix, divided by the largest possible one. strongest:
+    for each neuron, the index of the function that is strongest if the logits of all tokens are averaged. by_category:
+    the mean shares over the tokens of each category ("letters", "digits", "signs", "white space") that occurs. Lists of
+    shares have the order of the trace's `activation_names`.
     """
 
     shares: list[float]
@@ -31,7 +32,7 @@ class ActivationSummary:
     by_category: Mapping[str, list[float]]
 
     def shift(self, category: str) -> float:
-        """Return the total variation distance between the mean shares of a category's tokens and those of all tokens.
+        """Return how far a category's mean shares are from those of all tokens, as total variation distance in [0, 1].
 
         0 means that they are equal, 1 that they have no function in common. category: a key of `by_category`.
         """
@@ -42,9 +43,9 @@ class ActivationSummary:
 class TokenGroup:
     """A group of tokens of a trace.
 
-    name: the group's name as shown. tokens: number of tokens. compute: mean share of the blocks' computation that was
-    executed for them, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is nothing to
-    predict.
+    name: the group's name as shown. tokens: number of tokens. compute: the mean over its tokens of the executed share
+    of the blocks' computation, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is
+    nothing to predict.
     """
 
     name: str
@@ -57,11 +58,12 @@ class TokenGroup:
 class Allocation:
     """How compute was distributed over tokens, over all rows of a trace.
 
-    by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if unknown), by frequency of the token
-    id and by position in the row. correlation: Pearson's correlation over tokens of the token's loss with the share of
-    the blocks' dense FLOPs that was computed for it. without_position, without_token, without_both: the same after
-    subtracting from both variables the mean of each group of positions, of each token id, or of both; this is the
-    correlation that these do not explain. None where a variable is constant.
+    by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if it is unknown), by frequency of the
+    token id, and by position in the row. correlation: Pearson's correlation over tokens between the token's loss and
+    the executed share of the blocks' computation for it. without_position: the same after subtracting from both
+    variables the mean of the token's group of positions. without_token: the same after subtracting the mean of the
+    token's id. without_both: the same after subtracting both means; what is left of the correlation is explained by
+    neither. Each is None if one of its variables is constant or there are fewer than 3 tokens.
     """
 
     by_kind: list[TokenGroup]
@@ -74,24 +76,29 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> Allocation:
-        """Build an allocation from plain values, as `dataclasses.asdict` gives them."""
+        """Build an allocation from plain values: a dict by field name, in which each group is a dict, too.
+
+        values: what `dataclasses.asdict` returns for an allocation. Raises KeyError or TypeError for other values.
+        """
         groups = {name: [TokenGroup(**one) for one in values[name]] for name in values if name.startswith("by_")}
         return cls(**{**values, **groups})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTrace:
-    """A model's decisions for a sample of text, by layer and token. T: tokens of the first row shown, L: layers.
+    """A model's decisions for a sample of text, by layer and token.
 
-    tokens: text of the first row's tokens. weight_LT: factor on the block's update, mean of attention and MLP, 0 where
-    skipped. kept_LT: whether the attention or the MLP was computed. depth_T: share of all attentions and MLPs that were
-    computed. depth: the mean of that share over all tokens of all rows. routing: "causal" (decisions look at no later
-    token), "oracle" (at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed: blocks with
-    a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer: {mechanism: share}}, over
-    all rows. activations: summaries, by layer, of layers that mix activation functions, with shares in the order of
-    `activation_names`. experts: by layer, the shares of "most chosen expert", "least chosen expert" and "no-ops" in all
-    choices. allocation: over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by
-    the cost model, as decided (each row by itself) and without mechanisms; None unless routing is "causal".
+    L is the number of layers, T the number of tokens of the first row that are shown. tokens: the texts of these
+    tokens. weight_LT: factor on the block's update, the mean of attention and MLP, 0 where both are skipped. kept_LT:
+    whether the attention or the MLP was computed. depth_T: for each token, the computed share of all attentions and
+    MLPs. depth: the mean of that share over all tokens of all rows. routing: "causal" (decisions look at no later
+    token), "oracle" (they look at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed:
+    indices of the blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer:
+    {mechanism: share}}, over all rows. activations: for each layer that mixes activation functions, by index, a summary
+    with shares in the order of `activation_names`. experts: for each layer with experts, by index, the shares in all
+    choices of the "most chosen expert", the "least chosen expert" and "no-ops". allocation: how compute was
+    distributed, over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by the cost
+    model, with the decisions (each row by itself) and without mechanisms; None unless routing is "causal".
     """
 
     tokens: list[str]
@@ -148,9 +155,9 @@ def _with_keys(kind: Callable[[str], Key], values: Mapping[str, Value]) -> dict[
 class ModelView:
     """What a report shows about a model itself.
 
-    mechanisms: the names and blocks of the model's mechanisms as text. capacities: configured ones (largest
-    shares of tokens that blocks keep), {layer: {mechanism: share}}. trace: the model's decisions for the first
-    validation rows.
+    mechanisms: the names and blocks of the model's mechanisms as text. capacities: the configured capacity of each
+    depth mechanism, which is the largest share of a row's tokens that it keeps, {layer: {mechanism: share}}. trace: the
+    model's decisions for the first validation rows.
     """
 
     mechanisms: str
@@ -158,7 +165,10 @@ class ModelView:
     trace: TokenTrace
 
     def to_dict(self) -> PlainDict:
-        """Return the view as plain values for JSON, including the version of their format."""
+        """Return the view as plain values for JSON.
+
+        The keys are "format" (the version of this format), "mechanisms", "set_capacity" (the capacities) and "trace".
+        """
         capacity = {str(layer): shares for layer, shares in self.capacities.items()}
         return {
             "format": FORMAT,
@@ -169,7 +179,10 @@ class ModelView:
 
     @classmethod
     def from_dict(cls, values: PlainMapping) -> ModelView | None:
-        """Build a view from the dict that `to_dict` returns; None if `values` have another version's format."""
+        """Build a view from the dict that `to_dict` returns; None if `values` have another version's format.
+
+        Raises KeyError, TypeError or ValueError for a dict of this version with missing or other values.
+        """
         if values.get("format") != FORMAT:
             return None
         return cls(

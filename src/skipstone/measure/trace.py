@@ -37,11 +37,11 @@ def trace_tokens(
 ) -> TokenTrace:
     """Run a model on a batch, in evaluation mode and without noise, and return its decisions for every token.
 
-    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: texts of the first tokens
-    of the first row; the trace shows these tokens. known_BT: bool [B, T], the tokens that every block with a depth
+    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: the texts of the first
+    tokens of the first row, as many as the trace shows. known_BT: bool [B, T], the tokens that every block with a depth
     mechanism has to keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an
-    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, or whose decisions the
-    caller has to provide.
+    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, and without known_BT
+    for a model that needs the caller to decide.
     """
     require_ours(model)
     blocks = list(model.decoder.layers)
@@ -151,9 +151,9 @@ def summarise_activations(
 ) -> dict[int, ActivationSummary]:
     """Summarise the mix of activation functions in each layer that mixes them, by layer index.
 
-    blocks: the model's blocks. records: decisions of a pass without noise, a dict by mechanism name for each block.
-    category_BT: int64 [B, T] (rows, tokens), the kind of each token's text as an index in `CATEGORIES`; None if
-    unknown.
+    Layers that no token reached are left out. blocks: the model's blocks. records: decisions of a pass without noise, a
+    dict by mechanism name for each block. category_BT: int64 [B, T] (rows, tokens), the kind of each token's text as an
+    index in `CATEGORIES` (letters, digits, signs, white space); None if it is unknown.
     """
     found = {}
     for layer, (block, decided) in enumerate(zip(blocks, records, strict=True)):
