@@ -129,7 +129,7 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
     All tokens of a chunk thus share one context, which is known when the chunk begins. A document is divided into
     chunks of `size` tokens, padding not counted; padding before the first token of a row is a chunk of its own. z_BTR:
     fp32, R features of each token. memory: the state stored by earlier calls, to which this call's state is appended.
-    decay: weight decay^n of the token n tokens back, as in `exponential_mean`.
+    decay: a number in (0, 1); in the mean, the token n places back, not counting padding, has weight decay^n.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
     last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)

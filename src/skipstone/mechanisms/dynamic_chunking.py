@@ -63,8 +63,9 @@ class DynamicChunking(DepthMechanism):
 
     Token i begins a chunk if p_i = (1 - cos(W_q x_i, W_k x_(i-1))) / 2 exceeds 1/2. The update z that these blocks (a
     segment) compute for it is smoothed over chunks, h = p z + (1 - p) h_before, and every token receives the h of its
-    chunk's first token. `DynamicChunkingConfig` describes its options; hidden_size, placement and keyword arguments are
-    as in `DepthMechanism`. threshold: fp32 [], initially 0; a token begins a chunk if 2 p - 1 exceeds it.
+    chunk's first token. hidden_size: width of the model. placement: the segment's first block; None outside of a model.
+    Options are the fields of `DynamicChunkingConfig`, as keyword arguments or as `config`. threshold: fp32 [],
+    initially 0; a token begins a chunk if 2 p - 1 exceeds it.
     """
 
     Config = DynamicChunkingConfig

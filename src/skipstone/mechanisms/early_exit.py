@@ -79,7 +79,8 @@ class EarlyExit(DepthMechanism):
 
     Survival is 1 before block 0, and each block multiplies it by sigmoid(w . x + b), so it never rises and an exit is
     final. Exited tokens still provide keys and values, from their last hidden state. Training computes all tokens.
-    `EarlyExitConfig` describes its options. hidden_size, placement and keyword arguments are as in `DepthMechanism`.
+    hidden_size: width of the model. placement: the block in which it is used; None outside of a model. Options are the
+    fields of `EarlyExitConfig`, as keyword arguments or as `config`.
     """
 
     Config = EarlyExitConfig

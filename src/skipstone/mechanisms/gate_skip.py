@@ -63,8 +63,8 @@ class GateSkip(DepthMechanism):
 
     Training scales the updates of all tokens. Generation and evaluation skip tokens whose mean gate is below a running
     quantile of the gates seen in training, but still compute their keys and values; with `execution: soft`, they skip
-    nothing. `GateSkipConfig` describes its options. hidden_size, placement and keyword arguments are as in
-    `DepthMechanism`.
+    nothing. hidden_size: width of the model. placement: the block in which it is used; None outside of a model. Options
+    are the fields of `GateSkipConfig`, as keyword arguments or as `config`.
     """
 
     Config = GateSkipConfig

@@ -58,8 +58,8 @@ class LayerDropout(DepthMechanism):
     """Layer dropout (stochastic depth, arXiv 1603.09382): training leaves a block out for random rows of a batch.
 
     Rows that are left out cost nothing, because the others are gathered into a smaller batch. In evaluation and
-    generation, this mechanism does nothing. `LayerDropoutConfig` describes its options. hidden_size, placement and
-    keyword arguments are as in `DepthMechanism`.
+    generation, this mechanism does nothing. hidden_size: width of the model. placement: the block in which it is used;
+    None outside of a model. Options are the fields of `LayerDropoutConfig`, as keyword arguments or as `config`.
     """
 
     Config = LayerDropoutConfig

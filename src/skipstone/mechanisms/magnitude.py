@@ -39,11 +39,14 @@ from skipstone.ops.magnitude import largest, sizes
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeGroupsConfig(GroupingConfig):
-    """The options of neuron groups chosen by the magnitude of their activations, besides those of `GroupingConfig`.
+    """The options of neuron groups that are chosen by the magnitude of their activations.
 
-    decision: always "magnitude"; it distinguishes these options from those of other neuron groups. capacity
-    (inherited): share of the groups for which the up projection is multiplied. down_capacity: share of the groups for
-    which the down projection is multiplied, in (0, capacity]; None means `capacity`.
+    group_size: neurons per group. capacity: share of the groups for which the up projection is multiplied, in (0, 1].
+    down_capacity: share of the groups for which the down projection is multiplied, in (0, capacity]; None means
+    `capacity`. capacity_warmup: fraction of the training, in [0, 1), over which both shares fall from 1. left: the
+    number of groups left after pruning, one per layer; None means that nothing was pruned. decision: always
+    "magnitude"; it distinguishes these options from those of other neuron groups. Raises ValueError for values out of
+    range.
     """
 
     decision: Literal["magnitude"] = "magnitude"

@@ -47,9 +47,10 @@ class MixtureOfDepths(DepthMechanism):
     """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
 
     Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
-    nothing, or a learned low-rank update. `MixtureOfDepthsConfig` describes its options. hidden_size, placement and
-    keyword arguments are as in `DepthMechanism`. adapt_defaults: options that `skipstone adapt`, which turns a dense
-    model into a routed one, sets if its recipe does not.
+    nothing, or a learned low-rank update. hidden_size: width of the model. placement: the block in which it is used;
+    None outside of a model. Options are the fields of `MixtureOfDepthsConfig`, as keyword arguments or as `config`.
+    adapt_defaults: options that `skipstone adapt`, which turns a dense model into a routed one, sets if its recipe does
+    not.
     """
 
     Config = MixtureOfDepthsConfig

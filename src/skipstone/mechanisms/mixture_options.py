@@ -34,11 +34,12 @@ class MixtureOfDepthsConfig:
     Which tokens: capacity: share of a document's tokens that a block keeps, in (0, 1]: one number, a list with one for
     each routed block, or a `Ramp` {start, end, shape} over depth. None means .125, or .2 with decision "boundary"; that
     one keeps as many tokens as the text has boundaries, and only cost estimates use its capacity. decision: the rule
-    that keeps tokens: "ema_threshold" (scores above a running quantile), "topk", "threshold", "predictor",
-    "threshold_p", "boundary", "forced", "random" or "positional" (their classes are in `DECISIONS`). threshold:
-    probability in (0, 1) above which decision "threshold_p" keeps a token. boundary: options of decision "boundary".
-    capacity_warmup: fraction of the training over which the capacity falls from 1; warmup_shape: shape of the fall,
-    "linear" or "cosine".
+    that keeps tokens: "ema_threshold" (scores above a running quantile), "topk" (each document's best, which cannot
+    generate), "threshold" (the same in training, scores above 0 in generation), "predictor" (the same in training, what
+    an MLP predicts in generation), "threshold_p" (sigmoid(score) above `threshold`), "boundary" (word boundaries),
+    "forced" (masks that the caller gives), "random" or "positional" (controls). threshold: a probability in (0, 1), for
+    "threshold_p". boundary: options of decision "boundary". capacity_warmup: fraction of the training over which the
+    capacity falls from 1; warmup_shape: shape of the fall, "linear" or "cosine".
 
     The update: weight: factor on a kept token's update: "none" (1), "raw" (the score, as in the paper), "sigmoid" (of
     the score), or "tanh" (1 + a tanh(score), a learned from 0). kv: whether skipped tokens provide keys and values,
@@ -47,11 +48,12 @@ class MixtureOfDepthsConfig:
 
     The router: router: "linear" or "mlp". router_norm: whether its input is divided by its root mean square; None means
     yes if the weight is "none" and the decision reads scores. guidance: whether it learns from the gradient norms at
-    the block's output (`guided`); None means as for router_norm, but not together with benefit. benefit: whether it
-    learns from the measured benefit of the block (`benefit_loss`). Neither sends its gradient into the model.
-    exploration: scale of the Gumbel noise on scores in training, which falls to 0 over the fraction exploration_until
-    of the training. auxiliary_weight: coefficient of the decision's auxiliary loss, of guidance and of benefit. z_loss:
-    coefficient of score^2.
+    the block's output (`guided`); None means yes if the weight is "none", the decision reads scores, and benefit is
+    False. benefit: whether it learns from the measured benefit of the block (`benefit_loss`). Neither sends its
+    gradient into the model. exploration: scale of the Gumbel noise on scores in training, which falls to 0 over the
+    fraction exploration_until of the training. auxiliary_weight: coefficient of the decision's auxiliary loss, of
+    guidance and of benefit. z_loss: coefficient of score^2. Raises ValueError for values out of range and options that
+    exclude each other.
     """
 
     capacity: float | list[float] | Ramp | None = None

@@ -44,12 +44,15 @@ from skipstone.ops import score_linear
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronGroupsConfig(GroupingConfig):
-    """The options of neuron groups chosen by a router, besides those of `GroupingConfig`.
+    """The options of neuron groups that a router chooses for a chunk of tokens.
 
-    chunk_size: number of consecutive tokens of a document that share a decision. decay: a number in (0, 1); the router
-    reads a mean over tokens in which a token n places back has weight decay^n. router_width: width R to which the input
-    is projected. balance_rate: how far a bias, added to a group's score for ranking, moves per step so that all groups
-    are used equally often; 0 means no bias. decision: "learned", or "random" as a control.
+    group_size: neurons per group. capacity: share of the groups that is on for a token, in (0, 1]. capacity_warmup:
+    fraction of the training, in [0, 1), over which the capacity falls from 1. left: the number of groups left after
+    pruning, one per layer; None means that nothing was pruned. chunk_size: number of consecutive tokens of a document
+    that share a decision. decay: a number in (0, 1); the router reads a mean over tokens in which a token n places back
+    has weight decay^n. router_width: width R to which the input is projected. balance_rate: how far a bias, added to a
+    group's score for ranking, moves per step so that all groups are used equally often; 0 means no bias. decision:
+    "learned", or "random" as a control. Raises ValueError for values out of range.
     """
 
     chunk_size: int = 64

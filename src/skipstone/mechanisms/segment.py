@@ -22,7 +22,8 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDep
 class SegmentConfig(MixtureOfDepthsConfig):
     """The options of a segment, several neighbouring blocks that share one decision.
 
-    They are those of `MixtureOfDepthsConfig`, except that `capacity` must be a single number.
+    They are those of `MixtureOfDepthsConfig`, except that `capacity` must be a single number. Raises ValueError for a
+    list or a ramp.
     """
 
     def __post_init__(self) -> None:
@@ -34,7 +35,9 @@ class SegmentConfig(MixtureOfDepthsConfig):
 class Segment(MixtureOfDepths):
     """Mixture-of-Depths around several neighbouring blocks: a token passes all of them or skips all of them.
 
-    There is one router and one decision for the segment. `SegmentConfig` describes its options.
+    There is one router and one decision for the segment. hidden_size: width of the model. placement: the segment's
+    first block; None outside of a model. Options are the fields of `SegmentConfig`, as keyword arguments or as
+    `config`.
     """
 
     Config = SegmentConfig

@@ -134,8 +134,9 @@ class TokenSelective(DepthMechanism):
     """Token-Selective Attention (arXiv 2605.05222): updates are scaled by 1 - p, and tokens with high p skip.
 
     A small MLP computes the skip probability p of each token from the hidden state before the block. Skipped tokens
-    provide keys and values unless the option `kv` is "kept". `TokenSelectiveConfig` describes its options. hidden_size,
-    placement and keyword arguments are as in `DepthMechanism`.
+    provide keys and values unless the option `kv` is "kept". hidden_size: width of the model. placement: the block in
+    which it is used; None outside of a model. Options are the fields of `TokenSelectiveConfig`, as keyword arguments or
+    as `config`.
     """
 
     Config = TokenSelectiveConfig

@@ -122,8 +122,8 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | str], L
 def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokenizerBase) -> list[PlainDict]:
     """Return entries of `mechanisms` in which `boundary.ids: tokenizer` is replaced by the ids of the given tokenizer.
 
-    entries: a list as in `SkipstoneConfig.mechanisms`, which is not changed. Where an entry gives no `boundary.at`, the
-    fitting one is filled in (`boundary_ids`).
+    entries: mappings as in `SkipstoneConfig.mechanisms`, which are not changed. Where such an entry gives no
+    `boundary.at`, "every" or "first" is filled in, whichever fits the tokenizer (`boundary_ids`).
     """
     found: list[PlainDict] = []
     for entry in entries:
