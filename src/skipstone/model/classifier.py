@@ -13,8 +13,9 @@ class SkipstoneForSequenceClassification(GenericForSequenceClassification, Skips
     """A sequence classifier with `config.num_labels` scores, [B, num_labels], built from transformers' generic head.
 
     The scores are read at the last token that is not `config.pad_token_id`. The loss is the labels' loss alone:
-    routers' auxiliary losses are not added, so routers learn only through the weights of updates. Further arguments,
-    such as `routing`, are as in `SkipstoneModel.forward`.
+    routers' auxiliary losses are not added, so routers learn only through the weights of updates. Its forward passes
+    further arguments to the decoder: routing ("oracle", "causal", or bool masks [B, T] of kept tokens by block), noise,
+    executor ("gathered" or "masked") and document_ids.
     """
 
 

@@ -88,7 +88,8 @@ class Parameters:
 class Cost:
     """The cost of one call of a model with `batch` rows of `tokens` tokens, after `past` cached tokens.
 
-    routing: how decisions are made, as in `cost`. parameters: the model's parameter counts. forward: FLOPs of the call.
+    routing: how decisions are made: "oracle" (as in training), "causal" (without later tokens, as in generation) or
+    "forced" (causal, but imposed by the caller). parameters: the model's parameter counts. forward: FLOPs of the call.
     training: FLOPs of a forward and backward pass over the same rows without past, with the decisions of training;
     activation recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices,
     divided by all tokens of a row, skipped ones included. state_bytes_per_token: the same for the mechanisms' own
@@ -149,11 +150,12 @@ def cost(
 
 
 def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
-    """Return the forward FLOPs of `cost` for one row of `tokens` tokens without a cache.
+    """Return the forward FLOPs of a call of a model with one row of `tokens` tokens and no cache.
 
-    Decisions are made without later tokens, as in generation. kept is as in `cost`. mechanisms: False gives the FLOPs
-    of the dense model. It is faster than `cost`, because it computes no parameter counts, cache bytes or training
-    FLOPs, and is meant for searches over thresholds.
+    Decisions are made without later tokens, as in generation. kept: how many tokens of the row each mechanism keeps, as
+    {layer: {name: count}}; None means the configured capacity, or all tokens for gates without a capacity. mechanisms:
+    False gives the FLOPs of the dense model. It is faster than `cost`, because it computes no parameter counts, cache
+    bytes or training FLOPs, and is meant for searches over thresholds.
     """
     call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
     blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))

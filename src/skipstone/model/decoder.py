@@ -118,7 +118,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing, because saved models carry no code (see `SkipstoneConfig.register_for_auto_class`)."""
+        """Do nothing: transformers would copy this source file into saved folders, which get an import instead."""
 
     @property
     def decoder(self) -> SkipstoneModel:
@@ -138,7 +138,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
         """Return FLOPs, parameters and cache bytes of a call; FLOPs equal those of the operations that would run.
 
         tokens: new tokens per row. past: cached tokens per row before the call. batch: number of rows. options: further
-        arguments of `skipstone.model.cost.cost`.
+        arguments of `skipstone.model.cost.cost`: kept, stored, routing and logits_to_keep.
         """
         return cost(self, tokens, past, batch, **options)
 

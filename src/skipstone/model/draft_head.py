@@ -96,9 +96,9 @@ class DraftHead(nn.Module):
 
 
 def told_of(model: SkipstoneForCausalLM) -> Tensor:
-    """Return a fingerprint of a model that survives a change of precision, fp32 [K, D].
+    """Return a fingerprint of a model that survives a change of precision, fp32 [17, D].
 
-    It consists of the embeddings of tokens spread evenly over the vocabulary and the weight of the final norm.
+    It consists of the embeddings of 16 tokens spread evenly over the vocabulary and the weight of the final norm.
     """
     ids = torch.linspace(0, model.config.vocab_size - 1, TOLD, device=model.device).long()
     with torch.no_grad():
@@ -139,7 +139,12 @@ class ReadyHead:
         self._warm(model)
 
     def __call__(self, hidden_BTD: Tensor, embedding_BTD: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        """Return guesses of the hidden states one token later; the arguments are those of `DraftHead.forward`."""
+        """Return guesses of the model's hidden states one token later, normalised, [B, T, D].
+
+        hidden_BTD: the model's hidden states after its final norm, or earlier guesses of them. embedding_BTD: the
+        model's embeddings of the tokens that follow these. cache: the head's own cache, or None. mask: [B, T], 0 for
+        padding; None means no padding.
+        """
         return self.head(hidden_BTD, embedding_BTD, cache, mask)  # type: ignore[no-any-return]
 
     @torch.no_grad()

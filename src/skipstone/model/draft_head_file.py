@@ -21,9 +21,10 @@ FORMAT, WEIGHTS = 1, "weights_sha256"
 
 
 def require_draft_head(folder: str | Path) -> Path:
-    """Return the path of the draft head's weights in a folder.
+    """Return the path of the draft head's weights in a folder, draft_head.safetensors.
 
-    Raises FileNotFoundError, with a message of one line, if the weights or their description are missing.
+    Raises FileNotFoundError, with a message of one line, if the weights or their description, draft_head.json, are
+    missing.
     """
     path = Path(folder) / FILE
     if not path.is_file() or not path.with_name(ABOUT).is_file():
@@ -37,8 +38,8 @@ def require_draft_head(folder: str | Path) -> Path:
 def refuse_draft_head(folder: str | Path) -> None:
     """Raise an error if no draft head can be saved in a folder.
 
-    Raises FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written.
-    Weights without their description do not count as a head: a killed process has left them.
+    Raises FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written. The
+    description, draft_head.json, counts: weights without it do not, because a killed process has left them.
     """
     path = Path(folder) / ABOUT
     if path.exists():
@@ -49,9 +50,10 @@ def refuse_draft_head(folder: str | Path) -> None:
 def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) -> Path:
     """Write a draft head and its description beside the weights of its model, and return the path of its weights.
 
-    about: the entries of the description, such as the steps of its training. The description is written last and
-    contains the hash of the weights, so that a killed process leaves no head that would be read. Raises FileExistsError
-    if there is a head already, and `WriteError` if the disk is full.
+    The files are draft_head.safetensors and draft_head.json in `folder`. about: the entries of the description, such as
+    the steps of its training. The description is written last and contains the hash of the weights, so that a killed
+    process leaves no head that would be read. Raises FileExistsError if there is a head already, OSError if the folder
+    cannot be written, and `WriteError` if the disk is full.
     """
     refuse_draft_head(folder)
     path = Path(folder) / FILE

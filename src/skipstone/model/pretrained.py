@@ -147,8 +147,11 @@ def _load(
 def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_file: str | None = None) -> None:
     """Convert the checkpoint `source` to a model folder `out` with tokenizer, generation config and model card.
 
-    source, dtype and gguf_file are as in `load_pretrained`. `out` appears only once it is complete. Raises what
-    `load_pretrained` raises, and FileExistsError if `out` is a file or a non-empty folder.
+    source: a folder, a hub name, the path of a .gguf file, or the folder of a PEFT adapter, which is merged into its
+    base. dtype: "float32", "bfloat16" or "float16"; None means the checkpoint's dtype. gguf_file: the name of a GGUF
+    file in the folder or hub repository `source`. `out` appears only once it is complete. Raises FileNotFoundError if
+    there is nothing at `source`, ValueError for an architecture, a setting or weights that are not supported, and
+    FileExistsError if `out` is a file or a non-empty folder.
     """
     names = ("reading the checkpoint", "writing the model", "checksums")
     with complete(Path(out)) as partial, stages(*names) as stage:
@@ -244,7 +247,9 @@ def _translate(theirs: PreTrainedModel, config: SkipstoneConfig) -> SkipstoneFor
 def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a checkpoint by transformers' AutoTokenizer; None if it has none.
 
-    source and gguf_file are as in `load_pretrained`. For an adapter without a tokenizer, its base model's is loaded.
+    source: a folder, a hub name, the path of a .gguf file, or the folder of a PEFT adapter; for an adapter without a
+    tokenizer, its base model's is loaded. gguf_file: the name of a GGUF file in the folder or hub repository `source`.
+    Raises FileNotFoundError if there is nothing at `source`, and ValueError for a tokenizer that cannot be read.
     """
     name, gguf_file = _locate(source, gguf_file)
     if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
@@ -267,7 +272,10 @@ def _header(name: str, gguf_file: str | None) -> Header | None:
 
 
 def four_bit_rows(source: str | Path) -> FourBitRows | None:
-    """Return the four-bit rows of the GGUF file that `source` names as in `load_pretrained`; None if it names none."""
+    """Return the four-bit rows of the GGUF file at the path `source`; None for a folder or a hub name.
+
+    Raises FileNotFoundError if `source` is neither a path nor a hub name, and ValueError for a damaged file.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return None

@@ -20,7 +20,7 @@ AUTO_MAP = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
 
 
 def write_shim(folder: str | PathLike[str]) -> None:
-    """Write a module with one import of skipstone into `folder`, which is created if needed.
+    """Write modeling_skipstone.py, a module with one import of skipstone, into `folder`, which is created if needed.
 
     `auto_map` in config.json names it, so that transformers loads the model with `trust_remote_code=True` in a process
     that has not imported skipstone.

@@ -21,7 +21,9 @@ INTEGERS = ("I", "U", "F8", "F4")  # beginnings of safetensors' names of types t
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of weights that transformers reads from `folder`; an empty list if it would find none.
 
-    Raises ValueError for an index that is damaged, or that names files that are not there or outside of the folder.
+    These are model.safetensors, else the files that model.safetensors.index.json names, else pytorch_model.bin, else
+    the files that pytorch_model.bin.index.json names. Raises ValueError for an index that is damaged, or that names
+    files that are not there or outside of the folder.
     """
     for single, index in ((SINGLE, INDEX), (OLD, OLD_INDEX)):
         if is_present(folder / single):

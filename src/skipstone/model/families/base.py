@@ -134,9 +134,9 @@ class Family:
     """The rules by which a family of pretrained decoders is translated to our configuration and back.
 
     read: returns our configuration fields for a configuration of the family. write: returns the family's fields for our
-    configuration and the family's name of the activation, except those of `shared_back`, which are added. layout:
-    translates tensors. only: settings of the family that change its result, each with the values that we support, its
-    default first.
+    configuration and the family's name of the activation, except fields with the same names in all families, such as
+    vocab_size, which are added. layout: translates tensors. only: settings of the family that change its result, each
+    with the values that we support, its default first.
     """
 
     read: Callable[[PreTrainedConfig], Options]
@@ -229,7 +229,7 @@ def llama_like(theirs: PreTrainedConfig, activation: str = "hidden_act", partial
 def llama_like_back(config: SkipstoneConfig, activation: str) -> Options:
     """Return transformers' configuration fields for a model like Llama, including `attention_bias` and `mlp_bias`.
 
-    activation: the family's name of the activation function.
+    config: our configuration. activation: the family's name of the activation function.
     """
     return {
         "intermediate_size": config.intermediate_size,
@@ -273,10 +273,11 @@ def ropes_by_type_back(config: SkipstoneConfig) -> Options:
 
 
 def windows(theirs: PreTrainedConfig) -> Options:
-    """Return our fields for sliding-window attention in all blocks or in the blocks that `layer_types` names, or {}.
+    """Return our fields for sliding-window attention, attention_window and window_layers; {} if no block has a window.
 
-    theirs: a configuration of transformers. Raises ValueError for types of attention that are neither full nor
-    sliding, and for sliding ones without a window.
+    attention_window is the window in tokens, and window_layers the list of blocks that `layer_types` calls sliding, or
+    None for all blocks. theirs: a configuration of transformers. Raises ValueError for types of attention that are
+    neither full nor sliding, and for sliding ones without a window.
     """
     window, types = getattr(theirs, "sliding_window", None), list(getattr(theirs, "layer_types", None) or [])
     if other := sorted(set(types) - {FULL, SLIDING}):
@@ -290,10 +291,11 @@ def windows(theirs: PreTrainedConfig) -> Options:
 
 
 def one_window(theirs: PreTrainedConfig) -> Options:
-    """Return our fields for a family in transformers that uses the window in every block, whatever `layer_types` says.
+    """Return {"attention_window": tokens} for a family with the same window in every block, or {} if there is none.
 
-    theirs: a configuration of transformers. Raises ValueError if `layer_types` says something else: transformers'
-    passes with a cache would follow it, and those without would not.
+    In transformers, such a family uses the window whatever `layer_types` says. theirs: a configuration of transformers.
+    Raises ValueError if `layer_types` says something else: transformers' passes with a cache would follow it, and those
+    without would not.
     """
     window, types = theirs.sliding_window, {*(getattr(theirs, "layer_types", None) or [])}
     if types - {FULL if window is None else SLIDING}:

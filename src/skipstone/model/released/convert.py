@@ -46,10 +46,13 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 
 
 def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, **options: object) -> None:
-    """Convert a file of released weights to a model folder `out` with a model card.
+    """Convert a file of weights as a paper's authors released them to a model folder `out` with a model card.
 
-    layout, dtype and options are as in `load_released`. Raises what it raises, and FileExistsError if `out` is a file
-    or a non-empty folder.
+    file: a .pt or .safetensors file. layout: "tsa" (Token-Selective Attention) or "polychromatic" (PolychromaticLM).
+    dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the dtype of the weights in the file. options:
+    values that the weights do not contain: num_heads for "tsa", tau for "polychromatic". Raises FileNotFoundError if
+    there is no such file, ValueError for a file, tensor or option that does not fit the layout, and FileExistsError if
+    `out` is a file or a non-empty folder.
     """
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)
