@@ -114,9 +114,10 @@ class RoutedDecoder:
             mechanism.advance(progress, None if record is None else mechanism.statistics(record))
 
     def kept_share(self) -> float:
-        """Return which share of the tokens of the last pass a block computed, from 0 to 1, as a mean over blocks.
+        """Return the share of the tokens of the last pass that a block computed, from 0 to 1, as a mean over blocks.
 
-        All blocks of the decoder count, those without mechanisms as 1.
+        All blocks of the decoder count, those without mechanisms as 1. A token counts for a block if all of its
+        mechanisms kept it; padding counts as not kept.
         """
         shares = [1.0] * self.count
         for i, records in enumerate(self.records):
@@ -128,7 +129,8 @@ class RoutedDecoder:
     def save(self, folder: str | Path) -> None:
         """Write options and weights of the mechanisms, thresholds included, into `folder` for `route(model, folder)`.
 
-        The model's own weights are not saved, as with an adapter.
+        The files are skipstone_routing.json and skipstone_routing.safetensors, and replace earlier ones. The model's
+        own weights are not saved, as with an adapter. Raises `WriteError` if the disk is full or fails.
         """
         write(Path(folder), [entry.plain() for entry in self.entries], dict(self.modules()))
 

@@ -25,8 +25,9 @@ HASH = "weights_sha256"  # in the entries; files of earlier releases have none
 def write(folder: Path, entries: list[dict[str, object]], modules: Mapping[str, nn.Module]) -> None:
     """Write the configuration entries and weights of mechanisms into a folder, leaving its other files alone.
 
-    folder: created if missing. entries: one dict per mechanism, as in `SkipstoneConfig.mechanisms`. modules: the
-    modules that hold the mechanisms' weights; keys are the prefixes of their weights' names in the file.
+    The files are skipstone_routing.json and skipstone_routing.safetensors. folder: created if missing. entries: one
+    dict per mechanism, as in `SkipstoneConfig.mechanisms`. modules: the modules that hold the mechanisms' weights; keys
+    are the prefixes of their weights' names in the file. Raises `WriteError` if the disk is full or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _named(modules).items()}
@@ -62,7 +63,7 @@ def read_mechanisms(folder: Path) -> list[PlainDict]:
 
 
 def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load the weights of mechanisms from a folder into `modules`, in place.
+    """Load the weights of mechanisms from skipstone_routing.safetensors in a folder into `modules`, in place.
 
     modules: the modules that hold the mechanisms' weights; keys are the prefixes of their weights' names in the file.
     Raises ValueError for a file that is missing or broken, or that does not fit these mechanisms.
