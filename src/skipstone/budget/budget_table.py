@@ -105,8 +105,9 @@ class BudgetTable:
     def set(self, model: SkipstoneForCausalLM, budget: float) -> None:
         """Set the model's thresholds so that it meets a budget, until `reset`.
 
-        budget: share of the dense FLOPs. Raises ValueError as `thresholds` does, and for another model: one whose
-        thresholds are not those named in `handles`.
+        budget: share of the dense FLOPs. Raises ValueError for a budget outside of `range`, for one between two points
+        that are too far apart to interpolate (`thresholds`), and for another model: one whose thresholds are not those
+        named in `handles`.
         """
         thresholds = self.thresholds(budget)
         for handle, threshold in zip(self._handles(model), thresholds, strict=True):
@@ -124,8 +125,8 @@ class BudgetTable:
     def at(self, model: SkipstoneForCausalLM, budget: float) -> Iterator[None]:
         """Set the model to a budget inside a `with` block, and restore its thresholds afterwards.
 
-        model: the model whose thresholds the table holds. budget: share of the dense FLOPs. Raises ValueError, as `set`
-        does, for a budget that cannot be met and for another model.
+        model: the model whose thresholds the table holds. budget: share of the dense FLOPs. Raises ValueError for a
+        budget that cannot be met, and for another model: one whose thresholds are not those named in `handles`.
         """
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:
@@ -138,6 +139,7 @@ class BudgetTable:
     def current_share(self, model: SkipstoneForCausalLM) -> float:
         """Return the budget that the model's current thresholds meet, roughly: the share of the nearest point.
 
+        The nearest point is the one whose thresholds differ least from the current ones, by their largest difference.
         For a model as it was trained, this is exactly the share of the dense FLOPs that calibration measured for it.
         Raises ValueError for another model: one whose thresholds are not those named in `handles`.
         """
@@ -186,8 +188,9 @@ class BudgetTable:
     def of(cls, model: SkipstoneForCausalLM) -> BudgetTable:
         """Read the budget table from the folder that a model was loaded from (`model.name_or_path`).
 
-        Warns if adapters were added to the model, because the table was measured without them. Raises what `load`
-        raises.
+        Warns if adapters were added to the model, because the table was measured without them. Raises FileNotFoundError
+        if the folder has no table, `Damaged` (a ValueError) if the table's text does not have the hash that it names,
+        and ValueError if it cannot be read.
         """
         table = cls.load(model.name_or_path)
         if getattr(model, "peft_config", None):
@@ -200,7 +203,7 @@ class BudgetTable:
 
     @classmethod
     def load(cls, folder: str | Path) -> BudgetTable:
-        """Read the budget table that `save` wrote into `folder`.
+        """Read the budget table that `save` wrote into `folder`: budget.json, or dial.json of a release before 0.2.
 
         Raises FileNotFoundError if there is none, `Damaged` (a ValueError) if its text does not have the hash that it
         names, and ValueError if it cannot be read.

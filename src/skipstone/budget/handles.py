@@ -106,10 +106,10 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on router scores in a model, as `find_handles` does, and require at least one.
+    """Find every threshold on router scores (tokens above it are kept) in a model, and require at least one.
 
-    Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if the model
-    is not a Skipstone model.
+    They are in the order of `config.mechanisms` (outermost first), then of blocks. Raises ValueError if there is none,
+    naming the model's mechanisms, if decisions need later tokens, and if the model is not a Skipstone model.
     """
     require_ours(model)
     require_causal(model.routing_modules())
