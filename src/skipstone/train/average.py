@@ -17,11 +17,12 @@ class TailAverage(TrainerCallback):
     """A callback that averages all parameters over the last steps and gives the mean to the model at the end.
 
     Averaging lowers the noise that a finite learning rate leaves in the weights (stochastic weight averaging, arXiv
-    1803.05407). Buffers, such as routing thresholds, keep their last values. The validation after the last step and the
-    saved model use the mean. Checkpoints contain the running mean, so a resumed run ends with the same weights.
+    1803.05407). Buffers, such as routing thresholds, keep their last values. The validation after the last step uses
+    the mean, and so does the saved model. Checkpoints contain the running mean, so a resumed run ends with the same
+    weights.
 
     steps: number of optimizer steps at the end of the training whose weights are averaged, at least 1. mean: the
-    running mean by parameter name. count: how many steps the mean covers so far.
+    running mean, one tensor for each parameter by name. count: how many steps the mean covers so far.
     """
 
     def __init__(self, steps: int) -> None:
@@ -45,7 +46,7 @@ class TailAverage(TrainerCallback):
                 parameter.copy_(self.mean[name])
 
     def save(self, checkpoint: Path) -> None:
-        """Write the running mean and its count into the folder `checkpoint`.
+        """Write the running mean and its count to the file average.safetensors in the folder `checkpoint`.
 
         Nothing is written before the first averaged step.
         """
@@ -54,7 +55,7 @@ class TailAverage(TrainerCallback):
             save_file({**mean, "count": torch.tensor(self.count)}, checkpoint / FILE)
 
     def load(self, checkpoint: Path) -> None:
-        """Restore the running mean from the folder `checkpoint`; do nothing if it has none."""
+        """Restore the running mean and its count from average.safetensors in `checkpoint`, if there is this file."""
         if (checkpoint / FILE).is_file():
             self.mean = load_file(checkpoint / FILE)
             self.count = int(self.mean.pop("count"))

@@ -40,15 +40,16 @@ def wanting(model: SkipstoneForCausalLM) -> list[DepthModule]:
 def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> dict[int, Tensor]:
     """Measure by how much the update of one block lowers the loss of each token, for some rows of a batch.
 
-    Two passes without gradients read a sixteenth of the rows (`ONE_IN`; at least one row). In the block, the first
-    keeps a random half of the tokens and the second the other half. The benefit of a token is its loss in nats when
-    skipped minus its loss when kept.
+    Two passes without gradients read a sixteenth of the rows (`ONE_IN`), at least one row. One block updates a random
+    half of the tokens in the first pass, and the other half in the second. The benefit of a token is its loss in nats
+    when skipped minus its loss when kept.
 
     model: the model whose routers may learn the benefit. batch: input_ids and labels (or shift_labels), [B, T] each,
-    with optional masks and positions. step: the optimizer step; it chooses the block (blocks take turns) and seeds the
-    random halves. Returns {index of the block: benefit, fp32 [B, T]}, NaN for rows that were not measured and tokens
-    without a label. The dict is empty if no router learns the benefit or the batch has no labels. For batches of fewer
-    than 16 rows it is also empty in most steps, so that on average one row in 16 is measured.
+    and optionally attention_mask, position_ids and document_ids. step: the optimizer step; it chooses the block (blocks
+    take turns) and seeds the random halves. Returns {index of the block: benefit, fp32 [B, T]}, NaN for rows that were
+    not measured and tokens without a label. The dict is empty if no router learns the benefit or the batch has no
+    labels. For batches of fewer than 16 rows it is also empty in most steps, so that on average one row in 16 is
+    measured.
     """
     found = wanting(model)
     if not found or not ("labels" in batch or "shift_labels" in batch) or "input_ids" not in batch:
@@ -80,9 +81,10 @@ def measure_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], st
 def measured_benefit(model: SkipstoneForCausalLM, batch: Mapping[str, Tensor], step: int) -> Iterator[None]:
     """Measure by how much a block lowers the loss of each token, and provide it to passes inside a `with` block.
 
-    The values are as `measure_benefit` returns them. They are in `model.decoder.benefits`, from which routers read
-    their targets; it is emptied on leaving. batch: the training batch, by name. step: the optimizer step, which chooses
-    the block and seeds the measurement.
+    The values are put into `model.decoder.benefits`, from which routers read their targets: {index of the block:
+    benefit in nats, fp32 [B, T]}, NaN where it was not measured. The dict is emptied on leaving. model: the model whose
+    routers may learn the benefit; without such routers nothing is measured. batch: the training batch, by name. step:
+    the optimizer step, which chooses the block and seeds the measurement.
     """
     model.decoder.benefits = measure_benefit(model, batch, step)
     try:

@@ -31,8 +31,8 @@ def validation_loss(line: PlainMapping) -> float:
 class KeepBest(TrainerCallback):
     """A callback that saves the model to RUN/best after each validation whose loss is lower than all earlier ones.
 
-    The loss is that of `validation_loss`. A resumed run repeats its steps exactly, so it finds the same best model
-    again.
+    The loss is that of routing without access to later tokens, or, for models that cannot decide so, that of the
+    routing of training. A resumed run repeats its steps exactly, so it finds the same best model again.
 
     folder: the run folder. tokenizer: the tokenizer saved with the model; None if there is none.
     """

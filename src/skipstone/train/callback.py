@@ -22,10 +22,10 @@ NOTHING_SEEN = (
 class RoutingCallback(TrainerCallback):
     """A callback for any `transformers.Trainer` that moves routing thresholds and schedules after each optimizer step.
 
-    Alone it advances what depends only on training progress, such as PolyGLU's temperature tau. Thresholds learned from
-    scores (decision `ema_threshold`) also need `observe` to be called with the records of each micro-batch, as
-    `RoutingTrainer` and `RoutingMixin` do. All state is in buffers of the model, so checkpoints contain it and a
-    resumed run continues exactly.
+    Used alone, it advances only what depends on training progress, such as PolyGLU's temperature tau. Thresholds
+    learned from scores (decision `ema_threshold`) also need `observe` to be called with the records of each
+    micro-batch, as `RoutingTrainer` and `RoutingMixin` do. All state is in buffers of the model, so checkpoints contain
+    it and a resumed run continues exactly.
 
     schedules: False for fine-tuning a trained routed model: whatever depends on progress (capacity warm-up, exploration
     noise, tau) stays at its final value, while thresholds keep following the scores.
@@ -42,9 +42,9 @@ class RoutingCallback(TrainerCallback):
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
         """Accumulate the routing statistics of one training micro-batch, without a host sync.
 
-        model: the trained model, wrapped or not; models without our mechanisms are ignored. records: what each
-        mechanism decided in the pass, one dict by mechanism name for each block, as in `out.records`; with None,
-        nothing is accumulated.
+        The thresholds are moved at the end of the optimizer step, by the means over its micro-batches. model: the
+        trained model, wrapped or not; models without our mechanisms are ignored. records: what each mechanism decided
+        in the pass, one dict by mechanism name for each block; None adds nothing.
         """
         for mechanism in _mechanisms(model) if records is not None else ():
             key = (mechanism.placement.layer, mechanism.placement.name)

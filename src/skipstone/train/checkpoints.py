@@ -19,8 +19,9 @@ RANDOM, RANDOM_OF_ONE = "rng_state*.pth", "rng_state.pth"  # one per process
 def check(checkpoint: Path) -> None:
     """Raise ValueError if a file of a checkpoint is damaged or missing.
 
-    The message names the file and the previous checkpoint to continue from. Sizes and SHA-256 hashes are compared;
-    checkpoints of earlier releases have no hashes, so each of their files is opened instead.
+    The message names the file, and the checkpoint before this one as the place from which the run can be continued.
+    Sizes and SHA-256 hashes are compared; checkpoints of earlier releases have no hashes, so each of their files is
+    opened instead.
 
     checkpoint: the folder RUN/checkpoints/checkpoint-N.
     """
@@ -34,9 +35,10 @@ def check(checkpoint: Path) -> None:
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Remove what a process that was killed while it wrote checkpoints has left behind.
+    """Remove partly written checkpoints, and all complete ones except the newest `keep`.
 
-    Partly written checkpoints go, and all complete ones except the newest `keep`. folder: the run folder.
+    A process that was killed while it wrote a checkpoint leaves such files behind. folder: the run folder. keep: at
+    least 1.
     """
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
@@ -46,10 +48,10 @@ def tidy(folder: Path, keep: int) -> None:
 def restore_other(checkpoint: Path, rank: int, count: int) -> bool:
     """Restore the random number generators from a checkpoint that another number of processes wrote.
 
-    checkpoint: its folder. rank, count: the index of this process and the number of processes now. Returns False, with
-    nothing restored, if the same number of processes wrote the checkpoint (Trainer then restores it) or if it has no
-    random states. The generators of Python, numpy and torch are equal in all processes, so the first process's states
-    serve every process.
+    The generators of Python, numpy and torch are equal in all processes, so the first process's states serve every
+    process. checkpoint: the folder RUN/checkpoints/checkpoint-N. rank: the index of this process. count: the number of
+    processes now. Returns whether anything was restored. That is not the case if as many processes wrote the checkpoint
+    (Trainer restores it then), or if it has no random states.
     """
     import random
 

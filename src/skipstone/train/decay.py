@@ -17,10 +17,10 @@ USUAL = ("biases", "norms", "preferences")  # also left out by common trainers
 
 
 def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | None) -> list[str]:
-    """Return those of `names` (parameter names of `model`) to which weight decay applies, in their order.
+    """Return those of `names` (parameter names of `model`) to which weight decay applies, in the same order.
 
-    spared: kinds of parameters without weight decay (the kinds of `kinds_of`); None means biases, norms and PolyGLU's
-    preferences.
+    spared: the kinds of parameters without weight decay, out of "biases", "norms", "embeddings", "preferences" (of
+    PolyGLU's neurons) and "routers"; None means biases, norms and preferences.
     """
     kinds = kinds_of(model)
     return [name for name in names if kinds[name] not in (USUAL if spared is None else spared)]
@@ -30,8 +30,8 @@ def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float)
     """Return optimizer groups in which the parameters of depth mechanisms have their own learning rate.
 
     groups: torch's parameter groups, each with `params`. model: the model that owns the parameters. rate: the learning
-    rate of its depth mechanisms' parameters. Each group is split in two, all other options copied; the groups of
-    mechanisms come last, and empty groups are left out.
+    rate of its depth mechanisms' parameters. Each group is split in two, with its other options copied. The groups of
+    depth mechanisms come last, and groups without parameters are left out.
     """
     own = {id(p) for module in model.modules() if isinstance(module, DepthModule) for p in module.parameters()}
     found: tuple[list[PlainDict], list[PlainDict]] = ([], [])
@@ -44,10 +44,10 @@ def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float)
 
 
 def kinds_of(model: nn.Module) -> dict[str, str | None]:
-    """Return the weight decay kind of each parameter of a model, by parameter name.
+    """Return the kind of each parameter of a model, by parameter name, which says whether weight decay can be left out.
 
-    Kinds are biases, norms, embeddings, and those that mechanisms declare (preferences, routers). The kind is None for
-    parameters that always decay: the matrices of attention and MLP and an untied output head.
+    Kinds are "biases", "norms", "embeddings", and those that mechanisms declare ("preferences", "routers"). The kind is
+    None for parameters that always decay: the matrices of attention and MLP and an untied output head.
     """
     kinds = {name: _kind(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -27,9 +27,10 @@ def check(
 ) -> None:
     """Raise ValueError with one line per mistake in a recipe, its run folder, its corpus and its model.
 
-    It does not load torch, so it takes a fraction of a second. config: the recipe as a plain dict. out: the run folder;
-    None means the default one of the recipe. resume: whether the folder is to be continued instead of created. writes:
-    whether a run folder will be written; False skips its check. read: the parser for this kind of recipe.
+    It does not load torch, so it takes a fraction of a second. What is wrong with the data themselves shows only later.
+    config: the recipe as a plain dict. out: the run folder; None means the default, runs/NAME or runs/CORPUS-TIME.
+    resume: whether the folder is to be continued instead of created. writes: whether a run folder will be written;
+    False skips its check. read: the function that parses this kind of recipe and raises ValueError with its mistakes.
     model_checker: name of the module whose `model_mistakes` checks the recipe's model and the options of its
     mechanisms; it is imported with placeholders for torch.
     """

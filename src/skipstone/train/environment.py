@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def describe(seed: int) -> PlainDict:
     """Return the contents of a run's environment.json: versions, commit, machine, seed, command and processes.
 
-    seed: the seed of the run. `git_commit` and `git_dirty` (whether the checkout has uncommitted changes) are None if
-    the package is not in a git checkout.
+    Keys: `skipstone`, `torch`, `transformers` and `python` (their versions); `git_commit` and `git_dirty` (whether the
+    checkout has uncommitted changes), both None if the package is not in a git checkout; `machine` (a dict with `cpu`,
+    `cores`, `threads`, `gpu`); `seed`; `started` (UTC, ISO 8601), `command` and `processes`. seed: the seed of the run.
     """
     import torch
     import transformers
@@ -64,7 +65,8 @@ def machine() -> PlainDict:
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
     """Return the commit of the git checkout that tracks `folder`, and whether the checkout has uncommitted changes.
 
-    Returns (None, None) if no checkout tracks it.
+    The commit is its full hash. Returns (None, None) if no checkout tracks the folder's __init__.py or git is not
+    installed.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None, None

@@ -61,8 +61,9 @@ class Estimate:
 
     gpu: name of the GPU, a key of `GPUS`. mfu: assumed share of the GPU's peak FLOP/s that is reached. parameters:
     number of parameters. steps: number of optimizer steps. tokens_per_step: tokens of one optimizer step. flops: FLOPs
-    of the whole training, recomputation by activation checkpointing included. memory: bytes by purpose; None where the
-    size depends on the values of tokens. seconds: per optimizer step. checkpoint: bytes of one checkpoint on disk.
+    of the whole training, recomputation by activation checkpointing included. memory: bytes by purpose ("weights",
+    "gradients", "AdamW", "copies of the weights", "activations", "logits"); None where the size depends on the values
+    of tokens. seconds: time of one optimizer step. checkpoint: bytes of one checkpoint on disk.
     """
 
     gpu: str
@@ -77,7 +78,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """The hours of all optimizer steps together."""
+        """The hours that all optimizer steps take together."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:
@@ -108,9 +109,9 @@ def gigabytes(size: float | None) -> str:
 def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estimate:
     """Estimate the cost of training a recipe on one GPU, without training and without allocating weights.
 
-    values: the recipe as a plain dict. gpu: a key of `GPUS`. mfu: share of the GPU's peak FLOP/s that training reaches,
-    in (0, 1]. Data are read only if the recipe does not set the vocabulary. Raises ValueError for an unknown GPU, an
-    mfu outside (0, 1], and mistakes in the recipe.
+    values: the recipe as a plain dict. gpu: name of the GPU, such as "H100"; one of `GPUS`. mfu: share of the GPU's
+    peak FLOP/s that training reaches, in (0, 1]. Data are read only if the recipe sets neither a preset nor the
+    vocabulary. Raises ValueError for an unknown GPU, an mfu outside (0, 1], and mistakes in the recipe.
     """
     card = choose("gpu", gpu, GPUS)
     if not 0 < mfu <= 1:
@@ -140,9 +141,10 @@ def estimate(values: PlainMapping, gpu: str = "H100", mfu: float = MFU) -> Estim
 
 
 def known(recipe: Recipe) -> PlainDict:
-    """Return the model options that follow from a recipe's data, such as the vocabulary size.
+    """Return the model options that follow from a recipe's data.
 
-    If the recipe names a preset or sets the vocabulary size itself, the dict is empty and no data are read.
+    Keys: `vocab_size`; with text also `tokenizer` (the object), `eos_token_id`, `bos_token_id` and `pad_token_id`. If
+    the recipe names a preset or sets the vocabulary size itself, the dict is empty and no data are read.
     """
     if {"preset", "vocab_size"} & recipe.model.keys():
         return {}

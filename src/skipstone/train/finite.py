@@ -25,8 +25,8 @@ class NotFinite(ValueError):
 class RowTurns:
     """Which training rows a process reads when several processes take turns by micro-batches.
 
-    rows: rows of a micro-batch in one process. parts: micro-batches of an optimizer step. rank: index of this process.
-    count: number of processes.
+    rows: number of rows that one process reads in a micro-batch. parts: micro-batches of an optimizer step. rank: index
+    of this process. count: number of processes.
     """
 
     rows: int
@@ -46,12 +46,14 @@ class RowTurns:
 class FiniteGuard:
     """A guard that stops a training when the loss, the gradient norm or a router score of a step is not finite.
 
-    All processes decide alike. Flags stay on the device until `settle` reads them, which costs one host sync.
+    Whether something was not finite is noted on the device until `settle` reads it, which costs one host sync and gives
+    the same answer in all processes.
 
-    routers: names of all routers, "block L NAME" as in `bad_scores`. turns: the rows that this process reads, so that
-    the message can name them. folder: the run folder, whose last checkpoint the message names. allowed: how many steps
-    of the training may be skipped instead of stopping it. gather: a function that concatenates a tensor over processes
-    along its first dimension. skipped: how many steps have been skipped so far.
+    routers: names of all routers as "block L NAME", with the index of the block and the mechanism's name in it. turns:
+    the rows that this process reads, so that the message can name them. folder: the run folder, whose last checkpoint
+    the message names. allowed: how many steps of the training may be skipped instead of stopping it. gather: a function
+    that concatenates a tensor over processes along its first dimension. skipped: how many steps have been skipped so
+    far.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class FiniteGuard:
     def add(self, step: int, loss: Tensor, records: Iterable[Records]) -> None:
         """Record whether the loss and the router scores of one micro-batch are finite.
 
-        step: the optimizer step, from 1. loss: a scalar tensor. records: what each mechanism decided, one dict for each
-        block.
+        step: the optimizer step, from 1. loss: a scalar tensor. records: what each mechanism decided, one dict by
+        mechanism name for each block.
         """
         part = self._seen[-1][1] + 1 if self._seen and self._seen[-1][0] == step else 0
         routers, fine = bad_scores(records), torch.zeros((), dtype=torch.bool, device=loss.device)
@@ -86,11 +88,11 @@ class FiniteGuard:
             self._flags[-1][1] = ~torch.as_tensor(norm).isfinite().to(self._flags[-1].device)
 
     def settle(self, may_skip: bool = False) -> bool:
-        """Return whether the current step must be skipped; all processes call it together and get the same answer.
+        """Return whether the current step must be skipped; all processes call it together.
 
-        may_skip: True if the optimizer has not yet applied the step, so that it can still be skipped. Raises
-        `NotFinite` if something was not finite and the step can no longer be skipped, or if `allowed` steps were
-        skipped before.
+        The answer is the same in all processes. may_skip: True if the optimizer has not yet applied the step, so that
+        it can still be skipped. Raises `NotFinite` if something was not finite and the step can no longer be skipped,
+        or if `allowed` steps were skipped before.
         """
         if not self._flags:
             return False
@@ -131,7 +133,7 @@ class FiniteGuard:
         return f"{' and '.join(own)} {'are' if len(own) > 1 or routers else 'is'} not finite on training rows {rows}"
 
     def good_checkpoint(self) -> str:
-        """Return a clause for messages that names the last checkpoint, or says that there is none.
+        """Return words for messages that name the newest checkpoint, or say that there is none.
 
         Every checkpoint is good, because numbers are checked before one is saved.
         """

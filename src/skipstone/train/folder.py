@@ -40,9 +40,9 @@ def default_folder(recipe: Recipe) -> Path:
 def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
     """Return the folder of a new or resumed run.
 
-    recipe: provides the default folder. out: the folder that the user named; None means the default. resume: whether an
-    existing run is continued. Raises ValueError if a resumed run is named by neither `out` nor the recipe, and
-    FileNotFoundError if the folder of a resumed run does not exist.
+    recipe: provides the default folder, runs/NAME or, without a name, runs/CORPUS-TIME. out: the folder that the user
+    named; None means the default. resume: whether an existing run is continued. Raises ValueError if a resumed run is
+    named by neither `out` nor the recipe, and FileNotFoundError if the folder of a resumed run does not exist.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
     if not resume:
@@ -55,7 +55,10 @@ def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 
 
 def is_first_process() -> bool:
-    """Return whether this process is the one that writes files (rank 0), before Trainer's arguments exist."""
+    """Return whether this process is the first of those that train together, which writes all files.
+
+    It reads the environment variable RANK, so it can be called before Trainer's arguments exist.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -71,9 +74,11 @@ def check_new(folder: Path) -> None:
 def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Write], data: str | None = None) -> None:
     """Create a run folder that contains the recipe, the environment and `parts`; it appears complete or not at all.
 
-    folder: must not exist, or be empty; else FileExistsError is raised. config: the resolved recipe. seed: the run's
-    seed, which is noted in environment.json. parts: for each file or folder name, a function that writes it at the path
-    passed to it. data: fingerprint of the data that the run trains on; None means that none is noted.
+    The recipe is config.yaml, the environment environment.json. folder: must not exist, or be empty; otherwise
+    FileExistsError is raised. config: the recipe with all defaults, as plain values. seed: the run's seed, which is
+    noted in environment.json. parts: for each further file or folder, by name, a function that writes it at the path
+    passed to it. data: fingerprint of the data that the run trains on, noted in environment.json; None means that none
+    is noted.
     """
     check_new(folder)
     more = {} if data is None else {DATA: data}
@@ -90,8 +95,8 @@ def create(folder: Path, config: PlainMapping, seed: int, parts: Mapping[str, Wr
 def add_absent(folder: Path, parts: Mapping[str, Write]) -> None:
     """Write those of `parts` that are missing from a run folder.
 
-    This repairs runs of earlier releases that were killed before they wrote them. folder: the run folder, which exists.
-    parts: for each file or folder name, a function that writes it at the path passed to it.
+    This repairs runs of earlier releases that were killed before they wrote all of their files. folder: the run folder,
+    which exists. parts: for each file or folder, by name, a function that writes it at the path passed to it.
     """
     for name, write in parts.items():
         path = folder / name
@@ -119,8 +124,8 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
     """Raise ValueError naming the first key in which a recipe differs from that of the run to be resumed.
 
     saved: the recipe of the run, as nested plain dicts. given: the recipe to resume it with. where: prefix of the keys
-    in messages, such as "train." in a recursive call. Keys of `train` in `NOT_THE_RESULT`, such as the checkpoint
-    intervals, may differ.
+    in messages, such as "train." in a recursive call. Options of `train` that cannot change the result, such as the
+    checkpoint intervals, may differ (`NOT_THE_RESULT`).
     """
     for key in {**saved, **given}:
         if where == "train." and key in NOT_THE_RESULT:
@@ -138,8 +143,9 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
 def check_data(folder: Path, data: str | None) -> None:
     """Raise ValueError if the data have changed since the run in `folder` began.
 
-    data: fingerprint of the data as it is now; None if they have none. Runs of earlier releases know the fingerprint of
-    sharded data only; without a known fingerprint nothing is checked.
+    folder: the run folder, in whose environment.json the fingerprint is noted. data: fingerprint (SHA-256) of the
+    present data; None if they have none. Nothing is checked if the run noted none; earlier releases noted one for
+    shards only.
     """
     known = Run(folder).environment().get(DATA)
     if known is not None and known != data:
@@ -152,7 +158,8 @@ def check_data(folder: Path, data: str | None) -> None:
 def note_resumption(folder: Path, step: int) -> None:
     """Note in environment.json that this process resumes the run after step `step`.
 
-    Changes in versions and machine since the run began are noted, too. folder: the run folder.
+    An entry is added to the list `resumed`, with the step, start time, command, number of processes, and what has
+    changed of versions and machine since the run began. folder: the run folder.
     """
     known = Run(folder).environment()
     now = environment.describe(known["seed"])
@@ -165,7 +172,7 @@ def cut_metrics(folder: Path, step: int, count: int | None = None) -> None:
     """Remove the lines of metrics.jsonl after step `step`, because a run that resumes there writes them again.
 
     folder: the run folder. count: number of lines when the checkpoint was written; lines beyond it are removed even if
-    they belong to step `step`. None if it is not known. Raises ValueError if fewer than `count` lines are left.
+    they belong to step `step`. None means that it is not known. Raises ValueError if fewer than `count` lines are left.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -186,11 +193,12 @@ def save_model(
     name: str = MODEL,
     parts: Mapping[str, Write] | None = None,
 ) -> None:
-    """Write a model folder RUN/name: weights, tokenizer, model card and hashes; it appears complete or not at all.
+    """Write a model folder RUN/NAME: weights, tokenizer, model card and hashes; it appears complete or not at all.
 
     folder: the run folder. model: any object with a method `save_pretrained`. tokenizer: the tokenizer to save; None if
-    there is none. card: entries of the model card, such as `losses`. name: name of the folder within the run. parts:
-    for the name of each further file, a function that writes it at the path passed to it; None means no further files.
+    there is none. card: arguments of `skipstone.model.card.write_card` besides the title, such as `losses`. name: name
+    of the folder within the run. parts: for each further file, by name, a function that writes it at the path passed to
+    it; None means no further files.
     """
     from skipstone.model.card import write_card
 
@@ -214,6 +222,6 @@ def save_model(
 def save_result(folder: Path, result: PlainMapping) -> None:
     """Write result.json, the summary of a finished run, with the number of lines of metrics.jsonl.
 
-    folder: the run folder. result: the entries of the summary.
+    An existing file is replaced. folder: the run folder. result: the entries of the summary.
     """
     write_json(folder / RESULT, sealed({**result, METRICS_LINES: count_lines(folder / METRICS)}))

@@ -21,10 +21,11 @@ SKIPPED = ("skipped", "total_skipped")  # absent in checkpoints of earlier relea
 class LogWindow:
     """Sums of losses, tokens and seconds for the next log line; adding to them never causes a host sync.
 
-    device: where the losses are summed. sums: fp32 [2], the token loss and the auxiliary loss in this process. began:
-    the step after which the current window began. tokens: tokens of the window over all processes. skipped: steps of
-    the window that were skipped because their numbers were not finite. seconds: time of the window without evaluation
-    and saving. total_tokens, total_skipped, total_seconds: the same three quantities over the whole training.
+    device: where the losses are summed. sums: fp32 [2], the sums over the window's steps of this process's part of the
+    token loss and of the auxiliary loss. began: the step after which the current window began. tokens: tokens of the
+    window over all processes. skipped: steps of the window that were skipped because their numbers were not finite.
+    seconds: time of the window without evaluation and saving. total_tokens, total_skipped, total_seconds: the same over
+    the whole training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,9 +88,9 @@ class LogWindow:
         self.began, self.tokens, self.seconds, self.skipped = step, 0, 0.0, 0
 
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
-        """Write the window's state into a checkpoint.
+        """Write the window's state to window.json in a checkpoint.
 
-        folder: the checkpoint's folder. sums: the losses summed over all processes, fp32 [2]. lines: current number of
+        folder: the checkpoint's folder. sums: fp32 [2], `sums` added up over all processes. lines: current number of
         lines in metrics.jsonl.
         """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
@@ -97,11 +98,11 @@ class LogWindow:
         (folder / FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path, first: bool = True) -> int | None:
-        """Restore the state from a checkpoint and return how many lines metrics.jsonl had then; None if not known.
+        """Restore the state from window.json in a checkpoint; return the number of lines that metrics.jsonl had then.
 
-        folder: the checkpoint's folder. first: whether this is the first process, which continues with the sums of all
-        processes; the others start from zero. Raises ValueError for a checkpoint that `skipstone train` has not
-        written.
+        The number is None in checkpoints of earlier releases. folder: the checkpoint's folder. first: whether this is
+        the first process, which continues with the sums of all processes; the others start from zero. Raises ValueError
+        for a checkpoint without this file, which `skipstone train` has not written, and for a damaged one.
         """
         path = folder / FILE
         if not path.is_file():

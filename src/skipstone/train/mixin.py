@@ -25,10 +25,10 @@ from skipstone.train.seen import SeenPass, inner, seen_passes
 class RoutingMixin:
     """A mixin that lets any Trainer train routers and thresholds: `class MyTrainer(RoutingMixin, SFTTrainer)`.
 
-    It observes, by hooks on the decoder, the forward passes that the trainer makes anyway. Their records (what each
-    mechanism decided) are passed to a `RoutingCallback`, and the routers' auxiliary losses are added to the loss if the
-    trainer computes its loss outside of the model. Its constructor passes all arguments to the trainer. routing: the
-    trainer's `RoutingCallback`; one is added if there is none.
+    By hooks on the decoder, it observes the forward passes that the trainer makes anyway. It passes their records (what
+    each mechanism decided) to a `RoutingCallback`, which moves thresholds and schedules, and adds the routers'
+    auxiliary losses if the trainer computes its loss outside of the model. Its constructor passes all arguments to the
+    trainer. routing: the trainer's `RoutingCallback`; one is added if there is none.
     """
 
     routing: RoutingCallback
@@ -45,8 +45,9 @@ class RoutingMixin:
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
         """Return the trainer's loss of a micro-batch, plus the routers' auxiliary losses if the trainer omits them.
 
-        The records of the pass are shown to the routing callback for the thresholds. Arguments and result are those of
-        `Trainer.compute_loss`.
+        The result is a scalar tensor, or (loss, outputs of the model) if `return_outputs` is True. The records of the
+        pass are shown to the routing callback for the thresholds. model: the model, wrapped or not. inputs: the
+        micro-batch, by name. kwargs: further arguments of `Trainer.compute_loss`, such as `num_items_in_batch`.
         """
         target_BT, base = _targets(inputs), inner(model)
         learns = model.training and isinstance(base, SkipstoneForCausalLM)
@@ -140,5 +141,9 @@ class RoutingTrainer(RoutingMixin, Trainer):
     """A `transformers.Trainer` that also advances routing thresholds and schedules once per optimizer step."""
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch, as `Trainer.compute_loss`, and show its routing records to the callback."""
+        """Return the loss of a micro-batch, a scalar tensor, and show its routing records to the callback.
+
+        With `return_outputs`, the result is (loss, outputs of the model), and the outputs have `records`. model: the
+        model, wrapped or not. inputs: the micro-batch, by name. kwargs: further arguments of `Trainer.compute_loss`.
+        """
         return super().compute_loss(model, {**inputs, "output_records": True}, return_outputs, **kwargs)

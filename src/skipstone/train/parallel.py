@@ -39,7 +39,8 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.devic
     """Prepare a model for training on several processes; shard its parameters if the recipe sets parallel=fsdp2.
 
     model: changed in place. train: the recipe's training options. device: where this process trains. Raises ValueError
-    if accelerate is configured to shard as well, or if a parameter would stay unsharded.
+    if accelerate is configured to shard, too (the environment variable ACCELERATE_USE_FSDP), or if a parameter would
+    stay unsharded.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
@@ -128,7 +129,8 @@ def _require_sharded(model: nn.Module) -> None:
 def full(norm: Any) -> Any:
     """Return a gradient norm as a plain tensor.
 
-    norm: a DTensor if the gradients are sharded; anything else is returned unchanged.
+    norm: a distributed tensor (DTensor) if the gradients are sharded, which is gathered; anything else is returned
+    unchanged.
     """
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -207,9 +209,10 @@ def _touch(block: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
 def complete_gradients(model: SkipstoneForCausalLM) -> None:
     """Give every trained parameter of the blocks that has no gradient in this step a gradient of zeros.
 
-    A block that keeps no token in a step has no gradients in one process, but zeros in several (hooks add them). The
-    optimizer ignores a parameter without a gradient, whereas zeros still apply momentum and weight decay, so without
-    this the result would depend on the number of processes. model: after its backward pass.
+    A block that keeps no token in a step has no gradients if there is one process, but zeros if there are several,
+    because hooks add them. The optimizer leaves out a parameter without a gradient, whereas for zeros it still applies
+    momentum and weight decay. Without this function, the result would therefore depend on the number of processes.
+    model: after its backward pass.
     """
     for parameter in model.model.layers.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -220,7 +223,10 @@ def complete_gradients(model: SkipstoneForCausalLM) -> None:
 
 
 def whole_model(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM | None:
-    """Return an unsharded copy of a sharded model in the first process, and None in the others; all must call it."""
+    """Return an unsharded copy of a sharded model in the first process, and None in the others; all must call it.
+
+    model: sharded by FSDP2. The copy is on the same device.
+    """
     first, state = dist.get_rank() == 0, {}
     for name, value in model.state_dict().items():
         full = value.full_tensor() if isinstance(value, DTensor) else value

@@ -25,9 +25,9 @@ class TrainingPlan:
 
     gpu: name of the GPU, a key of `estimate.GPUS`. gpus: number of GPUs. parallel: ddp (replicated) or fsdp2 (sharded).
     rows: rows of a micro-batch on each GPU. whole: the estimate for the whole training on one GPU. memory: bytes by
-    purpose; None where the size depends on the values of tokens. sent: bytes that each GPU sends in an optimizer step,
-    by kind of message. link: GB/s in one direction over the slowest link between GPUs. compute, communication, update:
-    seconds of an optimizer step for matrix products, messages, and AdamW.
+    purpose, such as "weights" or "activations"; None where the size depends on the values of tokens. sent: bytes that
+    each GPU sends in an optimizer step, by kind of message. link: GB/s in one direction over the slowest link between
+    GPUs. compute, communication, update: seconds of an optimizer step for matrix products, messages, and AdamW.
     """
 
     gpu: str
@@ -63,7 +63,7 @@ class TrainingPlan:
         return self.known_memory <= GPUS[self.gpu].memory * 1e9
 
     def lines(self) -> list[str]:
-        """Return the plan as text, one figure per line."""
+        """Return the plan as text, one figure per line, with what was assumed."""
         card, whole = GPUS[self.gpu], self.whole
         missing = ", and what is not known" if None in self.memory.values() else ""
         tokens, speed = whole.steps * whole.tokens_per_step, whole.tokens_per_step / self.seconds
@@ -105,10 +105,11 @@ def plan(
 ) -> TrainingPlan:
     """Plan the training of a recipe on several GPUs, in nodes of 8; no weights are allocated.
 
-    values: the recipe as a plain dict, as `train` accepts it. gpus: number of GPUs. gpu: a key of `estimate.GPUS`. mfu:
-    share of the GPU's peak FLOP/s that matrix products reach, in (0, 1]. network: GB/s between nodes for each GPU.
-    Raises ValueError if the rows of a step cannot be divided over the GPUs, for what `estimate` refuses, and if `gpus`
-    or `network` is not positive.
+    values: the recipe as a plain dict with the keys name, model, data and train. gpus: number of GPUs. gpu: name of the
+    GPU, such as "H100"; one of `estimate.GPUS`. mfu: share of the GPU's peak FLOP/s that matrix products reach, in (0,
+    1]. network: GB/s in one direction that each GPU has to other nodes. Raises ValueError if the rows of a step cannot
+    be divided over the GPUs, for an unknown GPU, an mfu out of range, mistakes in the recipe, and if `gpus` or
+    `network` is not positive.
     """
     if gpus < 1 or not 0 < network < math.inf:
         raise ValueError(f"gpus and network must be above 0, got {gpus} and {network}")
@@ -191,7 +192,8 @@ def _state(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, f
 def messages(sizes: ParameterCounts, gpus: int, train: TrainConfig) -> dict[str, float]:
     """Return the bytes that each GPU sends in an optimizer step with ring algorithms, by kind of message.
 
-    sizes: parameter counts of the model. gpus: number of GPUs. train: the training options, for `parallel` and
+    The kinds are "all-reduce of gradients" for ddp, and "all-gather of weights" and "reduce-scatter of gradients" for
+    fsdp2. sizes: parameter counts of the model. gpus: number of GPUs. train: the training options, for `parallel` and
     `gradient_accumulation`. Thresholds and comparisons of replicas, a few bytes for each block, are left out.
     """
     part = (gpus - 1) / gpus

@@ -40,8 +40,8 @@ LARGEST = {
 class TrainConfig:
     """The options of a training: the section `train` of a recipe.
 
-    All options may change the result except the intervals (`eval_every`, `log_every`, `save_every`, `save_minutes`),
-    `loggers`, and what is stored. The options in `NOT_THE_RESULT` may differ between a run and its resumption.
+    The intervals (`eval_every`, `log_every`, `save_every`, `save_minutes`), `loggers` and what is stored do not change
+    the result; all other options may. Options listed in `NOT_THE_RESULT` may differ between a run and its resumption.
 
     steps: number of optimizer steps. batch_size: rows of one optimizer step, over all processes and micro-batches.
     gradient_accumulation: micro-batches per step. It changes memory and not the result, except for what is measured on
@@ -166,7 +166,8 @@ class TrainConfig:
     def loss_chunk_of(self, vocab_size: int) -> int:
         """Return how many tokens' logits the loss computes at a time for a vocabulary of `vocab_size` tokens.
 
-        The result is `loss_chunk` if that is set, else a default; 0 means that all logits are computed at once.
+        The result is `loss_chunk` if that is set, else 1,024 for a vocabulary of at least 65,536 tokens and 0 for
+        smaller ones; 0 means that all logits are computed at once.
         """
         if self.loss_chunk is not None:
             return self.loss_chunk
@@ -228,5 +229,5 @@ def read_recipe(values: PlainMapping) -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> PlainDict:
-    """Return a recipe as nested plain values, as config.yaml stores it, without a name or section that is None."""
+    """Return a recipe as nested plain values: the sections `model`, `data` and `train`, and `name` if there is one."""
     return {key: value for key, value in asdict(recipe).items() if value is not None}

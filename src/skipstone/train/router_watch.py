@@ -68,8 +68,8 @@ class RouterWatch:
     def see(self, step: int, inputs: PlainDict, records: Sequence[Records]) -> None:
         """Examine the records of the first micro-batch of a step after its forward pass.
 
-        `after_backward` must be called next. step: the optimizer step, from 1. inputs: the micro-batch. records: what
-        each mechanism decided, one dict for each block.
+        `after_backward` must be called next. step: the optimizer step, from 1. inputs: the micro-batch, by name.
+        records: what each mechanism decided, one dict by mechanism name for each block.
         """
         if self._first is None:
             self._first, self._began = step, time.perf_counter()
@@ -110,7 +110,7 @@ class RouterWatch:
     def after_backward(self, step: int) -> None:
         """Run the comparison with chance if one is due, now that the memory of the backward pass is free again.
 
-        step: as in `see`.
+        step: the optimizer step, from 1.
         """
         if self._held is None:
             return
@@ -191,10 +191,10 @@ def _uncompiled(model: SkipstoneForCausalLM) -> AbstractContextManager[object]:
 
 
 def shuffled(kept_BT: Tensor, attention_mask: Tensor | None, seed: int) -> Tensor:
-    """Return a bool mask [B, T] that keeps as many tokens of each row as `kept_BT`, drawn at random.
+    """Return a bool mask [B, T] that keeps as many tokens of each row as `kept_BT` does, drawn at random.
 
-    Padding is not drawn. kept_BT: bool, the tokens that the router kept, B rows of T tokens. attention_mask: [B, T], 0
-    at padding; None means that nothing is padding. seed: seed of the draw.
+    Padding is not drawn. kept_BT: bool [B, T], the tokens that the router kept, B rows of T tokens. attention_mask: [B,
+    T], 0 at padding; None means that there is no padding. seed: seed of the draw.
     """
     draw_BT = torch.rand(kept_BT.shape, generator=torch.Generator().manual_seed(seed)).to(kept_BT.device)
     if attention_mask is not None:

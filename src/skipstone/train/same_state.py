@@ -19,9 +19,9 @@ ODD = 0x9E3779B1  # places of a tensor weigh differently in its hash
 class SameState(TrainerCallback):
     """A callback that checks every `steps` steps that replicated tensors and learning rates are equal in all processes.
 
-    Parameters and buffers are compared by hashes. Under DDP, all parameters are compared; under FSDP2, only those that
-    are not sharded. steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises
-    ValueError in every process, naming the first tensor that differs.
+    Parameters and buffers are compared by hashes: all of them under DDP, and those that are not sharded under FSDP2.
+    steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises ValueError in every
+    process, naming the first tensor that differs.
     """
 
     def __init__(self, steps: int) -> None:
@@ -37,8 +37,8 @@ class SameState(TrainerCallback):
 def compare(tensors: dict[str, Tensor], numbers: dict[str, float], device: torch.device, step: int) -> None:
     """Raise ValueError in every process if a tensor or number differs between processes; all must call it.
 
-    tensors, numbers: the values of this process, by name. device: the device on which hashes are exchanged. step: the
-    optimizer step, for the message, which names the first value that differs.
+    The message names the first value that differs, and the step. tensors, numbers: the values of this process, by name.
+    device: the device on which hashes are exchanged. step: the optimizer step.
     """
     named = tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     if not named:

@@ -24,8 +24,9 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 class SeenPass:
     """A forward pass with gradients that was observed by hooks.
 
-    records: what each mechanism decided, one dict by mechanism name for each block. in_forward: whether the pass ran
-    within the model's own `forward`, which adds the routers' auxiliary losses if it is given labels.
+    records: what each mechanism decided, one dict by mechanism name for each block. in_forward: whether the pass was
+    part of the whole model's `forward`, which adds the routers' auxiliary losses to its loss, and not of the decoder
+    alone.
     """
 
     records: tuple[Records, ...]
@@ -33,7 +34,10 @@ class SeenPass:
 
 
 def inner(model: Any) -> Any:
-    """Return the model inside wrappers such as DistributedDataParallel and PEFT."""
+    """Return the model inside wrappers such as DistributedDataParallel and PEFT.
+
+    model: a wrapped model; one that is not wrapped is returned unchanged.
+    """
     while not isinstance(model, SkipstonePreTrainedModel) and not hasattr(model, "skipstone_routing"):
         if hasattr(model, "module"):
             model = model.module

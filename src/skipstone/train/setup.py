@@ -29,10 +29,10 @@ TOKENIZER = "tokenizer"  # the key of `data_defaults` that is no model option
 def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
     """Return the model configuration of a recipe, with defaults for context and vocabulary from the data.
 
-    values: the recipe's section `model`. context: tokens of a row (`data.context`). defaults: options that the data
-    determine, from `data_defaults`; empty to check the other options before data are read. Raises ValueError for
-    invalid keys and values, for a maximum number of positions below `context`, and for a vocabulary that is too small
-    for the tokenizer.
+    values: the recipe's section `model`. context: tokens of a row (`data.context`). defaults: options that follow from
+    the data, such as `vocab_size` and `tokenizer`; empty to check the other options before data are read. Raises
+    ValueError for invalid keys and values, for a maximum number of positions below `context`, and for a vocabulary that
+    is too small for the tokenizer.
     """
     given = {"max_position_embeddings": context, **defaults, **values}
     preset, tokenizer = given.pop("preset", None), given.pop(TOKENIZER, None)
@@ -54,7 +54,8 @@ def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> 
 def data_defaults(data: PreparedData) -> PlainDict:
     """Return the model options that follow from prepared data: vocabulary size and special tokens.
 
-    The dict also has the key `tokenizer` if the data have one; `model_config` uses and removes it.
+    Keys: `vocab_size`; if the data have a tokenizer also `eos_token_id`, `bos_token_id`, `pad_token_id` (each may be
+    None) and `tokenizer`, the tokenizer itself, which is no option of a model: `model_config` uses and removes it.
     """
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:
@@ -67,7 +68,7 @@ def data_defaults(data: PreparedData) -> PlainDict:
 
 
 def plain(config: SkipstoneConfig) -> PlainDict:
-    """Return the whole model configuration as plain values, as a recipe's section `model` has them."""
+    """Return the whole model configuration as plain values by field, without fields that are None."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}
@@ -182,7 +183,10 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
 
 
 def check_early(recipe: Recipe) -> None:
-    """Raise ValueError for mistakes in a recipe's model or loggers, before any data are read."""
+    """Raise ValueError for mistakes in a recipe's model or loggers, before any data are read.
+
+    A warning says that `data.train_rows` has no effect, if it is set.
+    """
     early.check_loggers(recipe.train)
     model_config(recipe.model, recipe.data.context, {})
     if recipe.data.train_rows is not None:
@@ -192,7 +196,8 @@ def check_early(recipe: Recipe) -> None:
 def model_mistakes(config: PlainMapping) -> list[str]:
     """Return one message per mistake in the model of a recipe, including the options of its mechanisms.
 
-    config: the whole recipe as a plain dict; its other sections may be wrong.
+    config: the whole recipe as a plain dict; its other sections may be wrong. Without a section `model`, the list is
+    empty.
     """
     model, data = config.get("model"), config.get("data")
     if not isinstance(model, Mapping):

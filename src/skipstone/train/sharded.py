@@ -18,7 +18,7 @@ MODEL, OPTIMIZER = "model", "optimizer"
 
 
 def save(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write the state of a sharded model and its optimizer to `folder`; all processes call it.
+    """Write the state of a sharded model and its optimizer to `folder`, as files of safetensors; all processes call it.
 
     model: sharded by FSDP2. optimizer: an optimizer of torch, or accelerate's wrapper around one.
     """
@@ -28,15 +28,18 @@ def save(folder: Path, model: nn.Module, optimizer: Any) -> None:
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Read a sharded model's parameters and buffers from `folder`, as `save` wrote them, in place."""
+    """Read a sharded model's parameters and buffers, in place, from the folder to which `save` wrote them.
+
+    All processes call it; their number may differ from when the files were written.
+    """
     _load(folder, _model_state(model))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Read the state of a sharded model's optimizer from `folder`, as `save` wrote it, in place.
+    """Read the state of a sharded model's optimizer, in place, from the folder to which `save` wrote it.
 
-    model: owns the parameters. optimizer: an optimizer of torch, or accelerate's wrapper around one. Parameters that
-    had no state when it was written have none afterwards.
+    model: owns the parameters. optimizer: an optimizer of torch, or accelerate's wrapper around one. Parameters whose
+    state was not written have none afterwards.
     """
     reader = HuggingFaceStorageReader(str(folder))
     prefix = f"{OPTIMIZER}."

@@ -115,7 +115,7 @@ class RunTrainer(RoutingTrainer):
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch, as `Trainer.compute_loss`, and add to the sums for the next log line."""
+        """Return the loss of a micro-batch, or (loss, outputs), and add it to the sums for the next log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         with self._noise_of_step(len(inputs["input_ids"])):
@@ -210,11 +210,11 @@ class RunTrainer(RoutingTrainer):
         return int(inputs["input_ids"].numel()) * self.accelerator.num_processes
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the loss to minimise, a scalar; by default the model's own `loss`, but subclasses may override it.
+        """Return the loss to minimise, a scalar tensor; by default `loss` unchanged, but subclasses may override it.
 
-        outputs: the model's output; overrides must keep its losses correct for the log. inputs: the micro-batch. items:
-        number of predicted tokens in the whole optimizer step, by which sums are divided to give means; None if it is
-        not known.
+        loss: the model's own loss. outputs: the model's output; overrides must keep its losses correct for the log.
+        inputs: the micro-batch, by name. items: number of predicted tokens in the whole optimizer step, by which sums
+        are divided to give means; None if it is not known.
         """
         return loss
 
@@ -244,7 +244,7 @@ class RunTrainer(RoutingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log Trainer's figures with exact training losses: means since the last log line, also across a resumption.
 
-        logs: figures by name; the losses among them are replaced. start_time: as in `Trainer.log`.
+        logs: figures by name; the losses among them are replaced. start_time: passed on to `Trainer.log`.
         """
         if "train_runtime" in logs:
             return  # Trainer's closing summary; result.json has ours

@@ -42,9 +42,9 @@ def train(
     config: the recipe as a plain dict. out: the run folder; None means `runs/NAME`, or `runs/CORPUS-TIME` for a recipe
     without a name. resume: continue an existing run from its last checkpoint (from the start if it has none) with the
     recipe that it was started with; a finished run is left unchanged. progress: show a progress bar. data: the recipe's
-    rows if they are already prepared; None means that they are prepared. save_minutes: largest interval between
-    checkpoints, unless the recipe sets one; None means that steps alone decide. callbacks: further callbacks for
-    Trainer.
+    rows if they are already prepared; None means that this function prepares them. save_minutes: largest interval
+    between checkpoints, unless the recipe sets one; None means that steps alone decide. callbacks: further callbacks
+    for Trainer.
 
     Raises ValueError for mistakes in the recipe and while another process uses the folder, FileNotFoundError if there
     is nothing to resume, FileExistsError if the folder of a new run is not empty, and `Interrupted` after a stop
@@ -114,8 +114,8 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
     """Return the run to resume, or None for a new one; also set the number of torch's threads to the recipe's.
 
-    recipe: provides the number of threads; None in it changes nothing. folder: the run's folder. resume: whether it is
-    resumed. A run that is already finished is returned with a message on stderr.
+    recipe: provides the number of threads; None there leaves it unchanged. folder: the run's folder. resume: whether
+    the run is resumed. If that run is already finished, it is returned, and a message on stderr says so.
     """
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
@@ -162,8 +162,9 @@ def fit(
 
     recipe: the recipe of the run. arguments: Trainer's. folder: the run folder. progress: show a progress bar.
     trainer_of: a function that builds the trainer from a list of callbacks. finish: called in the first process with
-    the trainer, to save the model and the summary. save_minutes: largest interval between checkpoints if the recipe
-    sets none; None means that steps alone decide. Raises `Interrupted` after a stop signal.
+    the trainer, to save the model and the summary. save_minutes: minutes after which a checkpoint is saved at the
+    latest if the recipe sets none; None means that steps alone decide. Raises `Interrupted` after a stop signal, and
+    ValueError for a damaged checkpoint.
     """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
@@ -218,10 +219,10 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
 
 
 def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object) -> None:
-    """Save the final model with its model card, then the summary of the run (result.json).
+    """Save the final model to RUN/model with its model card, then the summary of the run to RUN/result.json.
 
-    data: provides the tokenizer and the rows for a report's view of the model. folder: the run folder. trainer: after
-    its last step. more: further entries of the summary.
+    A report's view of the model is measured and kept, too. data: provides the tokenizer and the rows for that view.
+    folder: the run folder, RUN. trainer: the trainer after its last step. more: further entries of the summary.
     """
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]

@@ -26,10 +26,10 @@ SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "caus
 
 
 class MetricsFile(TrainerCallback):
-    """A callback that appends one JSON object per log line to metrics.jsonl: step, split, then metrics.
+    """A callback that appends one JSON object per log line to metrics.jsonl, with step, split and the metrics by name.
 
-    path: path of metrics.jsonl. `causal_loss` is null in validation lines of models that cannot decide without later
-    tokens.
+    The split is "train" or "validation". path: path of metrics.jsonl. In validation lines of models that cannot decide
+    without later tokens, `causal_loss` is null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,9 @@ class MetricsFile(TrainerCallback):
 def metrics_line(step: int, logs: PlainMapping) -> PlainDict:
     """Return the entry of metrics.jsonl for one of Trainer's logs.
 
-    step: the optimizer step. logs: figures by name; a name that starts with `eval_` makes it a validation line.
+    step: the optimizer step. logs: figures by name. If a name starts with `eval_`, the entry is one of validation
+    (`split` is "validation", the prefix is removed, and `oracle_loss` and `causal_loss` are None if they are missing);
+    otherwise `split` is "train". `epoch` is left out.
     """
     values = {name: value for name, value in logs.items() if name != "epoch"}
     if not any(name.startswith(VALIDATION) for name in values):
@@ -143,9 +145,10 @@ def quiet() -> Iterator[None]:
 class StopSignals(TrainerCallback):
     """A callback that stops a training after SIGINT or SIGTERM: it finishes the step and saves a checkpoint.
 
-    A second signal ends the process at once. save_minutes: also save a checkpoint when this many minutes have passed
-    since the last one; None means that no time limit applies. Several processes agree on both at the end of a step, so
-    that all save the same step. received: number of the signal that arrived; None if none has arrived.
+    A second signal ends the process at once. Several processes agree on when to stop and save, so that all save the
+    same step; on a GPU they do so only every tenth step. save_minutes: also save a checkpoint when this many minutes
+    have passed since the last one; None means that no time limit applies. received: number of the signal that arrived;
+    None if none has arrived.
     """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM)
