@@ -29,9 +29,10 @@ class AtBudget:
     """Figures of a model at one budget, which is a share of the dense model's forward FLOPs.
 
     target: the requested budget; None means the model as trained. realised: the share of the dense FLOPs that the
-    decisions on the whole split need, one row at a time. flops_per_token: the FLOPs that they need, per token.
-    counted_per_token: FLOPs per token counted while the first batches ran, including the padding of shorter rows. loss:
-    the loss of the pass that really skips blocks, in nats per prediction.
+    decisions on the whole split need, if each row is computed by itself. flops_per_token: the forward FLOPs per token
+    that these decisions need. counted_per_token: FLOPs per token that were counted while the first 4 batches ran, in
+    which rows that keep fewer tokens are padded. loss: the loss of the pass that really skips blocks, in nats per
+    prediction.
     """
 
     target: float | None
@@ -46,8 +47,8 @@ def at_budgets(
 ) -> tuple[AtBudget, ...]:
     """Measure a model as trained and then at each of `budgets`, and return the figures in that order.
 
-    loaded: the model. data: rows to measure on. budget_table: its thresholds for every budget. batch_size: rows of a
-    pass.
+    loaded: the run, whose model is measured. data: its validation rows are read. budget_table: the model's thresholds
+    for every budget. budgets: shares of the dense model's FLOPs. batch_size: rows of a pass.
     """
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 
@@ -95,10 +96,10 @@ def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
 
 
 def table_of(loaded: LoadedRun, split: str) -> BudgetTable:
-    """Return the thresholds for every FLOP budget: the stored ones, or newly measured ones.
+    """Return the thresholds for every FLOP budget: those stored beside the weights, or else newly measured ones.
 
-    Thresholds stored beside the weights are preferred. loaded: the run. split: the split to be evaluated; thresholds
-    are measured on the split `train`, or on `validation` if `split` is `train`.
+    loaded: the run. split: the split that will be evaluated; new thresholds are measured on the split `train`, or on
+    `validation` if `split` is `train`.
     """
     folder = loaded.run.model_folder()
     if BudgetTable.find(folder) is not None:
@@ -117,7 +118,10 @@ class Calibrated(OneTable):
     budget_table: BudgetTable
 
     def to_dict(self) -> PlainDict:
-        """Return path, range of budgets and operating points as plain values for JSON."""
+        """Return plain values for JSON.
+
+        The keys are "path", "range" ([least, largest] budget) and "points" (a dict for each measured operating point).
+        """
         return plain(
             {
                 "path": str(self.path),
@@ -141,12 +145,13 @@ class Calibrated(OneTable):
 def calibrate_run(
     folder: Path, *, corpus: str | None = None, context: int | None = None, rows: int = ROWS
 ) -> Calibrated:
-    """Measure which thresholds meet which FLOP budget for a run or saved model, and write them beside its weights.
+    """Measure which thresholds meet which FLOP budget for a run or saved model, and write them to budget.json.
 
-    folder: the folder of the run or saved model. corpus, context: name of the corpus to measure on (as in data.corpus)
-    and tokens of a row; None means the run's own (a saved model has no corpus). rows: number of training rows to
-    measure on. Raises FileExistsError if there is a budget table already, and ValueError without a corpus and for a
-    model that has no threshold to set.
+    folder: the folder of the run or saved model. The file is written beside the weights. corpus: name of the corpus to
+    measure on, such as "enwik8". context: tokens of a row. For both, None means the run's own (a saved model has no
+    corpus). rows: number of training rows to measure on. Raises FileExistsError if there is a budget table already,
+    ValueError without a corpus and for a model that has no threshold to set, and FileNotFoundError for a folder or a
+    corpus that does not exist.
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()
@@ -166,8 +171,8 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
     """Yield batches of up to 8 rows, which are spread evenly over a split of a run's data.
 
-    A batch holds tensors [B, T] by name. The last row of the split is left out, as it may be short. loaded: the run.
-    split: train or validation. count: number of rows in all; every row, if there are fewer.
+    A batch holds int64 tensors [B, T] by name. The last row of the split is left out, as it may be short. loaded: the
+    run. split: "train" or "validation". count: number of rows in all; if the split has fewer, all of them are read.
     """
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)

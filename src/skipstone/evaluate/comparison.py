@@ -38,8 +38,8 @@ COLUMNS = 6  # runs that fit beside each other on 120 columns
 class Comparison:
     """Figures of several runs, in the order in which they were named.
 
-    machine: device, threads and version of torch. dense, forced: on Reset-S3 (a synthetic task with known difficulty),
-    the figures of the dense run and of the run routed by the known difficulty; None if no such run was named.
+    machine: the keys `device`, `threads` and `torch` (its version). dense, forced: on data of known difficulty, the
+    figures of a run without routing and of a run routed by the known difficulty; None if no such runs were named.
     """
 
     runs: tuple[RunMetrics, ...]
@@ -49,10 +49,10 @@ class Comparison:
 
     @property
     def captured(self) -> dict[str, dict[str, float]]:
-        """The share of the gap between two reference runs' accuracies that each run closes.
+        """For each run, the share of the gap between two reference runs' accuracies that it closes.
 
-        It is {run: {bin of difficulty: share}}. The references are the dense run (0) and the run routed by the known
-        difficulty (1). Empty unless both are named.
+        It is {run: {bin of difficulty: share}}. The references are the dense run (share 0) and the run routed by the
+        known difficulty (share 1). Empty unless both were named.
         """
         if self.dense is None or self.forced is None:
             return {}
@@ -62,7 +62,11 @@ class Comparison:
         return {run.name: headroom(run.accuracy, dense, forced) for run in self.runs if run.accuracy is not None}
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON: FLOPs and bytes per token, shares in [0, 1], energy in joules."""
+        """Return plain values for JSON: "machine", "runs", "twins" and "headroom_captured".
+
+        "runs" is a list of each run's figures; "twins" has those of the reference runs "dense" and "forced", if named;
+        "headroom_captured" is `captured`. FLOPs and bytes are per token, shares in [0, 1], energy in joules.
+        """
         twins = {"dense": self.dense, "forced": self.forced}
         return plain(
             {
@@ -78,7 +82,7 @@ class Comparison:
         return markdown(self._sections(len(self.runs)))
 
     def table(self) -> Table:
-        """Return the tables as an object of rich, with up to six runs side by side as columns."""
+        """Return the tables as an object of rich for printing on a terminal, with up to six runs side by side."""
         return rich_table(self._sections(COLUMNS))
 
     def _sections(self, width: int) -> list[Section]:
@@ -96,12 +100,13 @@ class Comparison:
 def compare(
     runs: Sequence[Path], *, dense: Path | None = None, forced: Path | None = None, rounds: int = ROUNDS
 ) -> Comparison:
-    """Measure several runs on the same machine, and time them in turns.
+    """Measure several runs on the same machine, and time them in alternation.
 
-    runs: run folders or saved models. dense, forced: both or none, for runs on Reset-S3 (a synthetic task with known
-    difficulty) only: a dense run that executes as many FLOPs, and a run routed by the known difficulty. Each run's
-    accuracy is reported as a position between these two runs' accuracies. rounds: timings of each task after one to
-    warm up. Raises ValueError or FileNotFoundError for folders that cannot be measured.
+    runs: run folders or saved models. dense, forced: both or neither, and only if all runs were trained on data of
+    known difficulty (such as Reset-S3): a run without routing that executes as many FLOPs, and a run routed by the
+    known difficulty. Each run's accuracy is then reported as a position between the accuracies of these two. rounds:
+    timings of each task after one to warm up. Raises ValueError or FileNotFoundError for folders that cannot be
+    measured.
     """
     if not runs:
         raise ValueError("name at least one run to compare")

@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 class Evaluation:
     """The figures of one run on one split of its data.
 
-    A pass is a way to run the model: oracle (routing as in training, which may look at later tokens), causal (decided
-    without later tokens; computes all tokens and masks), executed (the same decisions; computes only kept tokens),
+    A pass is a way to run the model: oracle (routing as in training, which may look at later tokens), causal (decides
+    without later tokens, computes all tokens and masks), executed (decides in the same way, computes only kept tokens),
     forced (routing by a synthetic task's known difficulty).
 
     name: the run's name. corpus, split: the data that was read. rows: number of rows of the split. num_bytes: UTF-8
-    bytes of their text; None if it is not text. measured: losses by the name of the pass. unavailable: why a pass is
-    missing, by its name. primary: the pass whose figures represent the model: executed if possible, else oracle or
-    forced. flops: FLOPs of the primary pass. notes: remarks for the reader. hard_mix: loss of the primary pass if each
-    neuron uses only the activation function with its largest mixing weight; None if neurons do not mix functions.
-    budgets: the same model at several FLOP budgets, the first as trained; empty unless requested. budget_table: a
-    description of the thresholds for these budgets.
+    bytes of their text; None if it is not text. measured: losses and other figures, by the name of the pass.
+    unavailable: why a pass is missing, by its name. primary: the pass whose figures represent the model: executed if
+    possible, else oracle or forced. flops: FLOPs per token of the primary pass, counted and predicted. notes: remarks
+    for the reader. hard_mix: loss of the primary pass if each neuron uses only the activation function with its largest
+    mixing weight; None if neurons do not mix functions. budgets: the same model at several FLOP budgets, the first as
+    trained; empty unless requested. budget_table: a description of the thresholds for these budgets.
     """
 
     name: str
@@ -65,9 +65,10 @@ class Evaluation:
 
     @property
     def executed_minus_causal(self) -> float | None:
-        """The loss of the pass that skips minus the loss of the pass that masks, in nats per prediction.
+        """The loss of the executed pass minus the loss of the causal pass, in nats per prediction.
 
-        Both decide alike, so more than rounding is an error. None if the model has no such passes.
+        Both decide alike, and only the first really skips tokens, so more than rounding is an error. None if the model
+        has no such passes.
         """
         if "executed" not in self.measured:
             return None
@@ -82,7 +83,13 @@ class Evaluation:
         return None if self.hard_mix is None else self.hard_mix.loss - self.measured[self.primary].loss
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON: losses in nats, FLOPs per token, shares in [0, 1], layers from block 0 on."""
+        """Return plain values for JSON: losses in nats, FLOPs per token, shares in [0, 1].
+
+        "ways" has the figures of each pass by its name, among them "loss", "perplexity", "bits_per_byte", "accuracy"
+        and "layers" (from block 0 on); "lacking" says why other passes are missing; "main" names the primary pass.
+        Further keys are "run", "corpus", "split", "rows", "predictions", "bytes", "executed_minus_causal",
+        "hard_minus_soft", "flops_per_token", "host_syncs_per_forward", "budgets" and "notes".
+        """
         passes = {
             name: {
                 "loss": m.loss,
@@ -204,11 +211,11 @@ def evaluate(
     """Evaluate a run on a whole split: each token is predicted once, without exploration noise.
 
     run: a run folder, or a saved model with `corpus`. split: train, validation or test, as far as the corpus has it.
-    batch_size: rows of a forward pass. corpus, context: name of the corpus to evaluate on (as in data.corpus) and
-    tokens of a row; None means the value of the run's recipe. budgets: shares of the dense model's FLOPs at which the
+    batch_size: rows of a forward pass. corpus: name of the corpus to evaluate on, such as "enwik8". context: tokens of
+    a row. For both, None means the value of the run's recipe. budgets: shares of the dense model's FLOPs at which the
     model is also evaluated, with the thresholds stored beside its weights, or else with thresholds measured on rows
-    that are not evaluated. Raises ValueError or FileNotFoundError if the folder or its data do not exist, if they do
-    not fit, and for a budget out of reach.
+    that are not evaluated. Raises FileNotFoundError if the folder or its data do not exist, and ValueError for a saved
+    model without a corpus, data that do not fit the model, and a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

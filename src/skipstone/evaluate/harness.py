@@ -24,7 +24,7 @@ class Score:
     """One metric of one task, as lm-evaluation-harness reports it.
 
     value: the metric's value. error: the value's standard error. shots: number of examples in the prompt. samples:
-    number of samples that were scored. None means that the harness did not report it.
+    number of samples that were scored. error, shots and samples are None if the harness did not report them.
     """
 
     task: str
@@ -46,7 +46,7 @@ class TaskEvaluation(OneTable):
     scores: tuple[Score, ...]
 
     def to_dict(self) -> PlainDict:
-        """Return the scores as plain values for JSON."""
+        """Return plain values for JSON: "run", its name, and "scores", a list of dicts with the fields of `Score`."""
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
     def section(self) -> Section:

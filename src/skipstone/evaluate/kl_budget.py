@@ -49,7 +49,7 @@ class AtSetting:
     """Figures of a model with one setting of its thresholds or of the candidates of its output head.
 
     setting: its name, such as "budget 0.75" or "512 candidates". bytes: bytes of weights that decoding reads for a
-    token. flops: forward FLOPs per token. kl: KL(source || model with this setting), in nats per token.
+    token. flops: forward FLOPs per token. kl: the mean over tokens of KL(source || model with this setting), in nats.
     """
 
     setting: str
@@ -63,9 +63,9 @@ class KlBudget(OneTable):
     """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
 
     A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
-    preview computes. limit: the largest allowed KL divergence, in nats per token. settings: all settings that were
-    tried. chosen: names of the chosen settings. written: a sentence that names the written files. text: a description
-    of the text on which the divergence was measured.
+    preview computes. limit: the largest allowed KL divergence of the model from its source, in nats per token.
+    settings: all settings that were tried. chosen: names of the chosen settings. written: a sentence that names the
+    written files. text: a description of the text on which the divergence was measured.
     """
 
     limit: float
@@ -75,7 +75,7 @@ class KlBudget(OneTable):
     text: str
 
     def to_dict(self) -> PlainDict:
-        """Return everything as plain values for JSON."""
+        """Return plain values for JSON, by the names of the fields; "settings" is a list of dicts."""
         return plain({**vars(self), "settings": [vars(s) for s in self.settings]})
 
     def section(self) -> Section:

@@ -21,8 +21,8 @@ class LoadedRun:
     """A run or saved model on its device, with data to measure it on.
 
     run: the run or saved model. model: its model, in evaluation mode. data: rows of one split; None for a saved model
-    without a named corpus. passes: the kinds of forward pass that the model supports, by name (see `measure.passes`).
-    unavailable: why others are missing, by name.
+    without a named corpus. passes: the kinds of forward pass that the model supports, by name ("oracle", "causal",
+    "executed", "forced"). unavailable: why others are missing, by name.
     """
 
     run: Run
@@ -35,7 +35,8 @@ class LoadedRun:
     def primary(self) -> Pass:
         """The pass whose figures represent the model: executed (really skips), else oracle (as trained), else forced.
 
-        Raises ValueError for a model whose decisions have to be given, on data that do not provide them.
+        Raises ValueError for a model that needs the caller to decide which tokens to keep, on data that do not state
+        it.
         """
         for name in ("executed", "oracle", "forced"):
             if name in self.passes:
@@ -47,7 +48,7 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """The number of tokens per row of the run's data, or else the model's maximum."""
+        """The number of tokens per row of the run's data, at most the model's maximum, which it is without data."""
         limit = self.model.config.max_position_embeddings
         return limit if self.data is None else min(self.data.config.context, limit)
 
@@ -57,10 +58,11 @@ def load_run(
 ) -> LoadedRun:
     """Load a run or saved model with the rows of a split, ready to be measured.
 
-    folder: the folder of the run or saved model. split: train, validation or test. corpus, context: name of the corpus
-    (as in data.corpus) and tokens of a row; None means the value of the run's recipe (a saved model has none, so its
-    data are then None). The model is placed on the GPU if there is one. Raises ValueError or FileNotFoundError for
-    folders, corpora and sizes that do not fit.
+    folder: the folder of the run or saved model. split: train, validation or test. corpus: name of the corpus, such as
+    "enwik8"; None means that of the run's recipe; a saved model has no recipe, so its data are then None. context:
+    tokens of a row; None means the number in the recipe, or for a saved model its maximum, but at most 1,024. The model
+    is placed on the GPU if there is one. Raises FileNotFoundError for a folder or corpus that does not exist, and
+    ValueError for a corpus with more token ids, or a context with more tokens, than the model has.
     """
     run = Run(folder)
     model = run.load_model().eval()
@@ -105,7 +107,8 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the rows of `data.validation` in order, as batches on `device`.
 
-    batch_size: rows of a batch. rows: only the first `rows` rows; None means all of them.
+    A batch is a dict of int64 tensors [B, T] by name. batch_size: rows of a batch. rows: read only the first `rows`
+    rows; None means all of them.
     """
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):

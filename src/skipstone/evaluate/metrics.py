@@ -30,11 +30,11 @@ class RunMetrics:
 
     name: the run's name. parameters: the model's number of parameters. pass_name: the pass that was measured: executed
     (really skips), oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs
-    per token. layers: figures of the mechanisms of each block, by name. cache: the cache's bytes per token; None if the
-    model cannot decide without later tokens. overhead: shares of a training step that routing and activation mixing
-    take. result: what training wrote at its end; empty for a saved model or unfinished run. rates: timings by task:
-    "prefill", "decode 1", "decode 8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data
-    without one.
+    per token, counted and predicted. layers: for each block, the figures of its mechanisms by the mechanism's name.
+    cache: the cache's bytes per token; None if the model cannot decide without later tokens. overhead: the shares of a
+    training step's time that routing and activation mixing take. result: the content of result.json, which training
+    writes at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode
+    8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data without one.
     """
 
     name: str
@@ -50,7 +50,12 @@ class RunMetrics:
     accuracy: Mapping[str, float] | None
 
     def to_dict(self) -> PlainDict:
-        """Return the metrics as plain values for JSON."""
+        """Return plain values for JSON.
+
+        The keys are "run", "parameters", "decided" (the name of the pass), "context", "flops_per_token", "layers",
+        "cache_bytes_per_token", "training_overhead", "training" (the content of result.json), "speed" (by task) and
+        "accuracy".
+        """
         rates = {
             name: {
                 "tokens_per_second": rate.tokens_per_second,
@@ -78,8 +83,9 @@ class RunMetrics:
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
     """Return token ids for timing, int64 [rows, length].
 
-    They are the first tokens of the data rows of `loaded`. If it has no data, those of `others` are used if its model
-    has the same vocabulary, and otherwise random ids.
+    They are the first tokens of the first rows of data of `loaded`, or, if it has no data, of `others`. Rows shorter
+    than `length` are left out, and rows are repeated if there are too few. Random ids are returned if neither has data
+    that fit the vocabulary of the model of `loaded`.
     """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):
@@ -93,10 +99,10 @@ def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | No
 
 
 def speed_tasks(loaded: LoadedRun, ids_BT: Tensor) -> dict[str, Task]:
-    """Return the timing tasks of a model by name: prefill, and decoding of 1 and 8 rows.
+    """Return the timing tasks of a model by name: "prefill" of one row, "decode 1" and "decode 8" of 1 and 8 rows.
 
-    loaded: the model; the result is empty if it cannot decide without later tokens. ids_BT: int64, B rows of T tokens;
-    the first half of a row is the prompt.
+    loaded: the run; the result is empty if its model cannot decide without later tokens. ids_BT: int64, at least 8 rows
+    of T tokens; the first half of a row is the prompt.
     """
     if "executed" not in loaded.passes:
         return {}
@@ -110,8 +116,8 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
     """Measure all figures of a run except its speeds, which `compare` times for all runs in turns.
 
     loaded: the run. others: a run whose text is used if `loaded` has none; None means random tokens. rates: the speeds,
-    by task. Raises ValueError for a model whose decisions have to be given by the caller (decision `forced`), on data
-    that do not provide them.
+    by task ("prefill", "decode 1", "decode 8"). Raises ValueError for a model that needs the caller to decide which
+    tokens to keep (decision `forced`), on data that do not state it.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)
@@ -216,7 +222,7 @@ CELLS: dict[str, Cell] = {
 def main_section(runs: Sequence[RunMetrics]) -> Section:
     """Tabulate metrics as rows and runs as columns.
 
-    Metrics without a value for any run are left out; those that cannot be measured for any run are listed as notes.
+    A metric that no run has is left out; one that cannot be measured on this machine is named in a note instead.
     """
     rows, notes = [], []
     for name, cell in CELLS.items():

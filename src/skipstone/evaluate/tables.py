@@ -22,8 +22,8 @@ NAME_WIDTH = 36  # characters of a row's name that are not broken, however wide 
 class Section:
     """A small table of strings.
 
-    title: its heading. columns: the column names; the first column names the rows. rows: the cells. notes: lines below
-    the table.
+    title: its heading. columns: the column names; the first column names the rows. rows: the cells of each row, as many
+    as there are columns. notes: lines below the table.
     """
 
     title: str
@@ -130,8 +130,7 @@ def plain(value: Any) -> Any:
 def layer_sections(layers: Sequence[Mapping[str, PlainMapping]], pass_name: str) -> list[Section]:
     """Tabulate the figures of the mechanisms of each block, one section for each kind of table.
 
-    layers: for each block, the figures of its mechanisms by name, as `Summaries.layers` returns them. pass_name: the
-    measured pass, shown in titles.
+    layers: for each block a dict {mechanism name: {figure: value}}. pass_name: the measured pass, shown in titles.
     """
     from skipstone.measure.summaries import READERS
 

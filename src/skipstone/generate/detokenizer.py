@@ -20,8 +20,9 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that a
 class Detokenizer:
     """A streaming decoder that turns token ids into text, in whole characters.
 
-    Its pieces, joined, equal the decoded text. tokenizer: the model's tokenizer. prompt: ids before the first new one,
-    on which the text of the new ones may depend.
+    The pieces that `push` and `flush` return, joined, are the decoded text of all new ids. tokenizer: the model's
+    tokenizer. prompt: ids before the first new one, on which the text of the new ones may depend; their own text is not
+    returned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:

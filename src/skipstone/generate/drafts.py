@@ -31,9 +31,9 @@ CALL_S = 5e-4  # a guess by a model takes no less, however small it is
 class Draft:
     """The base class of drafts: cheap guesses at the next tokens, which the model then checks in one pass.
 
-    cost: time of one guess as a share of a decoding step of the model, an estimate that is used until it is measured.
-    seconds: the least time that a guess takes, in seconds. reads_states: whether the draft needs the hidden states of
-    the model's passes (`see`).
+    cost: time of one guess, divided by the time of a decoding step of the model; an estimate that is used until it is
+    measured. seconds: the least time that a guess takes, in seconds. reads_states: whether the draft needs the hidden
+    states of the model's passes (`see`).
     """
 
     cost = 0.0
@@ -43,7 +43,7 @@ class Draft:
     def kind(self, ids_BT: Tensor) -> int | None:
         """Return the kind of guess that is possible after these tokens, a number; None if none is possible.
 
-        ids_BT: all tokens so far, int64 [B, T]. Guesses of one kind are expected to be right equally often, so that
+        ids_BT: all tokens so far, int64 [B, T]. Guesses of one kind are expected to be right equally often, so
         statistics are collected by kind.
         """
         return 0
@@ -51,18 +51,19 @@ class Draft:
     def see(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Receive the hidden states of the tokens that the model has computed since the last call.
 
-        Called if `reads_states`. hidden_BTD: normalised hidden states, [B, T, D] (rows, tokens, width). mask_BT: 0 for
-        padding; given with the prompt only.
+        It is called only if `reads_states` is True. hidden_BTD: normalised hidden states, [B, T, D] (rows, tokens,
+        width). mask_BT: [B, T], 0 for padding; given with the prompt only, else None.
         """
 
     def rest(self) -> None:
-        """Note that the model computes some tokens whose hidden states `see` will not receive."""
+        """Learn that the model is going to compute some tokens whose hidden states `see` will not receive."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
 
-        ids_BT: all tokens so far, of which the last is not in the cache yet. cache: the model's cache, unchanged on
-        return. position_B1: int64, position of the last token; None means that positions are indices in the row.
+        ids_BT: all tokens so far, int64 [B, T]; the last one is not in the cache yet. cache: the model's cache, which
+        is the same again on return. position_B1: int64 [B, 1], position of the last token; None means that positions
+        are indices in the row.
         """
         raise NotImplementedError
 
@@ -70,8 +71,8 @@ class Draft:
 class Lookup(Draft):
     """Prompt lookup: guesses the tokens that followed an earlier occurrence of the last tokens (arXiv 2304.04487).
 
-    Up to 3 last tokens are looked up; the kind of a guess is the number that match. If fewer tokens follow the
-    occurrence than are requested, they are repeated.
+    The longest match of up to 3 last tokens counts, and of equally long ones the latest; the kind of a guess is the
+    length of the match. If fewer tokens follow the occurrence than are requested, they are repeated.
     """
 
     def __init__(self) -> None:
@@ -121,8 +122,8 @@ class _Seen:
 class OwnDraft(Draft):
     """The base class of drafts by the model itself in a cheaper form, which uses the model's own cache.
 
-    Entries of the guessed tokens are removed from the cache before the model checks them. model: the model. cost: time
-    of one guess as a share of a decoding step, an estimate.
+    Entries of the guessed tokens are removed from the cache before the model checks the guesses. model: the model that
+    is to be sped up. cost: an estimate of the time of one guess, divided by the time of a decoding step.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, cost: float) -> None:
@@ -170,7 +171,7 @@ class FewerBlocks(OwnDraft):
 
 
 class LowerBudget(OwnDraft):
-    """A draft by the model at a lower budget (share of the dense FLOPs that is executed).
+    """A draft by the model at a lower budget, which is the share of the dense model's FLOPs that it executes.
 
     model: the model that is to be sped up. table: the model's thresholds for every budget. budget: the budget at which
     guesses are made. Raises ValueError for a budget outside the table's range.

@@ -41,9 +41,10 @@ Setting = Callable[[], AbstractContextManager[None]]
 class Step:
     """One new token of each of B rows.
 
-    token_B: int64, the pad id in rows that have ended. live_B: bool, rows that had not ended before. compute_B: fp32 on
-    the CPU, the share (0 to 1) of the blocks' computation that was executed in the pass that predicted the token.
-    guessed_B: bool, whether a draft had proposed the token; compute_B does not include the draft's own computation.
+    token_B: int64, the new tokens; the pad id in rows that have ended. live_B: bool, rows that had not ended before
+    this token. compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' computation that was executed in the pass
+    that predicted the token. guessed_B: bool, whether a draft had proposed the token; compute_B does not include the
+    draft's own computation.
     """
 
     token_B: Tensor
@@ -56,11 +57,12 @@ class DecodingPass(NamedTuple):
     """A pass over the prompt, or over one or a few tokens of each row, and one token chosen from it.
 
     A pass that checks drafted tokens is described by several of these objects, one for each token that it yields.
-    token_B, live_B: as in `Step`. records: the decisions of every block, by mechanism name. logits_BTV: the logits of
-    the pass's last T tokens. cache: the cache after the pass. at: index, counted from the end of the pass (-1: its last
-    token), of the position that predicted the token. guessed_B: bool, whether a draft had proposed the token; None
-    without drafts. guess_BK: int64, the K guesses that the pass checks, of which the first wrong one and those after it
-    are dropped; None without drafts.
+    token_B: int64, the chosen tokens; the pad id in rows that have ended. live_B: bool, rows that had not ended before.
+    records: the decisions of every block, by mechanism name. logits_BTV: the logits of the last T tokens of the pass.
+    cache: the cache after the pass. at: index, counted from the end of the pass (-1: its last token), of the position
+    that predicted the token. guessed_B: bool, whether a draft had proposed the token; None without drafts. guess_BK:
+    int64, the K guesses that the pass checks, of which the first wrong one and those after it are dropped; None without
+    drafts.
     """
 
     token_B: Tensor
@@ -92,7 +94,8 @@ def generate(
 ) -> Tensor:
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
 
-    The arguments and the errors raised are those of `stream`.
+    Rows that have ended are filled with the pad id. All arguments, and the errors raised, are those of `stream`, which
+    describes them. input_ids: int64 [B, T].
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -156,8 +159,10 @@ def drafting_of(
 ) -> tuple[Draft, Length] | None:
     """Return the draft for a decoder and the rule that chooses the number of guesses; None if `draft` is None.
 
-    decode: the decoder that is to be sped up. draft, length, budget, table: `draft`, `draft_length`, `budget` and
-    `budget_table` of `stream`. Raises ValueError for a draft that is not possible, and for a length without a draft.
+    decode: the decoder that is to be sped up. draft: the draft's name, another model or a draft head. length: number of
+    guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget and its
+    budget table, or None. Raises ValueError for an impossible draft, a length without a draft, and a decoder with a
+    static cache; FileNotFoundError for "head" without a draft head.
     """
     if draft is None:
         if length is not None:
@@ -192,8 +197,8 @@ class _Text:
 class Decoder:
     """A checked prompt, and the loop that continues it: calling a decoder yields a `DecodingPass` for each new token.
 
-    The arguments are those of `stream`; invalid ones raise ValueError. drafting: the draft and the rule for the number
-    of guesses, from `drafting_of`; None means no drafts.
+    The arguments are those of `stream` with the same names; invalid ones raise ValueError. drafting: the draft and the
+    rule for the number of guesses, which `drafting_of` returns and callers set; None means no drafts.
     """
 
     def __init__(
@@ -379,11 +384,12 @@ def setting_of(
     budget_table: BudgetTable | None,
     draft: Drafted | None = None,
 ) -> Setting:
-    """Return a function whose result is a context manager that sets the model to a budget inside a `with` block.
+    """Return a function that returns a context manager, which sets the model to a budget inside a `with` block.
 
-    budget, budget_table, draft: as in `stream`. Without a budget, the context manager changes nothing. Raises
-    ValueError for a budget out of range, and for a table that nothing would use; FileNotFoundError for a budget without
-    a table.
+    budget: share of the dense FLOPs to execute; None changes nothing. budget_table: the thresholds for it; None means
+    budget.json in the model's folder. draft: the draft in use; "budget:SHARE" may need the table even without a budget.
+    Raises ValueError for a budget out of range, and for a table that nothing would use; FileNotFoundError for a budget
+    without a table.
     """
     if budget is None:
         if budget_table is not None and not (isinstance(draft, str) and draft.startswith("budget:")):

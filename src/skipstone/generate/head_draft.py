@@ -26,9 +26,8 @@ _loaded: WeakKeyDictionary[SkipstoneForCausalLM, tuple[object, ReadyHead]] = Wea
 class HeadDraft(Draft):
     """A draft by a trained draft head, one block that reads the hidden states of the model's last pass.
 
-    model: the model that is to be sped up. ready: the head (`model/draft_head.py`), prepared for this model. The cache
-    of the head's block holds entries of true hidden states only; the entries of guesses are removed after each
-    proposal.
+    model: the model that is to be sped up. ready: the draft head, prepared for this model. The cache of the head's
+    block holds entries of true hidden states only; the entries of guesses are removed after each proposal.
     """
 
     reads_states = True
@@ -93,10 +92,11 @@ class HeadDraft(Draft):
 
 
 def head_draft(model: SkipstoneForCausalLM, head: DraftHead | None = None) -> HeadDraft:
-    """Return a draft by a draft head.
+    """Return a draft by a trained draft head, one block that reads the model's last hidden states.
 
     model: the model that is to be sped up. head: the head; None means the one in the folder that the model was loaded
-    from. Raises FileNotFoundError if there is none, ValueError for one that is damaged or belongs to another model.
+    from. Raises FileNotFoundError if that folder has none, and ValueError for a head that is damaged or belongs to
+    another model.
     """
     key = (model.device, model.dtype, model.lm_head.weight.data_ptr(), head or stamp(model.name_or_path))
     known = _loaded.get(model)

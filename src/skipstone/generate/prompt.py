@@ -45,7 +45,10 @@ def checked_prompt(
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1. name: the argument's name, for the message."""
+    """Raise ValueError unless `value` is a whole number of at least 1.
+
+    name: the argument's name, for the message.
+    """
     if not isinstance(value, SupportsIndex) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if index(value) < 1:
@@ -63,13 +66,16 @@ def check_length(model: SkipstoneForCausalLM, prompt: int, new: int) -> None:
 
 
 def check_padding(model: SkipstoneForCausalLM, pad_token_id: object) -> None:
-    """Raise ValueError if a padding id is not in the model's vocabulary. pad_token_id: the id; None is allowed."""
+    """Raise ValueError if a padding id is not in the model's vocabulary.
+
+    pad_token_id: the id; None is allowed.
+    """
     if pad_token_id is not None and pad_token_id not in range(model.config.vocab_size):
         raise ValueError(f"pad_token_id must be in [0, {model.config.vocab_size}), got {pad_token_id!r}")
 
 
 def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
-    """Return the ids of tokens that end a text.
+    """Return the ids of tokens that end a text, as a list, which may be empty.
 
     eos_token_id: one id or several; None means the ids in the model's generation_config, if any. Raises ValueError for
     anything but whole numbers.

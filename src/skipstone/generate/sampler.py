@@ -15,11 +15,13 @@ COLDEST = 1e-30  # lower temperatures would be 0 in fp32, by which nothing can b
 
 
 class Sampler:
-    """Draws one token of each row from its logits when called.
+    """Draws one token of each row when called with the logits [B, V]; the result is int64 [B].
 
-    temperature: 0 chooses the most probable token; above 0, tokens are drawn from softmax(logits / temperature). top_k:
-    draw among this many of the most probable tokens; None means all of them. seed: seed of the draws; None means a
-    random seed. device: the logits' device. Raises ValueError for values out of range.
+    A call may also have guessed tokens, int64 [B]: a guess is then returned with its own probability, and otherwise
+    another token, so that the result has the same distribution. temperature: 0 chooses the most probable token; above
+    0, tokens are drawn from softmax(logits / temperature). top_k: draw among this many of the most probable tokens;
+    None means all of them. seed: seed of the draws; None means a random seed. device: the logits' device. Raises
+    ValueError for values out of range, and when called with logits that are not finite.
     """
 
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:

@@ -32,7 +32,7 @@ HOPED = 0.5  # share of guesses that stand, as far as there is no evidence
 
 
 class Evidence(NamedTuple):
-    """How many guesses of one kind were right, with exponentially decaying weight on older passes.
+    """How many guesses of one kind were right; older passes count exponentially less.
 
     stood: number of right guesses. tried: number of guesses up to and including the first wrong one of each pass.
     """
@@ -49,10 +49,10 @@ class Evidence(NamedTuple):
 class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
-    fixed: a constant number; None means that it is chosen. cost: time of one guess as a share of a decoding step, used
-    until it is measured. seconds: the least time in seconds that a guess takes, however small the model. least: the
-    least time in seconds that checking a guess takes. Time lost by drafts is bounded, so that decoding takes at most
-    about 2 % longer than without drafts.
+    fixed: a constant number; None means that it is chosen. cost: time of one guess, divided by the time of a decoding
+    step; used until it is measured. seconds: the least time in seconds that a guess takes, however small the model.
+    least: the least time in seconds that checking a guess takes. Time lost by drafts is bounded, so that decoding takes
+    at most about 2 % longer than without drafts.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Length:
     def next(self, most: int, kind: int = 0) -> int:
         """Return the number of tokens to draft next, from 0 to `most`.
 
-        kind: number of the kind of guess (`Draft.kind`), whose own share of right guesses counts. Drafts that are not
-        expected to pay are tried from time to time where the loss is bounded, to notice when the text becomes more
-        predictable.
+        kind: number of the kind of guess; the share of guesses of this kind that were right counts. Drafts that are not
+        expected to save time are tried now and then, as far as the bound on lost time allows, to notice when the text
+        becomes more predictable.
         """
         if self.fixed is not None:
             return min(self.fixed, most)
@@ -86,10 +86,10 @@ class Length:
         return max(possible, key=lambda n: self._speed(n, max(share, HOPED)))
 
     def rest(self) -> int:
-        """Return how many plain steps to take before the next attempt to draft.
+        """Return how many plain steps to take before the next attempt to draft, at most 64.
 
-        The result is 0 if attempts cost next to nothing, as beside a large model, or while the bound on lost time
-        allows one.
+        The result is 0 if an attempt costs next to nothing, as beside a large model, or if the bound on lost time
+        allows one now.
         """
         if self.fixed is not None or len(self.check[0]) < KNOWN or self._watching() <= FREE:
             return 0
@@ -133,9 +133,9 @@ class Length:
     def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
         """Record a pass over the last token and its guesses.
 
-        guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing, checking:
-        seconds of drafting and of the pass with all that follows from it; `guessing` is 0 for a plain step, in which
-        nothing was done for drafts. kind: as in `next`.
+        guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing: seconds of
+        drafting; 0 for a plain step, in which nothing was done for drafts. checking: seconds of the pass with all that
+        follows from it. kind: number of the kind of guess.
         """
         self.check[guesses].append(checking)
         if guesses == 0 and guessing:
@@ -161,9 +161,9 @@ class Length:
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
     """Accept or replace one drafted token of each row so that the result follows the model's own distribution.
 
-    Returns int64 [B]. probability_BV: the model's distribution, [B, V]. guess_B: int64, the drafted tokens. generator:
-    source of the random numbers. A guess of probability p is returned with probability p; otherwise a token is drawn
-    from the distribution without it (speculative sampling, arXiv 2211.17192).
+    A guess of probability p is returned with probability p; otherwise a token is drawn from the distribution without
+    the guess (speculative sampling, arXiv 2211.17192). probability_BV: the model's distribution, [B, V]. guess_B: int64
+    [B], the drafted tokens. generator: source of the random numbers. Returns int64 [B].
     """
     at_B1 = guess_B[:, None]
     given_B = probability_BV.gather(1, at_B1)[:, 0]

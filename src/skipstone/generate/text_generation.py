@@ -32,8 +32,8 @@ TEMPERATURE = 0.8
 class Piece:
     """A piece of generated text.
 
-    text: whole characters. compute: the share (0 to 1) of the blocks' computation that was executed, a mean over the
-    tokens that make up the piece.
+    text: one or more whole characters. compute: the executed share (0 to 1) of the blocks' computation, as the mean
+    over the tokens of the piece.
     """
 
     text: str
@@ -57,11 +57,12 @@ def stream_text(
     run: folder of a run or a saved model. prompt: at least one character. max_new_tokens: None means 128, or what fits
     the context. temperature: None means 0.8. top_k: draw among this many of the most probable tokens; None means all.
     seed: seed of the draws; None means a random seed. greedy: always choose the most probable token. budget: share of
-    the dense FLOPs to execute, by the budget table beside the weights; None means as trained. draft: a name as in
-    `stream`, or the folder of another model; None: no drafts. Raises ValueError or FileNotFoundError, with a message of
-    one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is empty or exceeds
-    the context, a model that cannot decide without later tokens, a budget that has no table or is outside its range,
-    and draft "head" without a draft head.
+    the dense FLOPs to execute, by the budget table beside the weights; None means as trained. draft: source of guesses
+    that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head" or the folder of
+    another model; None means no drafts. Raises ValueError or FileNotFoundError, with a message of one line and before
+    the first piece, for a folder without a model or a tokenizer, a prompt that is empty or exceeds the context, a model
+    that cannot decide without later tokens, a budget that has no table or is outside its range, and draft "head"
+    without a draft head.
     """
     opened = Run(run)
     if draft == HEAD:
@@ -116,7 +117,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def ends(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of tokens that end a text: those of the model's generation_config, else the tokenizer's."""
+    """Return the ids of tokens that end a text, as a list, which may be empty.
+
+    They are those of the model's generation_config, or, if it has none, the tokenizer's.
+    """
     own = ends_of(model) or [tokenizer.eos_token_id]
     return [i for i in own if i is not None]
 

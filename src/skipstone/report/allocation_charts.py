@@ -26,8 +26,9 @@ CORRELATIONS = {
 def card(run: RunView) -> PlainDict | None:
     """Return the pictures of how a run's compute was distributed over tokens, as variables of the page's template.
 
-    Keys: `run`; `groups`, pairs of a title and a picture with a bar for each group of tokens; `correlation`, a picture
-    of how compute correlates with the loss. None if the run skips nothing or was not measured.
+    Keys: `run`, the run itself; `groups`, pairs of a title and a picture with a bar for each group of tokens;
+    `correlation`, a picture of how compute correlates with the loss. The result is None if the run skips nothing or was
+    not measured.
     """
     allocation = None if run.trace is None or not run.trace.routed else run.trace.allocation
     if allocation is None:

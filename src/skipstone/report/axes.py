@@ -13,7 +13,10 @@ from skipstone.report import svg
 
 @dataclass(frozen=True)
 class AxisScale:
-    """A linear map, called with a value, from values in [low, high] to pixels in [start, stop]."""
+    """A linear map, called with a value, from values in [low, high] to pixels in [start, stop].
+
+    Values outside of the range are mapped beyond the ends. If low equals high, the result is the middle.
+    """
 
     low: float
     high: float
@@ -37,7 +40,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Format a tick's value as a short label with `digits` significant digits, such as 12k, 1.5M or 0.25."""
+    """Format a tick's value as a short label, such as 12k, 1.5M or 0.25.
+
+    digits: the number of significant digits.
+    """
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.{digits}g}{letter}"
@@ -54,9 +60,9 @@ def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]:
-    """Return the range (low, high) of the finite values, widened at both ends by the share `margin` of its length.
+    """Return the range (low, high) of the finite values, widened at each end by `margin` times its length.
 
-    It is never empty: the range of a single value is widened, and (0, 1) is returned without values.
+    The range of a single value is widened, too, so it is never empty; without finite values, the result is (0, 1).
     """
     finite = [v for v in values if math.isfinite(v)]
     if not finite:

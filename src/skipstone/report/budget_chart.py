@@ -21,8 +21,10 @@ FRAME = Frame(width=460, height=300)
 def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
     """Read the losses at several FLOP budgets from files of `skipstone eval --budget --json`.
 
-    files: the files to read. runs, names: the runs on the page and their names there. Returns the measured points by
-    name. Raises ValueError for a file without budgets, and for one whose run is not on the page or is there twice.
+    files: the files to read. runs, names: the runs on the page and their names there, in the same order. Returns {name
+    of a run: its points}; a point is a dict with `target` (None as trained), `realised` (share of the dense FLOPs),
+    `flops_per_token` and `loss`. Raises ValueError for a file without budgets, and for one whose run is not on the page
+    or is there twice.
     """
     found: dict[str, Points] = {}
     for file in files:
@@ -56,7 +58,8 @@ def _of_today(point: PlainMapping) -> PlainDict:
 def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
     """Draw each run's loss over the executed share of the dense FLOPs; None if nothing was measured.
 
-    budgets: for each name of a run, its losses at several FLOP budgets, as `read_budgets` returns them.
+    runs: the runs on the page. budgets: {name of a run: its points}; a point is a dict with `realised` (share of the
+    dense FLOPs) and `loss` (nats per token). Runs without points are left out.
     """
     series = [
         Series(
@@ -84,8 +87,8 @@ def curve(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[RunView, list[str]]]:
     """Return the rows of a table of measured budgets: pairs of a run and the row's cells.
 
-    The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. budgets: for each name of a run,
-    its losses at several FLOP budgets, as `read_budgets` returns them.
+    The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. runs: the runs on the page.
+    budgets: {name of a run: its points}; a point is a dict with `target`, `realised`, `flops_per_token` and `loss`.
     """
     return [
         (

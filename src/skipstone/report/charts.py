@@ -30,7 +30,11 @@ class Series:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most 600 finite points (and the last one): neighbouring points are replaced by their mean."""
+    """Return at most 600 finite points and the last one, by replacing neighbouring points by their mean.
+
+    points: (x, y) in order of x; those with an infinite or nan y are left out. 600 points or fewer are returned
+    unchanged.
+    """
     finite = [p for p in points if math.isfinite(p[1])]
     size = -(-len(finite) // MAX_POINTS)
     if size <= 1:
@@ -120,8 +124,8 @@ def stacked(
 ) -> Drawn:
     """Draw shares that sum to 1, as one stack per block.
 
-    shares: for each block's index its shares, from bottom to top. names: names of the shares. layers: number of blocks.
-    title: text for screen readers. frame: size and margins of the chart.
+    shares: for each block's index its shares, from bottom to top. names: what the shares are of, in the same order.
+    layers: number of blocks. title: text for screen readers. frame: size and margins of the chart.
     """
     up = frame.up(0.0, 1.0)
     slot, parts = _slots(frame, layers)

@@ -13,8 +13,8 @@ class Drawn(Markup):
     """A picture (SVG) that also carries the numbers that it shows as a table.
 
     It is Markup, so it can be inserted into a page like any other picture. heads: the table's column names. rows: its
-    cells as text. every: k, if the table has only every k-th row of the picture's numbers and the last one, which keeps
-    it to about 60 rows; 1 if it has all.
+    cells as text. every: 1 if the table has all of the picture's numbers; k if it has only every k-th row and the last
+    one, which keeps it to about 60 rows.
     """
 
     heads: Sequence[str]

@@ -34,8 +34,9 @@ class Place:
 def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | None:
     """Draw loss against executed FLOPs of runs and budgets, with the Pareto frontier; None for fewer than two points.
 
-    budgets: for each name of a run, its losses at several FLOP budgets, as `read_budgets` returns them. Runs that
-    cannot decide without later tokens are left out.
+    runs: the runs on the page; those that cannot decide without later tokens are left out. budgets: {name of a run: its
+    points}, which are drawn instead of the run itself; a point is a dict with `target` (None as trained),
+    `flops_per_token` and `loss` (nats per token).
     """
     places = [place for run in runs for place in _places(run, budgets.get(run.name, ()))]
     if len(places) < 2:
@@ -63,7 +64,7 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def frontier(places: Sequence[Place]) -> list[Place]:
-    """Return the Pareto frontier in order of FLOPs: the points that no other point beats in both FLOPs and loss."""
+    """Return the Pareto frontier in order of FLOPs: the points for which no other has fewer FLOPs and no more loss."""
     best: list[Place] = []
     for place in sorted(places, key=lambda p: (p.flops, p.loss)):
         if not best or place.loss < best[-1].loss:

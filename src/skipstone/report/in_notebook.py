@@ -19,7 +19,7 @@ FITTED = (
 
 
 class NotebookHTML:
-    """HTML in the style of a report, displayed by Jupyter and marimo as the value of a cell.
+    """HTML in the style of a report, which Jupyter and marimo display as the value of a cell.
 
     html: a complete fragment with its own style, which affects nothing else in the notebook.
     """
@@ -37,7 +37,7 @@ def show_text(
     """Return, for display in a notebook, text coloured by the share of the blocks that was computed for each piece.
 
     pieces: (text, share of the blocks' computation that was executed for it, in [0, 1]). caption: text shown with it.
-    hover: format of the share that is shown when the pointer rests on a piece.
+    hover: a format string for the share, whose result is shown when the pointer rests on a piece.
     """
     return _rendered(caption=caption, text=token_picture.coloured(pieces, hover), picture=None, strongest=None)
 

@@ -22,9 +22,10 @@ MOST_NEURONS = 450  # of a layer in the map: each two pixels wide at least
 def card(run: RunView) -> PlainDict:
     """Return pictures of a run whose neurons mix activations, as variables of the page's template.
 
-    Keys: `run`; `shares`, `entropy` and `map` (each neuron's strongest activation), by block; `course`, the entropy
-    over training; `every`, the step between drawn neurons; `categories`, the shares for each category of token, with
-    `category_names` and their colours; `shift`, how far these shares are from those of all tokens.
+    Keys: `run`, the run itself; pictures by block: `shares`, `entropy` and `map` (each neuron's strongest activation);
+    `course`, a picture of the entropy over training, or None; `every`, k if only every k-th neuron is drawn;
+    `categories`, pairs of a category of tokens and a picture of its shares; `category_names`, pairs of a category and
+    its colour; `shift`, a picture of how far the shares of each category are from those of all tokens, or None.
     """
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)

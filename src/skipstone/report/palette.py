@@ -20,5 +20,8 @@ class Style(NamedTuple):
 
 
 def style(index: int) -> Style:
-    """Return the style of the run with index `index`: all colours solid first, then all of them dashed; 24 differ."""
+    """Return the style of the run with index `index`: all six colours solid first, then each with one of three dashes.
+
+    The styles repeat after 24.
+    """
     return Style(SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])

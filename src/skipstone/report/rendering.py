@@ -27,11 +27,12 @@ def write_report(
     """Write one self-contained HTML page about runs, which fetches nothing, and return its path.
 
     runs: run folders. out: the file to write. names: the runs' names on the page; None means the names of their
-    folders. samples: generated text by name of the run, as (piece of text, share of the compute it took). evaluations:
-    files of `skipstone eval --budget --json`, whose losses by budget are drawn. traces: files of `skipstone trace`,
-    whose tokens are drawn beside those of the runs. replace: whether an existing file may be overwritten. Raises
-    FileExistsError if it may not, FileNotFoundError for a folder that does not exist, and ValueError for no runs and
-    for evaluations of runs that are not on the page.
+    folders. samples: generated text by name of the run, as pairs of a piece of text and the share of the blocks'
+    computation that was executed for it, in [0, 1]. evaluations: files of `skipstone eval --budget --json`, whose
+    losses by budget are drawn. traces: files of `skipstone trace`, whose tokens are drawn beside those of the runs.
+    replace: whether an existing file may be overwritten. Raises FileExistsError if `out` exists and may not be
+    overwritten, FileNotFoundError for a folder that does not exist, and ValueError for no runs and for evaluations of
+    runs that are not on the page.
     """
     out = Path(out)
     if not runs:

@@ -38,10 +38,12 @@ def context(
     measured: Mapping[str, budget_chart.Points],
     maps: Sequence[RunView] = (),
 ) -> PlainDict:
-    """Return the variables of the template `page.html`.
+    """Return the variables of the template `page.html`, by name.
 
-    runs: the runs shown on the page. samples: generated text by name of the run. measured: losses at FLOP budgets by
-    name of the run. maps: traces of texts that are shown beside the decisions of the runs.
+    runs: the runs shown on the page. samples: generated text by name of the run, as pairs of a piece of text and the
+    share of the compute that it took. measured: {name of a run: its losses at FLOP budgets}; each is a dict with
+    `target`, `realised`, `flops_per_token` and `loss`. maps: traces of texts that are shown beside the decisions of the
+    runs.
     """
     return {
         "runs": runs,

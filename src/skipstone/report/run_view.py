@@ -16,10 +16,11 @@ from skipstone.runs import Run
 class RunView:
     """The figures of a run that a report shows, with its name and style on the page.
 
-    config: the recipe. environment: versions and machine. metrics: the log lines. result: the summary of training;
-    empty if it is not finished. mechanisms: a description of the model's mechanisms as text. capacities: configured
-    capacities, {block: {mechanism: share of tokens}}. trace: what the model decided for a few rows; None if it could
-    not be run. trouble: the reason why not, or "".
+    name: its name on the page. style: colour and dash of its curves. config: the recipe. environment: versions and
+    machine. metrics: the log lines. result: the summary of training; empty if training is not finished. mechanisms: a
+    description of the model's mechanisms as text. capacities: the largest share of a row's tokens that each mechanism
+    is configured to keep, {block: {mechanism: share}}. trace: what the model decided for a few rows; None if it could
+    not be run. trouble: why it could not be run, or "".
     """
 
     name: str
@@ -35,10 +36,10 @@ class RunView:
 
 
 def load_view(run: Run, name: str, index: int) -> RunView:
-    """Load everything that a report shows of one run.
+    """Load everything that a report shows of one run, and keep what has to be measured in its folder.
 
-    name: the run's name on the page. index: position on the page, which determines the style. If the model or the
-    corpus is missing, only the pictures that need it are left out, and `trouble` says why.
+    run: the run. name: its name on the page. index: position on the page, which determines the style. If the model or
+    the corpus is missing, only the pictures that need it are left out, and `trouble` says why.
     """
     mechanisms, trace, trouble = "", None, ""
     capacity: Mapping[int, Mapping[str, float]] = {}

@@ -8,16 +8,16 @@ from markupsafe import Markup, escape
 
 
 def number(value: float) -> str:
-    """Format a coordinate or length with at most two decimals, which keeps pages small."""
+    """Format a coordinate or length with at most two decimals, which keeps pages small; 0 without a sign."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
 def element(name: str, *children: str | Markup, **attributes: str | float | None) -> Markup:
-    """Build the SVG element `<name ...>children</name>`; strings are escaped, `Markup` is not.
+    """Build the SVG element `<name ...>children</name>`; children that are strings are escaped, `Markup` is not.
 
-    Attribute names lose a trailing underscore (`class_`), and their other underscores become hyphens (`stroke_width`);
-    attributes that are None are left out.
+    attributes: numbers are written with at most two decimals, and attributes that are None are left out. Names lose a
+    trailing underscore (`class_`), and their other underscores become hyphens (`stroke_width`).
     """
     shown = Markup().join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else number(value))
@@ -29,7 +29,10 @@ def element(name: str, *children: str | Markup, **attributes: str | float | None
 
 
 def drawing(width: float, height: float, children: Iterable[Markup], title: str) -> Markup:
-    """Build an SVG picture of `width` by `height` that scales with the page; `title` is the text for screen readers."""
+    """Build an SVG picture of `width` by `height` pixels that shrinks with the page.
+
+    children: its elements. title: the text for screen readers.
+    """
     return element(
         "svg",
         element("title", title),

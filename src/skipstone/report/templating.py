@@ -11,10 +11,7 @@ from markupsafe import Markup
 
 
 def script() -> dict[str, Markup]:
-    """Return the only script that a page may run, as `script`, and its SHA-256 hash, as `script_hash`.
-
-    The script saves pictures; the page's content security policy allows it by this hash.
-    """
+    """Return the only script that a page may run, as `script`, and its SHA-256 hash in base64, as `script_hash`."""
     templates = files("skipstone.report").joinpath("templates")
     saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
     text = "\n" + saving.replace("export function", "function") + buttons

@@ -26,7 +26,7 @@ def visible(token: str) -> str:
 
 
 def picture(trace: TokenTrace, count: int, title: str) -> Drawn:
-    """Draw, for the first `count` tokens, the weight of each block's update, with blocks from the bottom upwards.
+    """Draw the weight of each block's update for the first `count` tokens, with blocks from the bottom upwards.
 
     Cells of skipped tokens are empty. trace: what a model decided for a text. title: text for screen readers.
     """
@@ -86,8 +86,8 @@ def _label(label: str, x: float, y: float) -> Markup:
 def coloured(pieces: Sequence[tuple[str, float]], hover: str = "{:.0%} of the compute") -> Markup:
     """Return HTML text in which each piece is coloured by its number in [0, 1].
 
-    pieces: (text, number). hover: format of the number that is shown when the pointer rests on a piece. Line breaks
-    stay, control characters become visible.
+    pieces: pairs of a text and its number. hover: a format string for the number, whose result is shown when the
+    pointer rests on a piece. Line breaks stay; other control characters become visible.
     """
     spans = [
         Markup('<span style="--depth-share: {}" title="{}">{}</span>').format(

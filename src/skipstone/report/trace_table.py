@@ -40,7 +40,7 @@ def read_trace(path: Path) -> TokenTrace:
     """Read a file of `skipstone trace`: the decisions on its first row, and the allocation of compute in all rows.
 
     path: a .parquet, .csv or .jsonl file. A block counts as computed for a token if all of its mechanisms keep the
-    token. Raises ValueError for any other file.
+    token. Raises ValueError for any other file, and for .parquet without the package pyarrow.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(unknown("suffix of a depth map", path.suffix, SUFFIXES))

@@ -218,4 +218,7 @@ def _agreed(received: int | None, due: bool, device: torch.device, step: int) ->
 
 
 class Interrupted(SystemExit):
-    """Error for a training that a signal stopped and that can be resumed; exit status 128 + the signal's number."""
+    """Raised when a signal has stopped a training, which can be resumed.
+
+    It is a SystemExit, whose exit status is 128 + the number of the signal.
+    """

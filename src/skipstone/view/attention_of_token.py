@@ -28,8 +28,8 @@ def attention_of_last(model: SkipstoneForCausalLM, ids: Sequence[int]) -> list[l
     """Return, for each block, the attention weights of the last of `ids` to all of them, averaged over heads.
 
     model: a Skipstone model in evaluation mode. ids: token ids of one text, for which one pass without a cache is
-    computed; decisions look at no later token, noise is off. The weights of a block sum to 1, and are 0 beyond its
-    attention window. An entry is None for a block whose attention the last token skips.
+    computed; decisions look at no later token, noise is off. An entry of the result has len(ids) weights, which sum to
+    1 and are 0 beyond the block's attention window; it is None for a block whose attention the last token skips.
     """
     rows: dict[int, list[float]] = {}
 

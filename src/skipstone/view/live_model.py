@@ -127,10 +127,10 @@ class LiveModel:
     def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
         """Return for each block the attention weights of the last of `ids` to all of them, averaged over heads.
 
-        An entry is None for a block whose attention the last token skips. ids: token ids of one text. budget: share of
-        the dense FLOPs that the model is set to during the pass; None means the model as it was trained. Raises
-        ValueError for ids outside the vocabulary, for none or more than the context holds, and for a budget that the
-        model cannot meet.
+        An entry is None for a block whose attention the last token skips. Weights have 5 significant digits. ids: token
+        ids of one text. budget: share of the dense FLOPs that the model is set to during the pass; None means the model
+        as it was trained. Raises ValueError for ids outside the vocabulary, for none or more than the context holds,
+        and for a budget that the model cannot meet.
         """
         if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
             raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")
@@ -152,17 +152,17 @@ class LiveModel:
 
         ids: token ids of the prompt. new_tokens: how many to generate at most. temperature: 0 chooses the most probable
         token; otherwise tokens are sampled. seed: seed of the sampling. budget: share of the dense FLOPs that the model
-        is set to; None means the model as it was trained. draft: the source of guesses for speculative decoding, as in
-        `generate`; None means no speculation. Raises ValueError, before the first event, for a prompt that exceeds the
-        context, and for a budget or a draft that the model does not support.
+        is set to; None means the model as it was trained. draft: the source of guesses for speculative decoding, such
+        as "lookup", "exit" or "skip"; None means no speculation. Raises ValueError, before the first event, for a
+        prompt that exceeds the context, and for a budget or a draft that the model does not support.
 
-        The start event has `prompt`, its tokens (id, text, label). A pass event has: `read`, the decisions for each
-        token that was read, in the prompt's pass for all of its tokens, later for one (compute, entropy and loss of its
-        prediction, and score, weight and kept for each of the `slots` of `describe`); `first`, the index of the first
-        of them; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of its
-        dense twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new token
-        was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are added at
-        its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
+        The start event has `prompt`, its tokens (id, text, label). A pass event has: `read`, a dict for each token that
+        was read, which are all tokens of the prompt in the first pass and one in later ones (compute, entropy and loss
+        of its prediction, and score, weight and kept for each of the `slots` of `describe`); `first`, the index of the
+        first token read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and
+        of its dense twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new
+        token was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are
+        added at its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table

@@ -33,7 +33,7 @@ class Request:
     temperature: 0 (chooses the most probable token) to 10. seed: seed of the sampling, an unsigned 32-bit number.
     budgets: for each of `models` the share of its dense FLOPs to execute, or None for the model as it was trained; if
     empty, None for all models. twin: whether to time the dense twin of each model as well. draft: "lookup", "exit" or
-    "skip" for speculative decoding (`generate.drafts`), or None.
+    "skip", the source of guesses for speculative decoding, or None.
     """
 
     prompt: str
@@ -46,7 +46,10 @@ class Request:
     draft: str | None = None
 
     def check(self, models: int) -> None:
-        """Raise ValueError, with a message of one line, if a value is not allowed. models: number of loaded models."""
+        """Raise ValueError, with a message of one line, if a value is not allowed.
+
+        models: number of loaded models.
+        """
         if not self.prompt or len(self.prompt) > PROMPT:
             raise ValueError(f"prompt must have from 1 to {PROMPT:,} characters, got {len(self.prompt):,}")
         if not 1 <= self.new_tokens <= NEW_TOKENS:
@@ -107,8 +110,9 @@ def read_attention_request(values: object, models: int) -> AttentionRequest:
 def attention_events(models: Sequence[LiveModel], request: AttentionRequest) -> Iterator[PlainDict]:
     """Yield the one event that answers a request for attention weights.
 
-    models: all loaded models. The event has `type` "attention", `model` (its index), `at` (index of the token) and
-    `layers`, for each block the weights of the tokens up to this one, or None if the token skips its attention.
+    models: all loaded models. request: the model, the text up to the token, and the budget. The event has `type`
+    "attention", `model` (its index), `at` (index of the token in the text) and `layers`, which has for each block the
+    weights of the tokens up to this one, or None if the token skips the block's attention.
     """
     found = models[request.model].attention(request.tokens, request.budget)
     yield {"type": "attention", "model": request.model, "at": len(request.tokens) - 1, "layers": found}
@@ -128,10 +132,10 @@ def read_request(values: object, models: int) -> Request:
 def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]:
     """Yield the events of all requested models in turns, each with its model's index as `model`.
 
-    models: all loaded models. The events of `LiveModel.events` are followed by one of type "end" for each model. Pass
-    events also have `dense_seconds`, the time of the same pass of the dense twin, if `request.twin` is set and the
-    model has a twin. Raises ValueError, with a message of one line and before the first event, if a model cannot serve
-    the request.
+    models: all loaded models. Each model has an event of type "start", one of type "pass" for each new token, and one
+    of type "end". Pass events also have `dense_seconds`, the time of the same pass of the dense twin, if `request.twin`
+    is set and the model has a twin. Raises ValueError, with a message of one line and before the first event, if a
+    model cannot serve the request.
     """
     budgets = request.budgets or [None] * len(request.models)
     runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}

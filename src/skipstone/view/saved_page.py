@@ -67,7 +67,8 @@ def save_page(
 def page_of(models: Sequence[LiveModel], request: Request, told: Sequence[PlainDict]) -> str:
     """Return the HTML of a page that shows a request and its result.
 
-    models: all loaded models. told: all events that `live_session.events` yielded for the request.
+    models: all loaded models. request: the prompt and the options of generation. told: all events of the request, in
+    order.
     """
     state = {
         "request": {**vars(request), "budgets": request.budgets or [None] * len(request.models)},

@@ -98,9 +98,9 @@ class Guard:
 
 
 def answer(status: int, message: str, **headers: str) -> JSONResponse:
-    """Return a JSON response with an error.
+    """Return a JSON response {"error": message}.
 
-    status: the HTTP status. message: one line. headers: further HTTP headers.
+    status: the HTTP status. message: one line. headers: further HTTP headers, by name.
     """
     return JSONResponse({"error": message}, status, headers=headers)
 
@@ -109,8 +109,8 @@ def application(models: Sequence[LiveModel], port: int, work: WorkQueue) -> ASGI
     """Return the web server of the live page as an ASGI application.
 
     models: the loaded models. port: the port on which it is served. work: runs the computations, one at a time. Routes:
-    the page's files, `/api/models`, `/api/neurons/N`, `/api/saved-page`, and `/api/generate` and `/api/attention`,
-    which accept JSON by POST and answer with server-sent events.
+    the page's files, `/api/models`, `/api/neurons/N` (N: index of a model), `/api/saved-page`, and `/api/generate` and
+    `/api/attention`, which accept JSON by POST and answer with server-sent events.
     """
 
     async def models_of(request: Request) -> Response:

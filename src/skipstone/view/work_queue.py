@@ -57,7 +57,7 @@ class Job:
             raise
 
     def end(self) -> None:
-        """Tell whoever reads the events that there are no more; the queue's thread calls this after `run`."""
+        """Tell whoever reads the events that there are no more of them; the queue's thread calls this after `run`."""
         self._tell(None)
 
     def _tell(self, event: PlainDict | None) -> None:
@@ -94,7 +94,7 @@ class WorkQueue:
         threading.Thread(target=self._work, name="skipstone-view", daemon=True).start()
 
     def submit(self, make: Callable[[], Iterator[PlainDict]]) -> Job:
-        """Queue a job and return it; must be called inside a running event loop.
+        """Queue a job and return it; to be called inside a running asyncio event loop.
 
         make: a function that is called when it is the job's turn; it starts the computation and returns an iterator of
         events (dicts). Raises BusyError if the queue is full.
