@@ -106,8 +106,8 @@ class BudgetTable:
         """Set the model's thresholds so that it meets a budget, until `reset`.
 
         budget: share of the dense FLOPs. Raises ValueError for a budget outside of `range`, for one between two points
-        that are too far apart to interpolate (`thresholds`), and for another model: one whose thresholds are not those
-        named in `handles`.
+        of which the larger share is more than 1.1 times the smaller, and for another model: one whose thresholds are
+        not those named in `handles`.
         """
         thresholds = self.thresholds(budget)
         for handle, threshold in zip(self._handles(model), thresholds, strict=True):

@@ -53,12 +53,15 @@ class ThresholdHandle:
             self._model.change_mechanism(self._index, **{self._option: self._thresholds[0].state()[0]})
 
     def state(self) -> State:
-        """Return everything that `set` changes as a list of numbers, so that `restore` can undo it exactly."""
+        """Return everything that `set` changes as a list, so that `restore` can undo it exactly.
+
+        It holds numbers, and None where a configuration option is not set.
+        """
         state = self._thresholds[0].state()
         return state if self._option is None else [*state, self._written]
 
     def restore(self, state: State) -> None:
-        """Restore what `state` returned earlier, undoing calls of `set` since."""
+        """Set the threshold back to what it was when the method `state` returned the list `state`."""
         if self._option is None:
             self._thresholds[0].restore(state)
         else:

@@ -50,11 +50,11 @@ class WriteError(ValueError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn errors of a full or failing disk that a `with` block raises into one `WriteError` that names `path`.
+    """Turn an error of a full or failing disk, raised in a `with` block, into a `WriteError` that names `path`.
 
-    path: the file or folder that the block writes. Errors of the operating system, torch, safetensors and tokenizers
-    are recognised; all others are raised unchanged. A `WriteError` for the temporary name of `path` is raised again
-    with `path` itself.
+    path: the file or folder that the block writes. Such errors are told from the messages of the operating system,
+    torch, safetensors and tokenizers; all other errors pass unchanged. A `WriteError` for the temporary name of `path`
+    is raised again with `path` itself.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def partial_of(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete the file `path`, or the folder with everything in it, if it exists and can be deleted."""
+    """Delete the file `path`, or the folder with everything in it; do nothing where that is impossible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache keeps; a window cuts more than window + 128 to window + 64."""
+    """Return how many of a row's `entries` a cache keeps; with a `window`, over window + 128 become window + 64."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 

@@ -41,7 +41,7 @@ class DepthModule(RoutingModule):
         return None
 
     def set_capacity(self, capacity: float) -> None:
-        """Set `capacity`, the share of a row's tokens to keep, at most 1.
+        """Set `capacity`, the share of a row's tokens to keep, in (0, 1].
 
         Only for mechanisms whose `budget_by` is "capacity".
         """
@@ -92,7 +92,7 @@ class DepthModule(RoutingModule):
         return int(self.skips)
 
     def score_threshold(self) -> ScoreThreshold | None:
-        """Return the router-score threshold by which tokens are kept in generation, for calibration, or None."""
+        """Return the router-score threshold by which tokens are kept in generation; None if no threshold decides."""
         return None
 
     def stream_gate(self) -> StreamGate | None:

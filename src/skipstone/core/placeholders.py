@@ -27,9 +27,9 @@ HEAVY = (
 def checked_lightly(module: str, function: str, *arguments: object) -> list[str]:
     """Call a function that returns a list of error messages, without loading torch and other heavy libraries.
 
-    module: dotted name of the module to import. function: its name there, called with `arguments`. Returns its
-    messages, or [] if it needs one of these libraries or raises for another reason: callers check everything again
-    after loading them.
+    module: dotted name of the module to import. function: the function's name there, called with `arguments`. Returns
+    the messages; [] if the function needs one of these libraries or raises an error, because callers check everything
+    again after loading them.
     """
     with placeholders():
         try:

@@ -63,10 +63,11 @@ class ProgressBar:
         self._bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Set the number of finished units and redraw the bar, or print a line if the last one is old enough.
+        """Set the number of finished units and redraw the bar, or print a line if no bar is shown and one is due.
 
         done: finished units in total. note: the latest figures, such as a loss; None keeps the figures of the last
-        call.
+        call. A line is due `seconds` (an argument of the constructor) after the last one, and when all units are done;
+        none is due if `seconds` is None.
         """
         self.done, self.note = done, self.note if note is None else note
         if self._bar is not None and self._task is not None:

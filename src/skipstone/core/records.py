@@ -204,9 +204,9 @@ def auxiliary_loss(
     """Return the sum of all mechanisms' auxiliary losses as a scalar with gradient; None if no record has one.
 
     records: each layer's records, by mechanism name. labelled_BT: bool, the tokens with a training target. over:
-    "labelled" sums each loss over these tokens and divides by their number; any other value takes its mean over the
-    tokens that reached its mechanism, which is also done if labelled_BT is None. items: the divisor to use instead of
-    the number of labelled tokens, for example that number summed over all micro-batches of an optimizer step; means
+    "labelled" sums each loss over these tokens and divides by their number; any other value takes each loss's mean over
+    the tokens that reached its mechanism, which is also done if labelled_BT is None. items: the divisor to use instead
+    of the number of labelled tokens, for example that number summed over all micro-batches of an optimizer step; means
     over reached tokens are then first multiplied by the number of labelled tokens.
     """
     decided = [record for layer in records for record in layer.values()]

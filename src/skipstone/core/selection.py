@@ -174,8 +174,9 @@ class Padded(Gathered):
 class Unpadded(Padded):
     """A padded selection of which only attention sees the padding; other layers get all rows' tokens concatenated.
 
-    index_BK, valid_BK: indices of the tokens and where there is padding, [B, K] as for `Padded`. length: T. unpadding:
-    indices of the N selected tokens, for the conversion to [1, N, ...].
+    index_BK: int64 [B, K], the tokens' indices among the T tokens of their row, ascending; of padding, the index of
+    some token that is not selected. valid_BK: bool [B, K], False for padding. length: T. unpadding: indices of the N
+    selected tokens, for the conversion to [1, N, ...].
     """
 
     unpadding: Unpadding = field()

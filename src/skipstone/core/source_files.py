@@ -53,7 +53,10 @@ def object_in(path: Path) -> PlainDict:
 def check_tokenizer_files(folder: Path) -> None:
     """Raise ValueError, which names the file, if a file of a tokenizer is empty, damaged or not a file.
 
-    folder: the folder of the tokenizer; nothing is checked if there is none (a hub name, for example).
+    Of the files that are there, tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+    vocab.json and chat_template.json must hold JSON objects, merges.txt, vocab.txt and chat templates (.jinja) UTF-8
+    text, and tokenizer.model and spiece.model at least a byte. folder: the folder of the tokenizer; nothing is checked
+    if there is none (a hub name, for example).
     """
     if not folder.is_dir():
         return

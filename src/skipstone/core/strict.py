@@ -154,11 +154,11 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert a plain value to a type hint, as `from_dict` does for every field, and return it.
+    """Convert a plain value to the type that a type hint asks for, and return it.
 
-    hint: a type hint: plain types, unions, Literal, lists, tuples, dicts or dataclasses. value: the value as read from
-    YAML or JSON. Ints are accepted as floats, and so are strings such as `1e-3`, which YAML does not read as numbers.
-    where: the path shown in errors. Raises ValueError for a value of another type.
+    hint: plain types, unions, Literal, lists, tuples, dicts or dataclasses. value: the value as read from YAML or JSON.
+    Ints are accepted as floats, and so are strings such as `1e-3`, which YAML does not read as numbers. where: the path
+    shown in errors. Raises ValueError for a value of another type.
     """
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -241,5 +241,5 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
 
 
 def is_folder_name(name: object) -> bool:
-    """Return whether `name` is a plain file or folder name: at most 200 characters, no separators, not "." or ".."."""
+    """Return whether `name` can name a file or folder: 1 to 200 characters, no separators, not "." or ".."."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n") and len(name) <= 200

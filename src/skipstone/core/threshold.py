@@ -39,7 +39,7 @@ class ScoreThreshold:
         return [self.get()]
 
     def restore(self, state: State) -> None:
-        """Restore what `state` returned earlier, undoing calls of `set` since."""
+        """Set the threshold back to what it was when the method `state` returned the list `state`."""
         (threshold,) = state
         assert threshold is not None
         self.set(threshold)

@@ -209,7 +209,7 @@ class Tokens:
         return narrowed.restrict_queries(queries_BK if part.valid_BK is None else queries_BK & part.valid_BK)
 
     def query_tokens(self) -> Tokens:
-        """Return only the tokens whose update is computed."""
+        """Return a copy with only the tokens whose update is computed; the object itself if these are all."""
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:

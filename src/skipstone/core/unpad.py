@@ -63,11 +63,11 @@ class Unpadding:
 
 
 def unpadding_of(index_BK: Tensor, valid_BK: Tensor, count: int, length: int) -> Unpadding | None:
-    """Return the indices that leave out the padding of gathered rows; None if there is too little padding to save time.
+    """Return the indices that leave out the padding of gathered rows; None if under 10 % of the columns are padding.
 
-    index_BK: int64, index of each column among the T tokens of its row. valid_BK: bool, False for padding. count:
-    number of valid columns. length: T. Under torch.compile the result is None, because `count` would change the shapes
-    from call to call.
+    So little padding is not worth the copies. index_BK: int64, index of each column among the T tokens of its row.
+    valid_BK: bool, False for padding. count: number of valid columns; for 0 the result is None. length: T. Under
+    torch.compile the result is None, because `count` would change the shapes from call to call.
     """
     B, K = index_BK.shape
     if not pays(count, B * K) or torch.compiler.is_compiling():

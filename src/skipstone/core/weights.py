@@ -42,9 +42,9 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 
 def weight_marks(*linears: nn.Module) -> list[int]:
-    """Return numbers that differ once a weight has been replaced or written into, so that stale copies are noticed.
+    """Return numbers that change once a weight is replaced or written into, so that stale copies are noticed.
 
-    linears: the layers whose weights are compared.
+    linears: the layers whose weights are watched.
     """
     weights = [linear.weight for linear in linears]
     places = [id(w) if type(w) is not nn.Parameter else w.data_ptr() for w in weights]

@@ -173,8 +173,8 @@ class ActivationGroupRouter(GroupRouter):
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
         """Return the record of these decisions, with NaN scores and False masks for padding.
 
-        score_BTG, tried_BTG: what `worth_trying` returned. kept_BTG: what `worth_keeping` returned. tokens: the tokens
-        of this call.
+        score_BTG: the groups' scores, fp32. tried_BTG, kept_BTG: bool, the groups multiplied by the second and by the
+        last matrix. tokens: the tokens of this call.
         """
         raise NotImplementedError
 

@@ -97,7 +97,8 @@ class RoutedDecoder:
         """Return the sum of the mechanisms' auxiliary losses in the last pass, a scalar with gradient; 0 without any.
 
         Each loss is a mean over the tokens that reached its mechanism. In training mode, a model that is called with
-        labels adds the sum to its loss by itself, times labels / `num_items_in_batch` if that argument is given.
+        labels adds the sum to its loss by itself; with the argument num_items_in_batch, it first multiplies the sum by
+        the call's number of labelled tokens / num_items_in_batch.
         """
         found = auxiliary_loss(self.records, None)
         return torch.zeros((), device=next(self.decoder.parameters()).device) if found is None else found

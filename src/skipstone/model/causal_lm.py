@@ -125,7 +125,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels, compute this many tokens' logits at a time and return none; 0 means all at once. distillation: a
         teacher's outputs, which need loss_chunk; `loss` then adds the divergence from them, and `token_loss` carries no
         gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
-        `config.auxiliary_loss_over` "all", mechanisms' losses are means over all tokens but padding.
+        `config.auxiliary_loss_over` "all", mechanisms' losses are means over the tokens that reach them.
         """
         target_BT = _targets(labels, kwargs)
         out: DecoderOutput = self.model(

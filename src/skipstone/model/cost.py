@@ -152,10 +152,10 @@ def cost(
 def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mechanisms: bool = True) -> Flops:
     """Return the forward FLOPs of a call of a model with one row of `tokens` tokens and no cache.
 
-    Decisions are made without later tokens, as in generation. kept: how many tokens of the row each mechanism keeps, as
-    {layer: {name: count}}; None means the configured capacity, or all tokens for gates without a capacity. mechanisms:
-    False gives the FLOPs of the dense model. It is faster than `cost`, because it computes no parameter counts, cache
-    bytes or training FLOPs, and is meant for searches over thresholds.
+    Decisions are made without later tokens, as in generation. This function is faster than `cost`, because it computes
+    no parameter counts, cache bytes or training FLOPs, and is meant for searches over thresholds. kept: how many tokens
+    of the row each mechanism keeps, as {layer: {name: count}}; None means the configured capacity, or all tokens for
+    gates without a capacity. mechanisms: False gives the FLOPs of the dense model.
     """
     call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
     blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))

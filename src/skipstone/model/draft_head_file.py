@@ -38,8 +38,8 @@ def require_draft_head(folder: str | Path) -> Path:
 def refuse_draft_head(folder: str | Path) -> None:
     """Raise an error if no draft head can be saved in a folder.
 
-    Raises FileExistsError if there is a head already, and OSError or `WriteError` if the folder cannot be written. The
-    description, draft_head.json, counts: weights without it do not, because a killed process has left them.
+    Raises FileExistsError if its description, draft_head.json, is there already, and OSError or `WriteError` if the
+    folder cannot be written. Weights without the description are no obstacle: a killed process has left them.
     """
     path = Path(folder) / ABOUT
     if path.exists():

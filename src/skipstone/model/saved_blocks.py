@@ -42,7 +42,11 @@ class SavesItsBlocks(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[arg-type]
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters as transformers does, with every weight of a four-bit matrix counted."""
+        """Return the number of parameters as transformers does, with every weight of a four-bit matrix counted.
+
+        only_trainable: whether to count parameters with gradients alone, of which four-bit matrices have none.
+        exclude_embeddings: whether to leave out embeddings.
+        """
         found = super().num_parameters(only_trainable, exclude_embeddings)
         packed = [] if only_trainable else [x for x in self.parameters() if x.dtype == torch.uint8]
         return found + parameter_count(packed) - sum(x.numel() for x in packed)
@@ -51,9 +55,9 @@ class SavesItsBlocks(PreTrainedModel):
 def describe_blocks(config: SkipstoneConfig, blocks: Blocks) -> None:
     """Set the fields of `config` for RoPE, windows and int8 matrices to what the blocks are, before the model is saved.
 
-    They differ if blocks were removed, copied or exchanged after the model was built. Raises ValueError if there are
-    more or fewer blocks than `num_hidden_layers`, or if a block has other mechanisms than the configuration says.
-    Nothing is done for blocks of other classes.
+    Fields and blocks differ if blocks were removed, copied or exchanged after the model was built. Raises ValueError if
+    there are more or fewer blocks than `num_hidden_layers`, or if a block has other mechanisms than the configuration
+    says. Nothing is done if some block is not of our class.
     """
     if not all(hasattr(block, "turned_by") and hasattr(block, "sites") for block in blocks):
         return

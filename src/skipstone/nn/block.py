@@ -117,7 +117,11 @@ class Block(GradientCheckpointingLayer):
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return by name all modules of this block that decide: depth mechanisms, activation mechanism, experts."""
+        """Return by record name all modules of this block that make decisions.
+
+        These are its depth mechanisms, and those inside the MLP: an activation that mixes functions, a router of neuron
+        groups, or a mixture of experts.
+        """
         return {**self.mechanisms, **self.mlp.routing_modules()}
 
     def fp32_names(self) -> list[str]:
@@ -128,8 +132,8 @@ class Block(GradientCheckpointingLayer):
     def complete(self, records: Records, x_BTD: Tensor) -> Records:
         """Return `records`, completed by an empty record for each mechanism of this block that no token reached.
 
-        x_BTD: the stream, which gives empty records their [B, T] and device. With it, every call returns the same
-        names.
+        Every call of the block thus returns records of the same names. records: the records by name. x_BTD: the stream,
+        from which empty records take [B, T] and the device.
         """
         if len(records) == len(self._inside_names):
             return records

@@ -28,10 +28,11 @@ class MagnitudeMLP(DivisibleMLP):
     """A gated MLP that leaves out neurons by the magnitude of their activations, token by token.
 
     Groups of neurons are tried (multiplied by the up projection) if their gate activations are large, and kept
-    (multiplied by the down projection) if their products are. A call of one token without gradients reads only these
-    groups' weights; calls of several tokens multiply all weights and zero the groups that are off. width: width of the
-    residual stream. neurons: number of neurons in the MLP. activation: activation applied to the gates. router: the
-    module that chooses the groups, as in `mechanisms/magnitude.py`. dropout: dropout probability for the output.
+    (multiplied by the down projection) if gate activation times up projection is large. A call of one token without
+    gradients reads only these groups' weights; calls of several tokens multiply all weights and zero the groups that
+    are off. width: width of the residual stream. neurons: number of neurons in the MLP. activation: activation applied
+    to the gates. router: the module that chooses the groups, such as `MagnitudeGroups`. dropout: dropout probability
+    for the output.
     """
 
     router: ActivationGroupRouter

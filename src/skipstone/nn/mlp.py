@@ -48,7 +48,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FixedActivation(Activation):
-    """An activation that applies one function to every neuron. name: a key of `FUNCTIONS`, such as "silu"."""
+    """An activation that applies one function to every neuron.
+
+    name: "silu", "gelu", "gelu_tanh", "relu", "relu2" (the square of ReLU) or "tanh".
+    """
 
     by_token = True
 

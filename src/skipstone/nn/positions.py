@@ -25,8 +25,8 @@ class Rotary(nn.Module):
     config: a transformers configuration; its `rope_parameters` name the kind of scaling. parameters: replaces these
     `rope_parameters`; None means the configuration's own. With `partial_rotary_factor` p, only the first p E of the E
     features of a head are rotated. Kind "longrope" (arXiv 2402.13753) has two sets of frequencies; a call uses the set
-    for long rows if one of its positions is at least `original_max_position_embeddings`. inverse_E2: fp32, the
-    frequencies. long_E2: the frequencies for long rows, absent for other kinds.
+    for long rows if one of its positions is at least `original_max_position_embeddings`. inverse_E2: fp32, a frequency
+    for each pair of rotated features. long_E2: the same for long rows, absent for other kinds.
     """
 
     inverse_E2: Tensor

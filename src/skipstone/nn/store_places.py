@@ -85,9 +85,9 @@ class Places:
 def is_usual(store: Any, entries: int, new: int) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    The store must hold one row of at most `decode_step.MOST_KEYS` tokens, including the `new` tokens to come. store:
-    any store of a cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it holds
-    anything yet.
+    The store must hold one row of at most 1024 tokens (`decode_step.MOST_KEYS`), including the `new` tokens to come.
+    store: any store of a cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it
+    holds anything yet.
     """
     if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
         return False

@@ -113,8 +113,8 @@ def summed(
 
     weight_at: address of the fp32 weight, stored neuron by neuron, [F, D]. h_at: address of the down projection's
     inputs, fp32 [K, F]. tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at:
-    address of the result, fp32 [K, D]. first, last: multiples of 16, or D. The other arguments are those of int8
-    weights.
+    address of the result, fp32 [K, D]. first, last: multiples of 16, or D. The other arguments are unused: the kernel
+    for int8 weights, which can take this one's place, needs them.
     """
     y, rows, K, F, D = _lying(y_at, (tokens, width), ONE), _lying(rows_at, (count,), 0), tokens, neurons, width
     _clear(y, first, last)

@@ -145,7 +145,7 @@ def dropped(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def under_autocast(device: str) -> bool:
-    """Return whether autocast is on for a device type such as "cuda"; torch cannot answer that for "meta".
+    """Return whether autocast is on for a device type such as "cuda"; False for "meta", which has no autocast.
 
     device: the type of the device.
     """
@@ -172,7 +172,10 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x weight^T + bias in fp32 (fp64 if any operand is), even under autocast. Shapes are those of F.linear."""
+    """Compute x weight^T + bias in fp32 (fp64 if x or weight is), even under autocast.
+
+    x: [..., I]. weight: [O, I]. bias: [O] or None. Returns [..., O].
+    """
     if not under_autocast(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
             return F.linear(x, weight, bias)

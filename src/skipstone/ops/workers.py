@@ -104,7 +104,7 @@ def unit(count: int) -> Callable[[Callable[..., None]], Unit]:
 
 
 def team(function: Callable[[int], None]) -> Unit:
-    """Compile a function, when it is first used, so that `share` can run it in several threads.
+    """Return a `Unit` of a function that `share` can run in several threads; it is compiled when it is first used.
 
     function: takes the address of a packet (its arguments in memory), calls `part_of` once for the index of its part,
     and reads the packet with `parts_of` and `integers`.

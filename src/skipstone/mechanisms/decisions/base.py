@@ -20,12 +20,13 @@ class Decision(nn.Module):
     """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
     The constructor takes what every decision may need: the capacity (a share of tokens, or its schedule), the width of
-    the hidden states, and the arguments of `build_decision` by these names: seed, threshold, norm, noise_key.
-    is_causal: whether it can be made without later tokens, as generation requires. static: whether the number of kept
-    tokens is known in training before the scores are, so that the CPU need not wait for the GPU to gather them.
-    has_loss: whether it adds an auxiliary loss. trains_router: whether this loss sends gradients into the router.
-    reads_scores: whether kept tokens depend on the scores. reads_ids: whether they depend on token ids, found in
-    `Tokens.state`. imposed: whether the caller decides. causal_names: names of all decisions with is_causal.
+    the hidden states, seed (of fixed pseudo-random patterns), threshold (a probability), norm (whether a network of the
+    decision normalises its input) and noise_key (separates its random draws from others). is_causal: whether it can be
+    made without later tokens, as generation requires. static: whether the number of kept tokens is known in training
+    before the scores are, so that the CPU need not wait for the GPU to gather them. has_loss: whether it adds an
+    auxiliary loss. trains_router: whether this loss sends gradients into the router. reads_scores: whether kept tokens
+    depend on the scores. reads_ids: whether they depend on token ids, found in `Tokens.state`. imposed: whether the
+    caller decides. causal_names: names of all decisions with is_causal.
     """
 
     is_causal = False
