@@ -100,7 +100,7 @@ class Decision(nn.Module):
         """
 
     def not_ready_reason(self) -> str | None:
-        """Return why the decision is not reliable yet in generation (an untrained threshold); None if it is."""
+        """Return why the decision is not reliable yet in generation (an untrained threshold); else None."""
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
