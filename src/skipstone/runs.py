@@ -86,7 +86,7 @@ class Run:
     def config(self) -> PlainDict:
         """Return the recipe with all defaults filled in: {"model": ..., "data": ..., "train": ...}.
 
-        Raises ValueError for a saved model, which has none, and for a file that is damaged or cannot be read.
+        Raises ValueError for a saved model, which has no recipe, and for a file that is damaged or cannot be read.
         """
         text = self._read(CONFIG)
         check_text(text, self.folder / CONFIG)
@@ -101,13 +101,20 @@ class Run:
         return values
 
     def environment(self) -> PlainDict:
-        """Return environment.json as a dict: versions, commit, machine, seed, start time and command."""
+        """Return environment.json as a dict: versions, commit, machine, seed, start time and command.
+
+        The keys are `skipstone`, `torch`, `transformers`, `python`, `git_commit`, `git_dirty`, `machine`, `seed`,
+        `started`, `command` and `processes`; `data_sha256` and `resumed` are there if they apply. Raises ValueError for
+        a saved model, which has none, and for a damaged file.
+        """
         return self._json(ENVIRONMENT)
 
     def result(self) -> PlainDict:
-        """Return the content of result.json, the summary of the finished training.
+        """Return the content of result.json, the summary of the finished training, as a dict.
 
-        Raises ValueError for a run that is not finished, and for a file that is damaged or cannot be read.
+        The keys are `steps`, `tokens`, `seconds`, `tokens_per_second`, `train_loss`, `validation` (a dict with
+        `oracle_loss` and `causal_loss`) and `parameters`, and a few others where they apply. Raises ValueError for a
+        run that is not finished, and for a file that is damaged or cannot be read.
         """
         if not self.finished and not self.is_saved_model:
             raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` continues it")
@@ -129,9 +136,9 @@ class Run:
         return found
 
     def best(self) -> PlainDict | None:
-        """Return {"step": ..., "loss": ...} of the validation with the lowest loss, in nats.
+        """Return {"step": ..., "loss": ...} of the lowest validation loss, in nats; None if that model was not stored.
 
-        Returns None if the run has not stored that step's model.
+        The model is in RUN/best if the recipe sets train.keep_best.
         """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 
@@ -178,23 +185,27 @@ class Run:
         return load_saved(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
     def data_config(self) -> DataConfig:
-        """Return the data section of the recipe, parsed."""
+        """Return the data section of the recipe, parsed.
+
+        Raises ValueError for a saved model, which has no recipe, and for invalid values.
+        """
         return from_dict(DataConfig, self.config()["data"], "data")
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
         """Return the run's datasets, tokenised with its own tokenizer.
 
-        split: "validation" or "test", the split that is returned as `PreparedData.validation`. train: whether to load
-        the training split as well.
+        split: "validation" or "test", the split whose rows become `validation` in the result. train: whether to load
+        the training split as well. Raises ValueError for a saved model, and FileNotFoundError for data that are not
+        there.
         """
         from skipstone.data.prepare import prepare
 
         return prepare(self.data_config(), tokenizer=self.load_tokenizer(), train=train, split=split)
 
     def kept_view(self) -> PlainDict | None:
-        """Return what `keep_view` saved for reports: the model's mechanisms as text, and its decisions on a few rows.
+        """Return what view.json holds for reports: the model's mechanisms as text, and its decisions on a few rows.
 
-        Returns None if there is nothing, or if the recipe or the weights have changed since it was saved.
+        Returns None if there is no such file, or if the recipe or the weights have changed since it was saved.
         """
         try:
             values = read_object(self.folder / VIEW)
@@ -206,8 +217,7 @@ class Run:
     def keep_view(self, view: PlainMapping) -> None:
         """Save what reports show of the trained model in view.json, so that they need not run the model.
 
-        view: a JSON object, as `measure.token_trace.ModelView.to_dict` returns it. If the folder cannot be written,
-        nothing happens.
+        view: a JSON object, the dict of a `ModelView`. If the folder cannot be written, nothing happens.
         """
         try:
             values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}
@@ -252,9 +262,10 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
-    """Return the entries of a metrics file, one dict per line; a last line that a crash cut short is left out.
+    """Return the entries of a metrics file, one dict per line, in the order of the file.
 
-    Raises ValueError, naming file and line, for an invalid line.
+    Each has at least "step" and "split". A last line that a crash cut short is left out. Raises ValueError, naming file
+    and line, for an invalid line.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
@@ -270,7 +281,10 @@ def read_metrics(path: Path) -> list[PlainDict]:
 
 
 def count_lines(path: Path) -> int:
-    """Return the number of complete lines in a metrics file, after flushing it to disk; 0 if there is no such file."""
+    """Return the number of complete lines in a metrics file; 0 if there is no such file.
+
+    The file is flushed to disk first.
+    """
     if not path.is_file():
         return 0
     with path.open("rb") as file:

@@ -35,10 +35,10 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn `USER_ERRORS` inside a `with` block into lines "skipstone: ..." on stderr and exit code 2.
+    """Turn a user's mistakes inside a `with` block into lines "skipstone: ..." on stderr and exit code 2.
 
-    So does memory that is refused. Other errors keep their traceback; with SKIPSTONE_TRACEBACK=1 in the environment,
-    all do.
+    These are `ValueError` and `OSError`, and memory that is refused. Other errors keep their traceback; if the
+    environment has SKIPSTONE_TRACEBACK=1, all do.
     """
     warnings.showwarning = _show
     _told.clear()
@@ -75,7 +75,7 @@ def _tell_launcher(text: str) -> None:
 
 
 def usual_warnings() -> None:
-    """Show warnings as Python does from now on, instead of as this command does."""
+    """From now on, show warnings as Python does, instead of in one line on stderr as this command does."""
     warnings.showwarning = _SHOWN_BY_PYTHON
 
 

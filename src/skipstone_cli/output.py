@@ -55,7 +55,8 @@ class Reporter:
 def check_targets(*, json: Path | None, markdown: Path | None) -> None:
     """Raise an error if an output file exists or cannot be created, before anything is measured.
 
-    json, markdown: the paths of the files; None means that the file is not wanted.
+    json, markdown: the paths of the files; None means that the file is not wanted. The two must differ. Raises
+    UserError, or OSError or `WriteError` where nothing can be written.
     """
     from skipstone.core.atomic_write import check_writable
 

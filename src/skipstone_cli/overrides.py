@@ -52,7 +52,10 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def split(word: str) -> tuple[str, str]:
-    """Split a word `key=value` at the first equals sign. Raises UserError if it has another form."""
+    """Split a word `key=value` at the first equals sign; return the key and the value.
+
+    Raises UserError if the word has another form.
+    """
     key, equals, value = word.partition("=")
     parts = key.split(".")
     if not equals or not all(part and part == part.strip() for part in parts):

@@ -9,7 +9,10 @@ from skipstone_cli.errors import UserError
 
 
 def existing_dir(path: Path, what: str) -> Path:
-    """Return `path` if it is a folder. Raises UserError otherwise; `what` names the path in the message."""
+    """Return `path` if it is a folder, and raise UserError otherwise.
+
+    what: the name of the path, for the message.
+    """
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_dir():
@@ -18,7 +21,10 @@ def existing_dir(path: Path, what: str) -> Path:
 
 
 def existing_file(path: Path, what: str) -> Path:
-    """Return `path` if it is a file. Raises UserError otherwise; `what` names the path in the message."""
+    """Return `path` if it is a file, and raise UserError otherwise.
+
+    what: the name of the path, for the message.
+    """
     if not path.exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     if not path.is_file():
@@ -28,9 +34,10 @@ def existing_file(path: Path, what: str) -> Path:
 
 
 def places_for_folders(places: Mapping[str, Path | None]) -> None:
-    """Raise an error for each path that is no folder in which files can be created, and cannot become one.
+    """Raise an error for a path that is no folder in which files can be created, and cannot become one.
 
-    places: the paths by option, for messages; None is left out. Raises UserError, or what the system raises.
+    places: the paths, by the names of their options, which messages show; paths that are None are left out. Raises
+    UserError for a path below a file, and OSError or `WriteError` for one in which nothing can be written.
     """
     from skipstone.core.atomic_write import check_writable
 
@@ -50,7 +57,10 @@ def existing_run(path: Path) -> Path:
 
 
 def existing_source(source: str) -> str:
-    """Return `source` unless it is a path that does not exist; anything that may be a Hub name is accepted."""
+    """Return `source`; raise UserError if it is a path that does not exist.
+
+    Anything that may be a Hub name is accepted.
+    """
     path = Path(source).expanduser()
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or path.suffix == ".gguf"
     if is_path and not path.exists():
@@ -59,9 +69,9 @@ def existing_source(source: str) -> str:
 
 
 def new_path(path: Path, what: str) -> Path:
-    """Return `path` if it does not exist, because files are never overwritten.
+    """Return `path` if it does not exist, and raise UserError otherwise, because files are never overwritten.
 
-    Raises UserError otherwise; `what` names the path in the message.
+    what: the name of the path, for the message.
     """
     if path.exists() or path.is_symlink():
         raise UserError(

@@ -15,7 +15,7 @@ def check_recipe(config: Mapping[str, Any], overrides: Sequence[str], **how: Any
     """Raise UserError with a message for each mistake in a recipe.
 
     config: the recipe with the overrides applied. overrides: as typed, "key=value". how: further arguments of
-    `skipstone.train.early.check`.
+    `skipstone.train.early.check`, such as `out`, the run folder, and `resume`.
     """
     from skipstone.train.early import check
 
@@ -40,7 +40,8 @@ def told_as_typed(overrides: Sequence[str]) -> Iterator[None]:
 def as_typed(line: str, overrides: Sequence[str]) -> str:
     """Return an error message, with the override appended if the message shows its value in another form.
 
-    For example, `0` may be shown as `0.0`. line: the message. overrides: as typed, "key=value".
+    For example, `0` may be shown as `0.0`; " (typed: train.learning_rate=0)" is then appended. line: the message.
+    overrides: the words of the command line, "key=value".
     """
     for word in reversed(overrides):
         key, value = split(word)

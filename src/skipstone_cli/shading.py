@@ -38,10 +38,11 @@ def style(compute: float) -> str:
 
 
 def show(pieces: Iterable[ShadedPiece], *, colour: bool, console: Console | None = None) -> None:
-    """Print pieces of text as they arrive; with `colour`, shade each by its share of compute and print a legend.
+    """Print pieces of text as they arrive; with `colour`, shade each by its share of compute and add a legend.
 
-    If the output is not a colour terminal (a pipe, or NO_COLOR is set), `colour` writes one line for each piece
-    instead: per cent, tab, text as JSON. console: where to print; None means stdout.
+    If the output is not a terminal with colours (a pipe, or NO_COLOR is set), `colour` writes one line for each piece
+    instead: its share in per cent, a tab, and its text as JSON. Without `colour`, the text alone is written. console:
+    where to print; None means stdout.
     """
     from rich.console import Console
 

@@ -20,12 +20,13 @@ class Stage:
 
     train_only: which parameters are trained: routers (all parameters of mechanisms), routers+lora (also low-rank
     adapters on every projection of the blocks, merged at the end), or all (every weight, no adapters); None means the
-    value of `adapt`. steps: optimizer steps of the stage. learning_rate: the peak after warmup_steps; in every stage it
-    decays anew by cosine to train.min_lr_ratio times the peak; None means train.learning_rate. router_learning_rate:
-    the peak for parameters of mechanisms; None means the value of `adapt`. warmup_steps: None means the value of
-    `train`, but at most `steps`. routing: how training passes decide: oracle (as in ordinary training: routers may look
-    at later tokens of the row, gates scale updates and skip nothing), or causal (the pass that generation executes: no
-    look at later tokens, hard gates, no noise); None means oracle.
+    value in the recipe's section `adapt`. steps: optimizer steps of the stage. learning_rate: the peak, reached after
+    warmup_steps; in every stage the rate decays anew by cosine to train.min_lr_ratio times the peak. None means
+    train.learning_rate. router_learning_rate: the peak for parameters of mechanisms; None means the value in `adapt`.
+    warmup_steps: steps of linear warm-up; None means train.warmup_steps, but at most `steps`. routing: how training
+    passes decide: oracle (as in ordinary training: routers may look at later tokens of the row, gates scale updates and
+    skip nothing), or causal (the pass that generation executes: no look at later tokens, hard gates, no noise); None
+    means oracle.
     """
 
     train_only: Trained | None = None
@@ -38,14 +39,16 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The terms of an adaptation's loss, each a mean over predicted tokens; mechanisms' auxiliary losses are added.
+    """The coefficients of an adaptation's loss terms; the auxiliary losses of mechanisms are added to them.
 
-    language_modelling: coefficient of the cross-entropy. distillation: coefficient of T^2 KL(teacher || student) of the
-    predicted distributions at temperature T (Hinton et al. 2015, arXiv 1503.02531). temperature: T. hidden_states:
-    coefficient of the squared error of each block's output, divided by the mean square of the teacher's. budget:
-    coefficient of the squared difference between the share of tokens that soft gates (which scale updates in training)
-    let pass and the share that adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None means
-    the source before adaptation.
+    Each term is a mean over predicted tokens. language_modelling: coefficient of the cross-entropy. distillation:
+    coefficient of T^2 KL(teacher || student) of the predicted distributions at temperature T (Hinton et al. 2015, arXiv
+    1503.02531). temperature: T. hidden_states: coefficient of the squared difference between student and teacher in the
+    output of each block, divided by the mean square of the teacher's output. budget: coefficient of the squared
+    difference between the share of tokens that soft gates (which scale updates in training) let pass and the share that
+    adapt.budget allows. teacher: a dense checkpoint with the same vocabulary; None means the source before adaptation.
+
+    Raises ValueError for values out of range, if nothing would be learned, and for a teacher that no term uses.
     """
 
     language_modelling: float = 1.0
@@ -96,15 +99,16 @@ class AdaptConfig:
     """The options of an adaptation, section `adapt` of its recipe: budget, stages, losses, and initial routers.
 
     train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None means the
-    learning rate). stages: trained one after the other; if empty, there is a single stage of train.steps. loss:
-    coefficients of the loss. lora: options of the adapters, for stages that train adapters. budget: forward FLOPs per
-    token to execute, as a share of the dense source's, in (0, 1), for rows of data.context tokens; None means the
-    compute that the mechanisms' own options lead to. start: random, or measured: linear routers of Mixture-of-Depths
-    start as a least-squares estimate of how much their block changes a token, low-rank skip paths (which replace the
-    update of skipped tokens) as one of that update, both measured on the source. calibration_rows: number of training
-    rows (all, if there are fewer) on which blocks are scored and routers are started; thresholds are set on the first
-    32 of them. tolerance: allowed difference between the logits of the adapted model before training and the source's,
-    as a share of the source's largest logit.
+    learning rate). stages: the stages, which are trained one after the other; if empty, there is a single stage of
+    train.steps. loss: coefficients of the loss. lora: options of the adapters, for stages that train adapters. budget:
+    forward FLOPs per token to execute, as a share of the dense source's, in (0, 1), for rows of data.context tokens;
+    None means the compute that the mechanisms' own options lead to. start: random; or measured: a linear router of
+    Mixture-of-Depths starts as a least-squares estimate of how much its block changes a token, and a low-rank skip path
+    (which replaces the update of skipped tokens) as a least-squares estimate of that update. Both are measured on the
+    source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and routers
+    are started; thresholds are set on at most the first 32 of them. tolerance: the largest allowed difference between
+    the logits of the routed model before training and those of the source, divided by the source's largest absolute
+    logit.
     """
 
     train_only: Trained = "all"
@@ -135,8 +139,8 @@ class AdaptRecipe(Recipe):
 
     model: may only set mechanisms, activation, neuron_groups and drop_layers; everything else is taken from the source.
     In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream
-    least. `drop_layers` accepts the same forms and removes whole blocks, a baseline that routing has to beat. adapt:
-    budget, stages, losses and initial routers.
+    least. `drop_layers` accepts the same forms as `layers` and removes whole blocks, which is a baseline that routing
+    has to beat. adapt: budget, stages, losses and initial routers.
     """
 
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -161,9 +165,10 @@ class AdaptRecipe(Recipe):
 
 
 def read_recipe(values: PlainMapping) -> AdaptRecipe:
-    """Parse a recipe for an adaptation from a plain dict, and complete its stages, whose steps add up to train.steps.
+    """Parse a recipe for an adaptation from a plain dict, and complete its stages.
 
-    values: the entries of the recipe's YAML file. Raises ValueError, naming the field and the allowed values.
+    Every field of the stages is filled in, and train.steps becomes the sum of their steps. values: the entries of the
+    recipe's YAML file. Raises ValueError with one line per mistake; each line names the field and the allowed values.
     """
     parts = [values.get(name) or {} for name in ("train", "adapt")] if isinstance(values, Mapping) else []
     if not parts or not all(isinstance(part, Mapping) for part in parts):

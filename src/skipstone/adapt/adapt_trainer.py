@@ -24,9 +24,10 @@ from skipstone.train.trainer import RunTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """A callback that enables gradients, at each stage's first step, only for the parameters that the stage trains.
+    """A callback that enables gradients only for the parameters that the current stage trains.
 
-    stages: the stages in order, with their steps. now: the current stage; None before the first step.
+    It acts at the first step of each stage. stages: the stages in order, with their steps. now: the current stage; None
+    before the first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -47,8 +48,8 @@ class AdaptTrainer(RunTrainer):
 
     adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None means no
     distillation. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
-    budget to meet. parts: sums of the loss terms to be logged next, by name. Further arguments are those of
-    `RunTrainer`.
+    budget to meet. parts: for the next log line, sums of the loss terms by name ("distillation_loss", "hidden_loss",
+    "budget_loss"). Further arguments are those of `RunTrainer`.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class AdaptTrainer(RunTrainer):
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the weighted sum of the terms of `Loss`; all except the cross-entropy are logged as auxiliary loss.
+        """Return the weighted sum of the loss terms; all but the cross-entropy are logged as auxiliary loss.
 
-        loss, outputs, inputs, items: as in `RunTrainer.objective`.
+        The result is a scalar tensor. loss: the model's own loss. outputs: the model's output, with logits, losses and
+        records. inputs: the micro-batch, by name. items: number of predicted tokens in the whole optimizer step, by
+        which sums are divided; None means the number in this micro-batch.
         """
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it

@@ -46,9 +46,13 @@ def adapt(
 ) -> Path:
     """Adapt a dense checkpoint into a model that computes less, by a recipe, and return the run folder.
 
-    source: a folder or the Hub name of the dense checkpoint. config: the recipe as a plain dict (`AdaptRecipe`). out,
-    resume, progress, save_minutes, callbacks: as in `skipstone.train.training.train`. Raises ValueError,
-    FileNotFoundError or FileExistsError before anything is written, and `Interrupted` after a stop signal.
+    source: a folder or the Hub name of the dense checkpoint. config: the recipe as a plain dict with the keys name,
+    model, data, train and adapt. out: the run folder; None means runs/NAME, or runs/CORPUS-TIME for a recipe without a
+    name. resume: continue an existing run from its last checkpoint; a finished run is left unchanged. progress: show a
+    progress bar. save_minutes: largest interval between checkpoints, unless the recipe sets one; None means that steps
+    alone decide. callbacks: further callbacks for Trainer. Raises ValueError for mistakes in the recipe and a source
+    that does not fit, FileNotFoundError for a source or a run to resume that does not exist, and FileExistsError if the
+    folder of a new run is not empty, all before anything is written; `Interrupted` after a stop signal.
     """
     recipe = read_recipe(config)
     check_early(recipe)

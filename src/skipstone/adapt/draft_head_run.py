@@ -44,7 +44,7 @@ class WrittenHead(OneTable):
     right: tuple[float, ...]
 
     def to_dict(self) -> PlainDict:
-        """Return everything as plain values for JSON."""
+        """Return all fields by name as plain values for JSON."""
         return plain({**vars(self), "path": str(self.path)})
 
     def section(self) -> Section:

@@ -125,7 +125,7 @@ def _pure(activation: PolyGLU) -> set[str]:
 def tensors_of(model: SkipstoneForCausalLM, kind: str) -> dict[str, Tensor]:
     """Return the model's weights by the tensor names of another architecture, without the weights of mechanisms.
 
-    kind: transformers' `model_type`, a key of `FAMILIES`.
+    kind: the architecture's `model_type` in transformers, such as "llama"; a key of `FAMILIES`.
     """
     own = (".mechanisms.", ".mlp.activation.", ".mlp.router.")
     ours = {name: x for name, x in model.state_dict().items() if not any(part in name for part in own)}

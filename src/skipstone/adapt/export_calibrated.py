@@ -34,10 +34,10 @@ def export(
     """Apply `change` to a run or saved model, write the new model to the folder `out`, and return it.
 
     folder: the folder of the run or saved model. dtype: dtype of the written weights; None keeps the dtype as loaded.
-    corpus: name of the corpus to measure on (as in data.corpus); None means the run's own (a saved model has none).
-    require: raises ValueError for a model that cannot be changed. change: a function of the model, of the way to run it
-    (`measure.passes.Pass`), and of up to 64 training rows in batches of 8; it returns the new model. Raises ValueError
-    without a corpus, and FileExistsError if `out` is not empty.
+    corpus: name of the corpus to measure on, such as "enwik8"; None means the run's own (a saved model has none).
+    require: called with the model; raises ValueError if it cannot be changed. change: a function of the model, of the
+    kind of pass in which to run it (`measure.passes.Pass`), and of up to 64 training rows in batches of 8; it returns
+    the new model. Raises ValueError without a corpus, and FileExistsError if `out` is not empty.
     """
     with stages("reading the run and its text", "measuring on training rows", "writing the model") as stage:
         next(stage)

@@ -42,8 +42,8 @@ class HeadCandidates:
     candidates: number of tokens (rows of the output head) whose logits are computed exactly; a cheap 4-bit preview
     chooses them. directions: number of directions of the hidden states that the preview uses, a multiple of 64; None
     means 256, or as many as a narrower model has. text: a file of text similar to what will be decoded, on which the
-    preview is fitted; with None, the model generates the text itself. rows, tokens: how much text is used: `rows` rows
-    of `tokens` tokens each.
+    preview is fitted; with None, the model generates the text itself. rows, tokens: number of rows of that text, and
+    tokens per row.
     """
 
     candidates: int
@@ -56,11 +56,12 @@ class HeadCandidates:
 def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8) -> str:
     """Write the model at `source` with quantised weights to the folder `out`, with its tokenizer and a model card.
 
-    source: a run, a saved model or a dense checkpoint, as in `load_pretrained`. head: limits the logits that decoding
-    steps compute exactly; None means that all are computed. bits: 16, 8 or 4, as in `quantise`; with 4, four-bit blocks
-    of a GGUF file are taken over as they are. `out` appears only when it is complete. Returns a line that names the
-    format and says whether weights were rounded. Raises what `load_pretrained`, `quantise` and `with_head_candidates`
-    raise, and FileExistsError if `out` is not empty.
+    source: folder of a run, a saved model or a dense checkpoint, a Hub name, or a .gguf file. head: limits the logits
+    that decoding steps compute exactly; None means that all are computed. bits: 8 for int8; 16 for bf16 or fp16; 4 for
+    most weights in 4 bits, where four-bit blocks of a GGUF file are taken over as they are. `out` appears only when it
+    is complete. Returns a line that names the format and says whether weights were rounded. Raises FileExistsError if
+    `out` is not empty, ValueError or FileNotFoundError for a source that cannot be read, and ValueError for other bits,
+    a model that is quantised already, and options of the head that do not fit.
     """
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:

@@ -28,9 +28,9 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
     """Find the capacity of mechanisms that have one, or else the share of tokens that gates let pass, for a budget.
 
     config: configuration of the model with mechanisms. budget: forward FLOPs as a share of the dense source's. dense:
-    the source's FLOPs for a row of `tokens` tokens. Returns (capacity, None) if a mechanism such as Mixture-of-Depths
-    has a capacity (the largest share of tokens that a block keeps), else (None, share). Raises ValueError for a budget
-    that these mechanisms cannot reach.
+    the source's forward FLOPs for a whole row of `tokens` tokens. Returns (capacity, None) if a mechanism such as
+    Mixture-of-Depths has a capacity (the largest share of tokens that a block keeps), else (None, share). Raises
+    ValueError for a budget that these mechanisms cannot reach.
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
@@ -60,7 +60,10 @@ def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
-    """Return the gates that scale updates in training and, when executed, skip tokens below a configured threshold."""
+    """Return the gates that, when executed, skip tokens whose score is below a configured threshold.
+
+    In training they do not skip, but scale the updates. The list is empty if the model has no such mechanisms.
+    """
     found = [(m, m.score_threshold()) for m in depth_mechanisms(model) if m.budget_by == "threshold"]
     return [m for m, threshold in found if threshold is not None and threshold.option is not None]
 
@@ -68,7 +71,7 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 def close(model: SkipstoneForCausalLM) -> bool:
     """End the initial state in which mechanisms compute exactly what the dense model does.
 
-    Return whether any mechanism was still in that state.
+    Returns whether any mechanism was still in that state.
     """
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)
@@ -90,8 +93,8 @@ def _crossing(share: Callable[[float], float], budget: float) -> float:
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
     """Set the model's saved thresholds so that passes that decide without later tokens meet the FLOP budget on `rows`.
 
-    budget: forward FLOPs per token as a share of `dense`. dense: the source's FLOPs per token. Decisions by a trained
-    predictor or a fixed threshold stay as they are.
+    Mechanisms that decide by a trained predictor or by a fixed threshold stay as they are. rows: batches of one row
+    each. budget: forward FLOPs per token as a share of `dense`. dense: the source's forward FLOPs per token.
     """
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]
@@ -100,9 +103,9 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
-    """Return the FLOPs per token of passes that decide without later tokens and really skip, counted while they run.
+    """Return the forward FLOPs per token of passes that decide without later tokens and really skip.
 
-    model: the model to run. rows: batches of one row each.
+    They are counted while the passes run. model: the model to run, in evaluation mode. rows: batches of one row each.
     """
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]

@@ -36,8 +36,8 @@ def export_hardened(
     """Give each PolyGLU neuron of a run or saved model one fixed activation, write the model to `out`, and return it.
 
     The strongest activation of each neuron is measured on training rows. folder: the folder of the run or saved model.
-    dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on (as in
-    data.corpus); None means the run's own (a saved model has none). Raises ValueError for a model without PolyGLU or
+    dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on, such
+    as "enwik8"; None means the run's own (a saved model has none). Raises ValueError for a model without PolyGLU or
     without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
@@ -54,9 +54,10 @@ def export_hardened(
 def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None) -> SkipstoneForCausalLM:
     """Build a model in which each PolyGLU neuron has only its strongest activation, and no router is left.
 
-    PolyGLU mixes several activation functions in each neuron. dynamic: for each layer, the mean logit that the router
-    adds to the A activations, fp32 [A] (`mean_logits`); with None, only the neurons' learned preferences count. Raises
-    ValueError for a model without PolyGLU.
+    PolyGLU mixes several activation functions in each neuron. model: stays as it is; in the result, neurons are sorted
+    by their activation. dynamic: for each layer, the mean logits that the router adds to those of the neurons, fp32 [A]
+    for the A activations, as `mean_logits` measures them; with None, only the neurons' learned preferences count.
+    Raises ValueError for a model without PolyGLU or with neuron groups.
     """
     require_polyglu(model)
     tensors, groups = {n: x for n, x in model.state_dict().items() if ".mlp.activation." not in n}, []
@@ -76,9 +77,9 @@ def harden(model: SkipstoneForCausalLM, dynamic: Sequence[Tensor] | None = None)
 def mean_logits(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Return the PolyGLU router's mean logits over all tokens, fp32 [A] for each layer; A is the number of activations.
 
-    model: the model to measure. forward: how to run it: whether decisions may look at later tokens, and whether skipped
-    tokens are computed (`measure.passes.Pass`). batches: the input tensors of each pass, by name. A layer that no token
-    reached has zeros.
+    model: the model to measure. forward: the kind of pass, which says whether decisions may look at later tokens and
+    whether skipped tokens are computed. batches: the input tensors of each pass, by name. A layer that no token reached
+    has zeros.
     """
     activations = model.modules_of(PolyGLU)
     sums = [torch.zeros(len(NAMES) + 1, dtype=torch.float64) for _ in activations]

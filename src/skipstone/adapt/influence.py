@@ -60,9 +60,10 @@ def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
 
 
 def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[float]:
-    """Return the mean over tokens of 1 - cos(x_in, x_out) for each block (ShortGPT, arXiv 2403.03853, equation 1).
+    """Return the influence of each block on the residual stream: the mean over tokens of 1 - cos(x_in, x_out).
 
-    model: dense. rows: batches of text to measure on.
+    It is the score of ShortGPT (arXiv 2403.03853, equation 1): 0 for a block that only scales the stream. Values have 6
+    decimals. model: dense. rows: batches of text to measure on.
     """
     sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
     count = 0
@@ -73,16 +74,16 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
 
 
 def wants_score(layers: object) -> bool:
-    """Return whether an option `layers` is a mapping, so that blocks have to be chosen by their influence."""
+    """Return whether an option `layers` asks for blocks by their influence, which a mapping does."""
     return isinstance(layers, Mapping)
 
 
 def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> list[int]:
-    """Return the indices of the blocks of least influence that an option `layers` asks for.
+    """Return the indices of the blocks of least influence that an option `layers` asks for, ascending.
 
-    layers: {score: block_influence, count: N, among: PATTERN}: the N blocks of least influence among those that the
-    pattern names (default: all). scores: the influence of each block. where: name of the option, for messages. Raises
-    ValueError for other keys, another score, and a count below 1 or above the number of these blocks.
+    layers: {score: block_influence, count: N, among: PATTERN}; N blocks are chosen among those that the pattern names,
+    such as "1::2" (default: all). scores: the influence of each block. where: name of the option, for messages. Raises
+    ValueError for other keys, another score, and a count below 1 or above the number of blocks to choose from.
     """
     for key in layers:
         if key not in SCORE_KEYS:
@@ -97,7 +98,7 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """Return a table of block influences as text, in descending order.
+    """Return a table of blocks and their influences as text, in descending order of influence.
 
     scores: the influence of each block. chosen: for each purpose, the indices of the blocks chosen for it; the last
     column shows the purposes.

@@ -33,11 +33,11 @@ class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
     recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
-    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows:
-    calibration data, one row per batch. dense: the source's forward FLOPs per token. passing: the share of tokens that
-    gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json: the
-    source with its FLOPs, the mechanisms, the influence of blocks, what the budget led to, and how far the first logits
-    are from the source's.
+    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows: the
+    calibration rows, each a batch of its own. dense: the source's forward FLOPs per token. passing: the share of tokens
+    that gates should let pass to meet the budget; None if no gate has a budget. record: the content of adaptation.json:
+    the source with its FLOPs, the mechanisms, the influence of blocks, what the budget led to, and how far the first
+    logits are from the source's.
     """
 
     recipe: AdaptRecipe
@@ -51,7 +51,7 @@ class AdaptPlan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Raise ValueError for mistakes in mechanisms, loggers and missing packages, before any weights are read."""
+    """Raise ValueError for mistakes in mechanisms or loggers and for missing packages, before any weights are read."""
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
     refuse(student.model_mistakes({"model": recipe.model}))
@@ -62,7 +62,8 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Ad
 
     source: folder or Hub name of the dense checkpoint. recipe: the adaptation's recipe. run: the run that is resumed,
     whose tokenizer is used; None means a new run. Measurements are printed to stderr. Raises ValueError if the source,
-    the data or the budget do not fit the recipe, or if logits differ by more than adapt.tolerance.
+    the data or the budget do not fit the recipe, or if the largest difference of logits, divided by the source's
+    largest, exceeds adapt.tolerance; FileNotFoundError for a source or corpus that does not exist.
     """
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)

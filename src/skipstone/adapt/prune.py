@@ -28,9 +28,9 @@ def export_pruned(
     """Remove neuron groups that training rows never use from a run or saved model, write it to `out`, and return it.
 
     A neuron group is a set of adjacent MLP neurons that are switched together. folder: the folder of the run or saved
-    model. dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on
-    (as in data.corpus); None means the run's own (a saved model has none). Raises ValueError for a model without neuron
-    groups or without a corpus, and FileExistsError if `out` is not empty.
+    model. dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure
+    on, such as "enwik8"; None means the run's own (a saved model has none). Raises ValueError for a model without
+    neuron groups that a router chooses, and without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
         folder,
@@ -46,8 +46,9 @@ def export_pruned(
 def prune(model: SkipstoneForCausalLM, used: Sequence[Tensor]) -> SkipstoneForCausalLM:
     """Build a model with only the neuron groups that are used.
 
-    used: for each layer a bool mask [G] over its G groups, from `used_groups`. If a layer has fewer used groups than
-    each token keeps, its first unused groups are added. Raises ValueError for a model without neuron groups.
+    model: stays as it is. used: for each layer a bool mask [G] over its G groups, True for groups that are used. If a
+    layer has fewer used groups than each token keeps, its first unused groups are kept as well. Raises ValueError for a
+    model without neuron groups, and for one in which no router chooses them.
     """
     require_groups(model)
     tensors, left = dict(model.state_dict()), []
@@ -69,8 +70,8 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
     """Return which neuron groups at least one token keeps, bool [G] for the G groups of each layer.
 
     A neuron group is a set of adjacent MLP neurons that are switched together. model: the model to measure. forward:
-    how to run it: whether decisions may look at later tokens, and whether skipped tokens are computed
-    (`measure.passes.Pass`). batches: the input tensors of each pass, by name.
+    the kind of pass, which says whether decisions may look at later tokens and whether skipped tokens are computed.
+    batches: the input tensors of each pass, by name.
     """
     routers = model.modules_of(NeuronGroups)
     used = [torch.zeros(router.total, dtype=torch.bool, device=model.device) for router in routers]
@@ -84,9 +85,9 @@ def used_groups(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Ma
 
 
 def require_groups(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError for a model without neuron groups (adjacent MLP neurons that are switched together).
+    """Raise ValueError for a model without neuron groups, adjacent MLP neurons that are switched together.
 
-    Also for a model in which no router chooses them, because then every group is used for some token.
+    A model in which no router chooses the groups is refused, too, because every group is then used for some token.
     """
     if model.config.neuron_groups is None:
         raise ValueError("only models with neuron_groups can be pruned; this one has none")

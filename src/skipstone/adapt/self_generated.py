@@ -49,10 +49,11 @@ def write(
     tokens: stop once all texts together have at least this many tokens. length: largest number of tokens of a text.
     batch: number of texts generated at a time. start: text that precedes each of them and is not written; None means
     the token that begins a text, or else the one that ends it. seed: seed of the sampling. dtype: dtype of the weights;
-    None means float32. report: called after each batch with the number of tokens written so far.
+    None means float32. report: called after each batch with the number of tokens of all texts so far.
 
-    Raises what `load_dense` raises, and ValueError for numbers out of range, for a batch larger than memory, for a
-    source without a tokenizer or without such a token, and for one that generates only empty texts.
+    Raises FileNotFoundError or ValueError for a source that cannot be read or is not dense, FileExistsError if `out` is
+    not empty, and ValueError for numbers out of range, for a batch larger than memory, for a source without a tokenizer
+    or without such a token, and for one that generates only empty texts.
     """
     for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
         if value < 1:

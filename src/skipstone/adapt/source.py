@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def load_dense(source: str, dtype: str = "float32") -> SkipstoneForCausalLM:
     """Load a dense model in evaluation mode with frozen weights.
 
-    source: folder or Hub name of the checkpoint. dtype: dtype of the weights. Raises what `load_pretrained` raises, and
-    ValueError for a model with mechanisms or quantised weights.
+    source: folder or Hub name of the checkpoint. dtype: name of the weights' dtype, such as "bfloat16". Raises
+    FileNotFoundError or ValueError for a checkpoint that cannot be read, and ValueError for a model with mechanisms or
+    quantised weights.
     """
     model = load_pretrained(source, dtype)
     if names := sorted({mechanism.placement.name for mechanism in model.routing_modules()}):
@@ -42,7 +43,7 @@ def tokenizer_of(source: str, model: SkipstoneForCausalLM) -> PreTrainedTokenize
 
 
 def checked(tokenizer: PreTrainedTokenizerBase, name: str, model: SkipstoneForCausalLM) -> PreTrainedTokenizerBase:
-    """Return `tokenizer` unchanged if it has no more tokens than the model's vocabulary, else raise ValueError.
+    """Return `tokenizer` unchanged; raise ValueError if it has more tokens than the model's vocabulary.
 
     name: the tokenizer's name, for the message.
     """
@@ -64,7 +65,7 @@ def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, n
 
 
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SkipstoneForCausalLM:
-    """Load another dense model to distil from.
+    """Load another dense model to distil from, in evaluation mode with frozen weights.
 
     name: folder or Hub name of its checkpoint. student: the model to be trained. tokenizer: the student's. Raises
     ValueError if vocabulary size or tokenizer differ from the student's; if the teacher has no tokenizer, a message on

@@ -21,9 +21,9 @@ TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers"
 
 
 def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
-    """Return the role of each parameter by name: routers, lora or weights.
+    """Return the role of each parameter, by its name: "routers", "lora" or "weights".
 
-    All parameters of mechanisms are routers; those of LoRA adapters are lora.
+    All parameters of mechanisms are "routers", those of LoRA adapters "lora", all others "weights".
     """
     routers = {id(p) for mechanism in model.routing_modules() for p in mechanism.parameters()}
     return {
@@ -49,9 +49,9 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
 def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> float:
     """Return the learning rate of a group of parameters at an optimizer step.
 
-    In each stage the rate warms up linearly to its peak and decays by cosine to min_ratio times the peak. stages: the
-    stages in order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its learning_rate.
-    step: index of the optimizer step, from 0.
+    In each stage the rate warms up linearly to the stage's peak and decays by cosine to `min_ratio` times the peak.
+    stages: the stages in order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its
+    learning_rate. step: index of the optimizer step, from 0.
     """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
@@ -67,10 +67,10 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
 def groups(model: SkipstoneForCausalLM, stages: Sequence[Stage], weight_decay: float) -> Iterator[PlainDict]:
     """Yield optimizer groups of all parameters that some stage trains, by role and by whether weight decay applies.
 
-    Roles are those of `roles`: routers, lora (adapters) and weights (all others). model: the model, which has adapters
-    if a stage trains some. stages: the stages in order. weight_decay: weight decay of matrices; biases, norms and
-    adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies), `weight_decay` and `role`;
-    Trainer logs the learning rate of the first group.
+    Roles are "routers" (parameters of mechanisms), "lora" (adapters) and "weights" (all others). model: the model,
+    which has adapters if a stage trains some. stages: the stages in order. weight_decay: weight decay of matrices;
+    biases, norms and adapters have none. Each group has `params`, `lr` (1, which `schedule` multiplies), `weight_decay`
+    and `role`; Trainer logs the learning rate of the first group.
     """
     used = {role for stage in stages for role in TRAINED[stage.train_only or "all"]}
     named = roles(model)
@@ -87,9 +87,11 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_ratio: float) -> LambdaLR:
-    """Return a learning rate schedule for optimizer groups of `groups`, by the stages.
+    """Return the learning rate schedule of an adaptation's optimizer.
 
-    stages, min_ratio: as in `rate`.
+    In each stage the rates warm up linearly to the stage's peaks and decay by cosine. optimizer: its groups are those
+    that `groups` yields, each with its `role`. stages: the stages in order. min_ratio: the rate at the end of a stage,
+    divided by the peak.
     """
     functions: list[Callable[[int], float]] = [
         partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups
@@ -107,7 +109,8 @@ def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) -> None:
     """Raise ValueError for impossible stages, before anything is trained.
 
-    together: whether several processes train the model, or it is sharded; all stages must then train the same weights.
+    stages: the stages in order. together: whether several processes train the model, or it is sharded; all stages must
+    then train the same weights.
     """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
@@ -132,7 +135,8 @@ def check_packages(stages: Sequence[Stage]) -> None:
 def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
     """Add PEFT's LoRA adapters to every projection of the blocks, in place, and return PEFT's tuner.
 
-    The adapters start at zero output, so the model computes the same as before. lora: their options.
+    The output of the adapters is zero at first, so the model computes the same as before. lora: their rank, scale and
+    dropout.
     """
     from peft import LoraConfig, LoraModel
 
@@ -147,7 +151,7 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
 def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
     """Merge the LoRA adapters into the weights in place, which leaves an ordinary model.
 
-    tuner: what `add_adapters` returned.
+    tuner: PEFT's object, which `add_adapters` returned for this model.
     """
     tuner.merge_and_unload()
     assert not hasattr(model, "peft_config")

@@ -35,8 +35,8 @@ LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the token
 def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
     """Measure the typical size of each MLP neuron's up projection, by which neuron groups are chosen.
 
-    Only layers that choose groups by magnitude (`MagnitudeMLP`) are measured: their `router.typical_F` becomes the root
-    mean square over the tokens of the first 16 batches of `rows`.
+    Only layers that choose groups by magnitude (`MagnitudeMLP`) are measured: their `router.typical_F`, [F] for F
+    neurons, becomes the root mean square of the up projection over the tokens of the first 16 batches of `rows`.
     """
     mlps = [module for module in model.modules() if isinstance(module, MagnitudeMLP)]
     squares = [torch.zeros(mlp.up_proj.out_features, dtype=torch.float64) for mlp in mlps]
@@ -109,8 +109,8 @@ def _place(model: SkipstoneForCausalLM, mechanism: DepthMechanism) -> tuple[int,
 def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
     """Return router weights, fp32 [D], whose dot product with a token's input predicts the logarithm of its influence.
 
-    The prediction is centred and scaled to variance 1. seen_ND: the router's inputs for N tokens. influence_N: how much
-    the block changes each token.
+    The prediction is centred and scaled to variance 1. seen_ND: the router's inputs for N tokens, [N, D]. influence_N:
+    [N], how much the block changes each token.
     """
     log_N = influence_N.clamp(min=1e-9).log()
     goal_N = (log_N - log_N.mean()) / log_N.std().clamp(min=1e-9)
@@ -120,9 +120,10 @@ def guess_influence(seen_ND: Tensor, influence_N: Tensor) -> Tensor:
 def fit_skip(skip: LowRankSkip, x_ND: Tensor, update_ND: Tensor) -> None:
     """Fit a low-rank skip path by reduced-rank regression, in place.
 
-    The least-squares map from x_ND to update_ND (N tokens of width D) is projected on the main directions of its
-    output. Both are divided by the norm of x first, because the first token of a row may be a hundred times larger than
-    others.
+    The least-squares map from x_ND to update_ND, [N, D] each, is projected on the main directions of its output. Both
+    are first divided by the norm of the token's x, because the first token of a row may be a hundred times larger than
+    others. skip: its weights are replaced. x_ND: the residual stream before the block for N tokens. update_ND: what the
+    block adds to it.
     """
     size_N1 = torch.linalg.vector_norm(x_ND.double(), dim=-1, keepdim=True).clamp(min=1e-9)
     x_ND, update_ND = x_ND / size_N1, update_ND / size_N1

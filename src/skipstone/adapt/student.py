@@ -77,7 +77,7 @@ class NeutralStart:
 
     @property
     def share(self) -> float:
-        """The difference divided by the source's largest logit."""
+        """The largest difference divided by the source's largest absolute logit."""
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
@@ -105,7 +105,7 @@ def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
     """Build the dense model without the blocks with the indices `layers`; all others are unchanged.
 
-    Raises ValueError if no block is left.
+    The result is in evaluation mode with frozen weights. Raises ValueError if no block is left.
     """
     kept = [i for i in range(len(model.model.layers)) if i not in layers]
     if not kept:
@@ -144,7 +144,7 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     """Build a model with the source's weights and new mechanisms that initially change nothing.
 
     source: the dense model. config: the same decoder with mechanisms. seed: seed of the mechanisms' initial weights.
-    Gates start open and PolyGLU prefers SiLU; Mixture-of-Depths and neuron groups start at capacity 1 by their
+    Gates start open, PolyGLU prefers SiLU, and Mixture-of-Depths and neuron groups start at capacity 1 by their
     schedules.
     """
     set_seed(seed)
@@ -168,8 +168,9 @@ def _names(model: SkipstoneForCausalLM, mechanism: RoutingModule) -> list[str]:
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
     """Compare the logits of the routed model with the source's on the same rows, without exploration noise.
 
-    model: the routed model. source: the dense one. rows: batches to compare on. The model decides once as in training
-    and, if it can decide without later tokens, once more in that way; the larger difference counts.
+    model: the routed model. source: the dense one. rows: batches to compare on. The model decides as in training and,
+    if it can, in a second pass without later tokens; the larger difference counts. Raises ValueError if the source's
+    logits are not finite.
     """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training

@@ -121,7 +121,10 @@ def print_list() -> None:
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
-    """Parse `0,1,2` as integers without repetition; None for None. Raises UserError for any other text."""
+    """Parse text such as "0,1,2" as a list of integers without repetition; None for None.
+
+    Raises UserError for any other text.
+    """
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]
