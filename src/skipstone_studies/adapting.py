@@ -30,11 +30,12 @@ HUB = {
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Make the run of an arm that begins with a checkpoint: adapt the checkpoint, or store it unchanged.
 
-    recipe: as `skipstone adapt` reads it, with two more keys. `source`: the name of a checkpoint, or {"arm": NAME} for
-    the run of another arm of the same study and seed; without it, a model is trained from random weights. `sampled`:
-    options of `sampled_text`, whose text then becomes the corpus. Without a section `adapt`, the source is stored
-    unchanged. folder: the run folder to write. resume: whether to continue an interrupted run. callbacks: further
-    callbacks of the trainer.
+    recipe: a dict with the sections model, data, train and adapt, and two more keys. `source`: the name of a
+    checkpoint, or {"arm": NAME} for the run of another arm of the same study and seed; without this key, a model is
+    trained from random weights. `sampled`: options with which the source generates the text that becomes the corpus
+    (the arguments of `sampled_text` other than source and out, such as `tokens`). Without a section `adapt`, the source
+    is stored unchanged. folder: the run folder to write. resume: whether to continue an interrupted run. callbacks:
+    further callbacks of the trainer.
     """
     if "source" not in recipe:
         train_run(recipe, folder, resume, callbacks)
@@ -50,10 +51,10 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 
 
 def source_of(recipe: RecipeDict, folder: Path) -> str:
-    """Return the path or hub name of the checkpoint that a recipe begins with.
+    """Return the path or Hub name of the checkpoint with which a recipe begins.
 
-    recipe: a recipe with a key `source`. folder: the run folder of the arm; other arms' run folders lie beside it.
-    Raises FileNotFoundError if the checkpoint does not exist.
+    recipe: a recipe whose key `source` is the name of a checkpoint or {"arm": NAME}. folder: the run folder of the arm;
+    other arms' run folders lie beside it. Raises FileNotFoundError if the checkpoint does not exist.
     """
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
@@ -90,7 +91,8 @@ def run_beside(folder: Path, arm: str) -> Run:
 def text_folder(folder: Path, options: PlainDict) -> Path:
     """Return the folder in which text that a checkpoint generated with these options is kept for all arms and seeds.
 
-    folder: the run folder of any arm of the study. options: the arguments of `sampled_text`, by name.
+    folder: the run folder of any arm of the study. options: the options of the text by name, such as `tokens`; another
+    option gives another folder.
     """
     return folder.with_name(f"text-{digest(options)}")
 
@@ -99,8 +101,9 @@ def sampled_text(source: str, out: Path, also: str | None = None, **options: Any
     """Let a checkpoint generate text into the folder `out`, unless that exists already; return the folder.
 
     source: path or hub name of the checkpoint. also: name of a corpus whose validation split becomes the first part of
-    the training text; None means that there is only generated text. options: further arguments of
-    `skipstone.adapt.self_generated.write`. Raises `Busy` while another process generates into the folder.
+    the training text; None means that there is only generated text. options: `tokens`, `length`, `batch`, `start`,
+    `seed` and `dtype`, which are arguments of `skipstone.adapt.self_generated.write`. The folder has train.txt and
+    validation.txt. Raises `Busy` (a ValueError) while another process generates into the folder.
     """
     if not out.is_dir():
         with locked(out), complete(out) as partial:  # raises Busy while another process samples it

@@ -82,10 +82,10 @@ class _Seen:
 
 
 def trace(model: SkipstoneForCausalLM, rows: Sequence[Row], units: Sequence[Unit]) -> Traced:
-    """Run the whole model over rows and return each token's figures, from which the scores of routers are derived.
+    """Run the whole model over rows and return the figures of each of their N tokens, as `Traced` describes them.
 
-    model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. units: tuples of indices of
-    blocks that are skipped together.
+    model: a model that `maskable` returned. rows: dicts of input tensors [T] by name, with labels, of equal length.
+    units: tuples of indices of blocks that are skipped together.
     """
     parts: list[Traced] = []
     for batch in _batches(rows):
@@ -144,10 +144,11 @@ class _watched:
 
 @torch.no_grad()
 def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept_N: Tensor) -> Tensor:
-    """Return the loss of each of N tokens' predictions, fp32 [N] in nats, if some blocks update only some tokens.
+    """Return the loss in nats of predicting the token after each of N tokens if some blocks update only some tokens.
 
-    model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. unit: indices of the blocks.
-    kept_N: bool, the tokens that they update, over all rows in order. The loss is 0 where there is no label.
+    model: a model that `maskable` returned. The result is fp32 [N], 0 where there is no label. rows: dicts of input
+    tensors [T] by name, with labels, of equal length. unit: indices of the blocks. kept_N: bool, the tokens that these
+    blocks update, over all rows in order.
     """
     found, at = [], 0
     for batch in _batches(rows):
@@ -163,12 +164,12 @@ def nats_with(model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, kept
 def measured_benefit(
     model: SkipstoneForCausalLM, rows: Sequence[Row], unit: Unit, repeats: int, generator: torch.Generator
 ) -> Tensor:
-    """Return by how many nats some blocks' update of each token lowers the loss of its prediction, fp32 [N].
+    """Return by how many nats the update of a token by some blocks lowers the loss of its prediction, fp32 [N].
 
     It is the loss without the update minus the loss with it, each measured while these blocks skip a random half of all
-    tokens. model: a model that `maskable` returned. rows: dicts of input tensors, of equal length. unit: indices of the
-    blocks, which are skipped together. repeats: number of random halves to average over, each followed by its
-    complement. generator: the source of the halves.
+    tokens. model: a model that `maskable` returned. rows: dicts of input tensors [T] by name, with labels, of equal
+    length; N counts their tokens. unit: indices of the blocks, which are skipped together. repeats: number of random
+    halves to average over, each followed by its complement. generator: the source of the halves.
     """
     count = sum(row["input_ids"].numel() for row in rows)
     total_N = torch.zeros(count)
@@ -182,11 +183,12 @@ def measured_benefit(
 class Regression:
     """A ridge regression that predicts the benefit of a unit for a token from what a causal router could see.
 
-    The benefit is the number of nats by which the blocks of the unit lower the token's loss. Inputs are the residual
-    stream, random rectified features of it, and the token's surprise. stream_ND: fp32, the normalised stream.
-    surprise_N: fp32, the loss of predicting the token itself, in nats. benefit_N: fp32, the targets. generator: the
-    source of the random features. The ridge strength is the one that predicts every fourth token best after fitting the
-    others.
+    A unit is a group of blocks that are skipped together; its benefit is the number of nats by which these blocks lower
+    the token's loss. Inputs are the residual stream, random rectified features of it, and the token's surprise. Calling
+    it with these inputs, [N, D] and [N], returns the predictions, fp32 [N]. stream_ND: fp32, the normalised stream of
+    the N tokens to fit. surprise_N: fp32, the loss of predicting the token itself, in nats. benefit_N: fp32, the
+    targets. generator: the source of the random features. Of several ridge strengths, it takes the one that, fitted to
+    the other tokens, predicts every fourth token best.
     """
 
     def __init__(self, stream_ND: Tensor, surprise_N: Tensor, benefit_N: Tensor, generator: torch.Generator) -> None:
@@ -215,7 +217,10 @@ def _solve(x_NF: Tensor, y_N: Tensor, ridge: float) -> Tensor:
 
 
 def top(score_N: Tensor, share: float) -> Tensor:
-    """Return a bool mask [N] of the tokens with the highest scores, the share `share` of all N."""
+    """Return a bool mask [N] of the tokens with the highest scores.
+
+    score_N: the scores. share: the number of chosen tokens divided by N, from 0 to 1; the number is rounded.
+    """
     count = round(share * len(score_N))
     kept_N = torch.zeros(len(score_N), dtype=torch.bool)
     kept_N[score_N.topk(count).indices] = True
@@ -233,13 +238,16 @@ def oracle(
 ) -> PlainDict:
     """Measure how much blocks of a dense model lower each token's loss, and how well scores find the tokens that gain.
 
-    fit: rows to which a regression of this benefit is fitted. held_out: rows on which everything else is measured.
-    units: tuples of indices of blocks that are skipped together. repeats: as in `measured_benefit`. seed: the seed of
-    all random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction;
-    `predictions` and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these
-    keys for each: `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the
-    benefit's variance that the regression predicts; `correlation` of each score with the benefit, by the score's name;
-    `kept`, the loss if the blocks update only the tokens with the highest scores, {share of tokens: {score: loss}}.
+    model: the dense model. fit: rows (dicts of tensors [T] with labels) to which a regression of this benefit is
+    fitted. held_out: rows on which everything else is measured. units: tuples of indices of blocks that are skipped
+    together. repeats: number of random halves of the tokens over which the benefit is averaged. seed: the seed of all
+    random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction; `predictions`
+    and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these keys for each:
+    `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the benefit's variance
+    that the regression predicts; `correlation` of each score with the benefit, by the score's name; `kept`, the loss if
+    the blocks update only the tokens with the highest scores, {share of tokens as text: {score: loss}}. Losses are in
+    nats per prediction. Scores are "benefit", "regression on the stream", "entropy", "gradient norm", "surprise" and
+    "random".
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)

@@ -82,10 +82,10 @@ def advantage(unit: PlainMapping, score: str, share: float) -> float:
 
 
 def verdict(measured: PlainMapping) -> str:
-    """Return Markdown lines, one per unit, on what a router could gain at the two smallest shares of tokens.
+    """Return Markdown lines, one per unit, on what a router could gain that keeps an eighth or a quarter of the tokens.
 
-    A router could gain if the regression beats random tokens by at least 0.02 nats. measured: the dict that
-    `benefit.oracle` returned.
+    A unit is a group of blocks that are skipped together. The line says that a router could gain if the regression
+    beats random tokens by at least 0.02 nats at one of these shares. measured: the dict that `benefit.oracle` returned.
     """
     lines = []
     for unit in measured["units"]:

@@ -65,9 +65,9 @@ FILES = {
 
 
 class Catalogue(MutableMapping[str, "Study"]):
-    """A mapping from names to studies, which imports a study when it is asked for.
+    """A mapping from the names of studies to the studies, which imports a study when it is first asked for.
 
-    The order is that of `FILES`. Studies that are assigned replace those of the same name.
+    Names are in the order of `FILES`. A study that is assigned replaces the one of the same name.
     """
 
     def __init__(self) -> None:

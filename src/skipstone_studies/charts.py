@@ -23,8 +23,8 @@ class Dot:
     """A measured point of a chart.
 
     x, y: its coordinates in the data's units. hover: text shown by a browser when the mouse is over it. faint: whether
-    it is drawn small and pale, for one of several seeds. hollow: whether only its outline is drawn, for a value that
-    was not measured exactly there.
+    it is drawn small and pale, for one of several seeds. hollow: whether only its outline is drawn, for an interpolated
+    or fitted value.
     """
 
     x: float
@@ -61,7 +61,10 @@ class Level:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at least two round values within [low, high] for a logarithmic axis, finer ones if the range is narrow."""
+    """Return at least two round values within [low, high] as ticks of a logarithmic axis.
+
+    They are finer if the range is narrow. low, high: positive.
+    """
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [step * 10.0**power for power in powers for step in steps]
@@ -72,7 +75,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def log_bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range of positive `values`, widened by a twentieth on both sides of a logarithmic axis."""
+    """Return the range (low, high) of positive `values`, widened at each end by a twentieth of its length.
+
+    The length is that on a logarithmic axis.
+    """
     low, high = bounds((math.log10(value) for value in values), 0.05)
     return 10.0**low, 10.0**high
 
@@ -89,9 +95,9 @@ def panel(
 ) -> Drawn:
     """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
 
-    drawn: the arms. x_title: name of the quantity. title: the picture's title, for screen readers. x_range, y_range:
-    smallest and largest value; points outside are cut off. level: a reference line, or None. label: formats the values
-    on the x axis.
+    drawn: the arms, with their points, curves and optima. x_title: name of the quantity on the x axis. title: the
+    picture's title, for screen readers. x_range, y_range: smallest and largest value; points outside are cut off.
+    level: a reference line, or None. label: a function that formats a value on the x axis.
     """
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)

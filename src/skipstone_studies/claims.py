@@ -21,8 +21,9 @@ Published = Mapping[str, Mapping[str, float]]
 class PublishedColumn:
     """A column of a table that compares a paper's figures with ours.
 
-    title: its heading. key: dotted path of our figure in a record's figures. published: name of the figure among the
-    paper's; "" means that the paper has none. format: a format specification, as for Python's format().
+    title: its heading. key: dotted path of our figure in a record's figures, such as "training.tokens". published: name
+    of the figure among the paper's; "" means that the paper has none. format: a format specification, as for Python's
+    format().
     """
 
     title: str
@@ -34,7 +35,8 @@ class PublishedColumn:
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
     """Return one figure of an arm for every seed that has it.
 
-    figures: the figures of every run, by arm and seed. key: dotted path of the figure.
+    figures: the figures of every run, {arm: {seed: nested dict}}. key: dotted path of the figure, such as
+    "training.tokens".
     """
     return [value for found in figures.get(arm, {}).values() if (value := lookup(found, key)) is not None]
 
@@ -42,7 +44,7 @@ def values(figures: ByArm, arm: str, key: str) -> list[float]:
 def mean(figures: ByArm, arm: str, key: str) -> float | None:
     """Return the mean of a figure over the seeds of an arm; None if no seed has it.
 
-    figures: the figures of every run, by arm and seed. key: dotted path of the figure.
+    figures: the figures of every run, {arm: {seed: nested dict}}. key: dotted path of the figure.
     """
     found = values(figures, arm, key)
     return statistics.fmean(found) if found else None
@@ -51,8 +53,9 @@ def mean(figures: ByArm, arm: str, key: str) -> float | None:
 def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
     """Return, for every seed that both arms have, the figure of `arm` minus the figure of `other`.
 
-    figures: the figures of every run, by arm and seed. key: dotted path of the figure. other_key: dotted path of the
-    figure of `other`; None means the same path.
+    The differences are ordered by seed; seeds that lack one of the figures are left out. figures: the figures of every
+    run, {arm: {seed: nested dict}}. key: dotted path of the figure. other_key: dotted path of the figure of `other`;
+    None means the same path.
     """
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
@@ -77,9 +80,9 @@ def judge(
     The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", which is
     also the verdict on a single seed. arm: name of the arm. text: what is claimed, in words. found: one value per seed,
     such as paired differences; if empty, nothing is yielded. most, least: the limit; exactly one of them is given.
-    form: a format specification for numbers. told: text shown before the interval. blocks: for each seed, the same
-    value on each block of the validation text, by which the interval includes the variation over text; () leaves that
-    out.
+    form: a format specification for numbers. told: text that is shown before the interval. blocks: for each seed, the
+    same value on each block of the validation text; the interval then also includes the variation over text. () leaves
+    that out.
     """
     if not found:
         return
@@ -108,9 +111,9 @@ RULE = (
 class ArmComparison:
     """A comparison of one figure between several arms and a reference arm, by differences between runs of equal seed.
 
-    key: dotted path of the figure. title: its name. against: name of the reference arm, whose figure is subtracted.
-    arms: names of the arms to compare; () means all arms that have the figure. format: a format specification for the
-    differences. better: whether "low" or "high" values are better.
+    key: dotted path of the figure in a record's figures. title: name of the figure. against: name of the reference arm,
+    whose figure is subtracted. arms: names of the arms to compare; () means all arms that have the figure. format: a
+    format specification for the differences. better: whether "low" or "high" values are better.
     """
 
     key: str
@@ -139,8 +142,8 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
 
     Differences are paired by seed and have a confidence interval; arms that share fewer than two seeds with the
     reference are left out. figures: the figures of every run, by arm and seed. compared: the comparisons. refused:
-    whether the verdict is "no headroom", because a deeper model has no lower loss, so that routing has nothing to win
-    (`skipstone_studies.headroom`).
+    whether the verdict is "no headroom" throughout, because a deeper model has no lower loss, so that routing has
+    nothing to win. Verdicts are otherwise "better", "worse" or "not told apart"; the result is "" without rows.
     """
     sections = []
     for one in compared:
@@ -159,10 +162,10 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
-    """Return a Markdown table with a row per arm, in which the paper's figure stands before ours.
+    """Return a Markdown table with a row per arm, in which a paper's figures stand before ours.
 
-    figures: ours, by arm and seed. published: the paper's, by arm and name. shown: the columns. source: a note below
-    the table.
+    title: its heading. figures: ours, {arm: {seed: nested dict}}; means and spreads over seeds are shown. published:
+    the paper's, {arm: {name: value}}. shown: the columns. source: a note below the table.
     """
     columns = ["arm"]
     for one in shown:
@@ -179,7 +182,10 @@ def beside(title: str, figures: ByArm, published: Published, shown: Sequence[Pub
 
 
 def claims_table(title: str, claims: Iterable[Claim]) -> str:
-    """Return a Markdown table with a row per claim and a column per arm; "" if there are no claims."""
+    """Return a Markdown table with a row per claim and a column per arm; "" if there are no claims.
+
+    title: its heading. claims: the claims with their verdicts; claims of equal text share a row.
+    """
     by_text: dict[str, dict[str, str]] = {}
     for claim in claims:
         by_text.setdefault(claim.text, {})[claim.arm] = f"{claim.verdict}: {claim.found}"

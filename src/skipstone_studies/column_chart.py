@@ -14,10 +14,11 @@ from skipstone_studies.study import Column
 
 
 def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
-    """Draw a column of a study's table: for each arm a dot at its mean over seeds, and a short line at every seed.
+    """Draw a column of a study's table: for each arm a dot at its mean over seeds and a short line at every seed.
 
-    values: for each arm its values by seed, at least one. title: the picture's title, for screen readers. The best
-    mean, if the column says which end is better, is drawn as a square.
+    values: for each arm its values by seed, at least one. title: the picture's title, for screen readers. If the column
+    says whether low or high values are better, the best mean is drawn as a square. column: the column, with its title
+    and format.
     """
     means = {arm: statistics.fmean(found) for arm, found in values.items()}
     best = None if column.better is None else (min if column.better == "low" else max)(means.values())
@@ -43,7 +44,10 @@ def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> D
 
 
 def format_value(column: Column, value: float) -> str:
-    """Format a value as the study's table does or, if that has more than 12 characters, in short form."""
+    """Format a value as the study's table does, or in short form (12k) if that has more than 12 characters.
+
+    column: the column that the value is from, with its format.
+    """
     text = format(round(value) if column.format.endswith("d") else value, column.format)
     return text if len(text) <= 12 else short(value)
 

@@ -8,10 +8,11 @@ from skipstone.data.corpora import load_corpus
 
 
 def first_available(names: Sequence[str]) -> tuple[str | None, str]:
-    """Return the first of these corpora that is available, and why those before it are not ("" if it is the first).
+    """Return the first of these corpora that is available, and why those before it are not.
 
-    names: the corpora in order of preference; for an empty list, (None, "") is returned. Corpora that can be downloaded
-    are downloaded. Raises FileNotFoundError with the last one's reason if none is available.
+    The second part is a text, "" if the first corpus is available. names: the corpora in order of preference; for an
+    empty list, (None, "") is returned. Corpora that can be downloaded are downloaded. Raises FileNotFoundError with the
+    last one's reason if none is available.
     """
     reason = ""
     for name in names:

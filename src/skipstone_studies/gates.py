@@ -101,9 +101,9 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
     """Return figures of a model with early exit at several thresholds; {} for other models.
 
     folder: the run folder. thresholds: thresholds of the exit gate, from 0 to 1. The result has, for each threshold
-    under the key that `exit_name` gives it: `loss` in nats; `stretches`, the loss on each block of text
-    (`skipstone_studies.text_blocks`); `skipped`, the share of (token, block) pairs that is left out; `flops`, counted
-    per token in the forward pass, with the keys and values of all tokens and the routers.
+    under the key that `exit_name` gives it: `loss` in nats; `stretches`, a list of the losses on consecutive blocks of
+    the text; `skipped`, the share of (token, block) pairs that is left out; `flops`, the FLOPs per token counted in the
+    forward pass, which include the keys and values of all tokens and the routers.
     """
     loaded = load_run(folder)
     gates, found = _found(loaded.model, EarlyExit), {}
@@ -127,9 +127,10 @@ def exit_name(threshold: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMasks(Pass):
-    """A forward pass with random imposed decisions: the i-th gated block keeps each token with probability shares[i].
+    """A forward pass with random imposed decisions: the i-th block with a gate keeps a token at random.
 
-    generator: the source of random numbers, seeded with 0.
+    shares: the probabilities with which the blocks keep a token, one for each block with a gate. generator: the source
+    of random numbers, seeded with 0.
     """
 
     shares: tuple[float, ...]

@@ -25,10 +25,10 @@ Verdict = Literal["yes", "no", "inconclusive", "no headroom"]
 class Interval:
     """The mean of paired differences with its confidence interval.
 
-    mean: the mean difference. errors: independent parts of its standard error (from seeds, from text), each with its
-    degrees of freedom. confidence: level of the interval, such as 0.9. The half width is the root of the sum of squares
-    of the parts' half widths (Student's t), which is exact if one part dominates, and slightly too wide if several are
-    similar.
+    mean: the mean difference. errors: pairs of an independent part of its standard error (from seeds, from text) and
+    this part's degrees of freedom. confidence: level of the interval, such as 0.9. The half width is the root of the
+    sum of squares of the parts' half widths (Student's t), which is exact if one part dominates, and slightly too wide
+    if several are similar.
     """
 
     mean: float
@@ -68,13 +68,17 @@ class Interval:
         return math.hypot(*(detectable_in_errors(power, degrees, self.confidence) * e for e, degrees in self.errors))
 
     def shown(self, form: str = "+.3f") -> str:
-        """Return the interval as text such as `-0.025 [-0.040, -0.010]`. form: format of its numbers."""
+        """Return the interval as text such as `-0.025 [-0.040, -0.010]`.
+
+        form: format specification of its numbers.
+        """
         return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
     def with_power(self, form: str = "+.3f") -> str:
-        """Return `shown` and, if the interval contains 0, what was detectable: `..., detectable 0.021 / 0.025`.
+        """Return the interval as text and, if it contains 0, what was detectable: `..., detectable 0.021 / 0.025`.
 
-        These are the true differences that would be found with 80 and 90 % probability. form: format of the numbers.
+        These two are the true differences that would be found with 80 and 90 % probability. form: format specification
+        of the numbers.
         """
         if self.below() != "inconclusive":
             return self.shown(form)
@@ -88,8 +92,8 @@ class Claim:
 
     arm: name of the arm. text: the claim in words, which state the rule for the verdict. found: our measurement as
     text. verdict: "yes", "no" or "inconclusive" by the rule; "no headroom" if routing is not judged. estimate: the
-    measurement as a number, or None. ends: the two ends of its confidence interval; None for one seed. limit: the
-    number that the rule compares the estimate with.
+    measurement as a number, or None. ends: the lower and upper end of its confidence interval; None for one seed.
+    limit: the number that the rule compares the estimate with.
     """
 
     arm: str
@@ -104,8 +108,8 @@ class Claim:
 def paired(differences: Sequence[float], blocks: Sequence[Sequence[float]] = ()) -> Interval | None:
     """Return the mean of paired differences with its confidence interval (Student's t); None for fewer than two seeds.
 
-    differences: one per seed. blocks: for each seed, the difference on each block of the validation text, the same
-    blocks for all seeds; the interval then also includes the variation over text. () leaves that out.
+    differences: one per seed. blocks: for each seed, the differences on the blocks of the validation text, which are
+    the same for all seeds; the interval then also includes the variation over text. () leaves that out.
     """
     seeds = len(differences)
     if seeds < 2:
@@ -132,7 +136,10 @@ def t_cdf(t: float, degrees: int) -> float:
 
 @cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Return the t at which `t_cdf` is `probability`, which must be between 0.5 and 1."""
+    """Return the t at which the distribution function of Student's t has the value `probability`.
+
+    probability: between 0.5 and 1. degrees: degrees of freedom.
+    """
     return _bisect(lambda t: t_cdf(t, degrees) - probability, 1e4)
 
 
@@ -141,8 +148,8 @@ def detectable_in_errors(power: float, degrees: int, confidence: float = CONFIDE
     """Return the smallest true mean, in standard errors, that a two-sided t test would find with probability `power`.
 
     The standard error is estimated with `degrees` degrees of freedom, so the statistic follows the noncentral t
-    distribution, which is integrated over the ratio of estimated to true error. confidence: 1 minus the level of the
-    test.
+    distribution, which is integrated over the ratio of estimated to true error. power: from 0 to 1. confidence: 1 minus
+    the significance level of the test.
     """
     limit = t_quantile((1 + confidence) / 2, degrees)
     ratio = np.linspace(1e-4, 6.0, 1000)  # estimated error / true error

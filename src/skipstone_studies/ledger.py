@@ -142,7 +142,7 @@ def claims(out: Path) -> str:
 def claims_section(found: Iterable[Judged]) -> Section:
     """Return a table with a row for each claim: verdicts by arm, seeds, model size, FLOPs, and what could change it.
 
-    found: the claims of all studies, as `judged` returns them.
+    found: the claims of all studies, one entry for each table of a study.
     """
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])
@@ -186,9 +186,10 @@ def _arms(arms: Sequence[str]) -> str:
 
 
 def write(out: Path) -> Path:
-    """Write both tables into OUT/README.md, between their marks, and OUT/ledger.html, which also draws them.
+    """Write the tables of costs and of claims into OUT/README.md, and OUT/ledger.html, which also draws them.
 
-    Return the path of the README. Raises ValueError if it has no such marks, FileNotFoundError if it does not exist.
+    In the README they replace what is between their marks. Returns the path of the README. Raises ValueError if it has
+    no such marks, FileNotFoundError if it does not exist.
     """
     path = out / "README.md"
     for name in (COMPUTE, CLAIMS):
@@ -203,7 +204,7 @@ def write(out: Path) -> Path:
 def by_study(found: Iterable[Judged]) -> dict[str, list[Claim]]:
     """Return the claims of each study that has any, by its name.
 
-    found: the claims of all studies, as `judged` returns them.
+    found: the claims of all studies, one entry for each table of a study.
     """
     of: dict[str, list[Claim]] = {}
     for one in found:

@@ -27,7 +27,7 @@ def standard(folder: Path) -> PlainDict:
 
     folder: the run folder. Keys: `training`, the content of result.json; `evaluation`, what `skipstone eval --json`
     writes: `ways` (loss, accuracy and the mechanisms' figures of each kind of pass), `main` (the kind that represents
-    the model), `flops_per_token`.
+    the model), `flops_per_token` and others.
     """
     return {"training": Run(folder).result(), "evaluation": evaluate(folder).to_dict()}
 
@@ -35,8 +35,8 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm. The result has for each arm: `training_speed`, its training tokens per second and
-    their spread (`timing.training_speeds`); `comparison`, its figures of `skipstone compare`.
+    runs: the run folder of each arm. The result has for each arm: `training_speed`, a dict with its training tokens per
+    second and their spread; `comparison`, the figures that `skipstone compare --json` writes of it.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
@@ -50,8 +50,8 @@ def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
 
     folder: the run folder. prompt: the beginning of the text, at least one character. seed: the seed of the sampling.
     The result has the keys `prompt` and `pieces`: the generated text, without the prompt, as pairs of a piece of text
-    and the share (0 to 1) of the blocks' computation that was executed for it. Raises what `stream_text` raises:
-    ValueError or FileNotFoundError, for example for a run without a tokenizer.
+    and the share (0 to 1) of the blocks' computation that was executed for it. Raises ValueError or FileNotFoundError
+    for a run that cannot generate text, such as one without a tokenizer.
     """
     pieces = stream_text(folder, prompt, seed=seed)
     return {"prompt": prompt, "pieces": [[piece.text, round(piece.compute, 4)] for piece in pieces]}
@@ -61,8 +61,8 @@ def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
 class CoreUse:
     """How much of its processor cores a process used while it trained.
 
-    busy: CPU seconds per second and thread; 1 means that no other process took time from it. load: the machine's load
-    average over the last minute; NaN where the system has none.
+    busy: CPU seconds of the process per second of wall time and thread; 1 means that no other process took time from
+    it. load: the machine's load average over the last minute; NaN where the system has none.
     """
 
     busy: float = 0.0
@@ -100,7 +100,7 @@ def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> floa
 
 
 def realised(metrics: list[PlainDict]) -> Mapping[int, Mapping[str, float]]:
-    """Return the mean share of the tokens reaching a mechanism that it kept, over the training's log lines.
+    """Return the share that each mechanism kept of the tokens that reached it, as mean over the training's log lines.
 
     metrics: the entries of metrics.jsonl. The result is {index of the block: {mechanism: share}}.
     """

@@ -15,7 +15,11 @@ DEFAULTS = {"steps": 1000, "batch_size": 16, "context": 256, "num_hidden_layers"
 
 
 def work(recipe: RecipeDict) -> float:
-    """Return the work of a recipe's training, tokens times blocks, to which training times are roughly proportional."""
+    """Return the work of a recipe's training, to which training times are roughly proportional.
+
+    It is the number of tokens times the number of blocks. recipe: the sections model, data and train; defaults are
+    assumed for what they leave out.
+    """
     values: PlainMapping = {
         **DEFAULTS,
         **recipe.get("model", {}),
@@ -30,7 +34,7 @@ class TimeLeft(TrainerCallback):
 
     The first step is not measured: text is encoded and code compiled in it.
 
-    following: the work that follows this training, as a multiple of the work of this training. say: receives each
+    following: the work of the trainings that follow, divided by the work of this training. say: called with each
     message, after 20 steps and then after every checkpoint.
     """
 

@@ -18,10 +18,10 @@ OTHER_SESSION = "The arms of a seed were not all timed in one session, so their 
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
-    """Return a study's page results/NAME.md as Markdown, from its records alone.
+    """Return the page of a study, results/NAME.md, as Markdown, made from its records alone.
 
-    records: the records of one study. Those of configurations that the study no longer has are left out, and counted at
-    the end.
+    records: the records of one study. Records of configurations that the study no longer has are left out, and counted
+    at the end of the page.
     """
     parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
@@ -54,8 +54,8 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
     """Return the records that belong to the arms' current recipes, in the order of arms and seeds.
 
-    arms: recipes by name, without seeds. Records converted from earlier scripts' output, which have no recipe, are
-    included.
+    arms: the recipe of each arm, by name, without seeds. Records that were converted from the output of earlier scripts
+    have no recipe and are included.
     """
     order = list(arms)
     kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
@@ -96,7 +96,7 @@ def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
 def block(study: Study, records: Sequence[Record]) -> str:
     """Return the table of one scale and corpus as Markdown, with its notes and the command that makes it.
 
-    records: as `groups` yields them.
+    records: the records of one scale and corpus, at least one.
     """
     columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
@@ -113,7 +113,7 @@ def block(study: Study, records: Sequence[Record]) -> str:
 def terminal(study: Study, records: Sequence[Record]) -> Section:
     """Return the table of one scale and corpus for a terminal, with arms as columns and figures as rows.
 
-    records: as `groups` yields them. Ratios to the first arm are on rows of their own.
+    records: the records of one scale and corpus, at least one. Ratios to the first arm are on rows of their own.
     """
     rows = []
     for column in study.columns:
@@ -129,7 +129,7 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Return the figures of each arm by seed: those of the records, and those that the study derives from several arms.
+    """Return {arm: {seed: figures}}: the figures of the records, and those that the study derives from several arms.
 
     records: records of one scale and corpus.
     """
@@ -158,7 +158,8 @@ def lookup(figures: PlainMapping, key: str) -> float | None:
 def column_values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
     """Return an arm's figure in a column for every seed that has it, divided by the column's unit.
 
-    seeds: the figures of the arm by seed. Of a column with a spread, the figure is the median.
+    column: the column, with the path of its figure and its unit. seeds: the arm's figures by seed. For a column with a
+    spread, the figure is the median.
     """
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]

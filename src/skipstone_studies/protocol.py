@@ -75,7 +75,7 @@ class ProtocolConfig:
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
     """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
 
-    model, data, train, protocol: sections of the recipe, of which `train` needs no steps; protocol holds the fields of
+    model, data, train, protocol: sections of the recipe, of which `train` needs no steps; protocol holds fields of
     `ProtocolConfig`, and optionally `least_tokens`. Raises ValueError if a step has fewer than `least_tokens` tokens
     (8,192 by default).
     """
@@ -188,10 +188,10 @@ def tuned_run(
     """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
 
     If another study has finished a run of the same recipe, its folder is copied instead. The rates are stored in the
-    folder `rates/` beside the run folders. recipe: the sections `model`, `data`, `train` and `protocol` as `planned`
-    returned them, with `seed` in `data` and `train`. folder: the run folder. resume: whether to continue an interrupted
-    run. callbacks: further callbacks of the trainer. blocks: number of blocks of the model without mechanisms whose
-    initial weights all arms share (`SharedStart`). Raises ValueError if the training diverges at every rate.
+    folder `rates/` beside the run folders. recipe: the sections `model`, `data`, `train` and `protocol` of `planned`,
+    with `seed` in `data` and `train`. folder: the run folder. resume: whether to continue an interrupted run.
+    callbacks: further callbacks of the trainer. blocks: number of blocks of the model without mechanisms whose initial
+    weights all arms share. Raises ValueError if the training diverges at every rate.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return
@@ -252,11 +252,11 @@ def rates_file(folder: Path, recipe: RecipeDict) -> Path:
 
 
 def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
-    """Tune the learning rate of an arm (`climb`) and return the validation loss in nats per token at every rate tried.
+    """Tune the learning rate of an arm; return {rate: validation loss in nats per token} of every rate tried.
 
-    Rates that are missing from the arm's file are tried on short runs with seed 0. recipe: the arm's recipe. folder:
-    its run folder. config: its section `protocol`. blocks: blocks of the model that provides the initial weights
-    (`SharedStart`). A rate at which training diverged has an infinite loss.
+    Rates are tried until the best has two worse ones on either side; those not in the arm's file on short runs with
+    seed 0. recipe: the arm's recipe. folder: its run folder. config: its section `protocol`. blocks: blocks of the
+    model that provides initial weights. A rate at which training diverged has an infinite loss.
     """
     path = rates_file(folder, recipe)
     known = known_rates(path)
@@ -277,7 +277,7 @@ def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int)
 
 
 def known_rates(path: Path) -> dict[float, float]:
-    """Return the losses by learning rate in a file that `tuned` wrote; {} if it does not exist."""
+    """Return {learning rate: validation loss} from a file that `tuned` wrote; {} if the file does not exist."""
     if not path.is_file():
         return {}
     return {float(rate): float(loss) for rate, loss in read_object(path).items()}
@@ -337,7 +337,7 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
 
 
 def untuned(rate: float) -> PlainDict:
-    """Return the entries of `tuning_figures` for a rate that was not tuned: no losses, and None for `inside`."""
+    """Return the entries of a record for a rate that was not tuned: `losses` ({}), `rate` and `inside` (None)."""
     return {"losses": {}, "rate": rate, "inside": None}
 
 
@@ -347,8 +347,9 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
     of text; `predictions` and `test_bytes`, how many there are; `validation_loss`; `training_flops`, as `planned` and
     as `executed` with the capacities that were logged; `forward_flops`, counted per token; `forward_share`, these
-    relative to the dense model's; `capacity` (`capacities`); `tuning` (`tuning_figures`); `training`, its summary and
-    the use of cores (`CoreUse`); `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
+    relative to the dense model's; `capacity`, the share of tokens kept by block; `tuning` (`losses`, `rate`, `inside`);
+    `training`, its summary and the use of cores; `gflops_per_core_second`, executed training GFLOPs divided by CPU
+    seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()

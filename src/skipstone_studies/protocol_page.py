@@ -24,9 +24,10 @@ COLUMNS_NOTE = (
 
 
 def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
-    """Return by how much the full model's test loss is below that of its best shallower rival; None if one has not run.
+    """Return by how much the full model's test loss is below that of the best shallower model; None if one has not run.
 
-    figures: the figures of every run, by arm and seed. full, rivals: names of arms.
+    figures: the figures of every run, {arm: {seed: nested dict}}. full: name of the full model's arm. rivals: names of
+    the arms with fewer blocks.
     """
     return headroom(figures, full, rivals, LOSS)
 
@@ -34,8 +35,8 @@ def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None
 def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
     """Return a sentence on the headroom, without which no verdict on routing is given.
 
-    room: the result of `room_of`; if it is None, the sentence says which arms have not run. full, rivals: names of
-    arms.
+    room: the headroom; if it is None, the sentence says which arms have not run. full: name of the full model's arm.
+    rivals: names of the arms with fewer blocks.
     """
     if room is not None:
         return room.sentence()
@@ -62,10 +63,11 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
 
 
 def difference(figures: ByArm, arm: str, against: str) -> list[str]:
-    """Return the cells of a table: number of seeds, difference in test loss with interval, standard error over text.
+    """Return three cells of a table on the difference in test loss between two arms, `arm` minus `against`.
 
-    The latter is the standard error of the difference over blocks of text. figures: the figures of every run, by arm
-    and seed. arm, against: names of two arms that share a seed.
+    They are the number of seeds, the mean difference with its interval, and the standard error of the difference over
+    blocks of text. figures: the figures of every run, by arm and seed. arm, against: names of two arms that share a
+    seed.
     """
     found = paired_differences(figures, arm, against, LOSS)
     interval, text = paired(found, by_block(figures, arm, against)), _text_error(figures, arm, against)
@@ -90,7 +92,7 @@ def _word(interval: Interval | None) -> str:
 
 
 def by_block(figures: ByArm, arm: str, other: str) -> list[list[float]]:
-    """Return the differences in test loss between two arms by block of text, for every seed that both have.
+    """Return, for every seed that both arms have, the differences in test loss (`arm` minus `other`) by block of text.
 
     figures: the figures of every run, by arm and seed. arm, other: names of the arms.
     """
@@ -168,10 +170,11 @@ def length(figures: ByArm, full: str) -> str:
 
 
 def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Iterator[Claim]:
-    """Yield for each arm the claim that its test loss is 0.02 nats below that of each reference, with its verdict.
+    """Yield for each arm the claim that its test loss is at least 0.02 nats below each reference's, with its verdict.
 
-    figures: the figures of every run, by arm and seed. room: the headroom (`room_of`); if it is None or too small, the
-    verdict is "no headroom". against: names of the references.
+    figures: the figures of every run, by arm and seed. room: the headroom, by how much the full model's loss is below
+    that of the best shallower one; if it is None or too small, the verdict is "no headroom". against: names of the
+    references.
     """
     for reference in against:
         for arm in figures:

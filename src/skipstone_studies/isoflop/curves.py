@@ -36,7 +36,9 @@ class Optimum:
     """The optimum of a curve of loss over model size.
 
     x: the size, in parameters. loss: the loss there, in nats per token. where: "inside" if it is the vertex of the
-    parabola within the measured sizes; else why the measured point with the lowest loss is given instead.
+    parabola, within the measured sizes. Otherwise a measured point is given: the smallest or largest size if the vertex
+    lies beyond it ("smallest size", "largest size"), else the one with the lowest loss ("opens downward", "too few
+    sizes").
     """
 
     x: float
@@ -48,9 +50,9 @@ class Optimum:
 class Fit:
     """The parabola loss(x) = a (ln x - middle)^2 + b (ln x - middle) + c, fitted by least squares to sizes x.
 
-    coefficients: (a, b, c). middle: the mean of ln x. low, high: smallest and largest fitted size. optimum: the vertex
-    if it is a minimum within [low, high], else a measured point. residuals: measured minus fitted losses, in nats;
-    empty for fewer than three sizes, which determine no parabola.
+    coefficients: (a, b, c). middle: the mean of ln x. low, high: smallest and largest fitted size. Calling the fit with
+    a size returns the fitted loss. optimum: the vertex if it is a minimum within [low, high], else a measured point.
+    residuals: measured minus fitted losses, in nats; empty for fewer than three sizes, which determine no parabola.
     """
 
     coefficients: tuple[float, float, float]
@@ -92,8 +94,8 @@ class Fit:
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
     """Fit a parabola of loss over the logarithm of size by least squares.
 
-    xs: sizes, positive and distinct. losses: the losses in nats. For fewer than three sizes, the result only has the
-    lowest point.
+    xs: sizes, positive and distinct. losses: the losses in nats. For fewer than three sizes there is no parabola: the
+    optimum of the result is the lowest point, and the residuals are empty.
     """
     middle, u, solution = _sizes(tuple(xs))
     y = np.asarray(losses, np.float64)
@@ -150,10 +152,10 @@ Lookup = Callable[[GridCell, int], Record | None]
 
 
 def lookup(out: Path, name: str) -> Lookup:
-    """Return a function that finds the record of a run of an isoFLOP grid, given its cell and seed, or None.
+    """Return a function that finds the record of a run of an isoFLOP grid, given its cell and seed.
 
-    out: the folder of records. name: the name of the grid. A cell is a run whatever its seed; records that were made
-    with another recipe than the cell's are ignored.
+    The function returns None if there is no record, or only one that was made with another recipe than the cell's. A
+    cell is a run whatever its seed. out: the folder of records. name: the name of the grid.
     """
     return partial(_find, out, name)
 
@@ -226,8 +228,8 @@ class GridRecords:
 def collect(grid: Grid, find: Lookup) -> GridRecords:
     """Collect the records of an isoFLOP grid that exist so far.
 
-    grid: the runs that its specification describes. find: returns the record of a run, given its cell and seed, or None
-    (see `lookup`).
+    grid: the runs that its specification describes. find: a function that returns the record of a run, given its cell
+    and seed, or None if there is none.
     """
     sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
     chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
@@ -253,9 +255,9 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 
 
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
-    """Return the run, whatever its seed, whose model size is nearest to the optimum of the curve through `points`.
+    """Return the run, whatever its seed, whose model size is nearest to the optimum of loss over size.
 
-    points: the points of one arm and budget; only the first seed of each is used.
+    points: the points of one arm and budget, through which a parabola is fitted; only the first seed of each is used.
     """
     xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
     best = fit(xs, ys).optimum.x
@@ -266,9 +268,9 @@ def nearest_optimum(points: list[GridPoint]) -> GridCell:
 class Curve:
     """Loss over model size for one arm, at one budget or after one training time.
 
-    parameters: the sizes. forward_flops: executed forward FLOPs per token at each size. losses: mean over seeds, in
-    nats. seeds: number of seeds of each loss (for interpolated losses, the number whose mean has as much noise). fit:
-    the parabola through them.
+    arm: name of the arm. parameters: the sizes, in number of parameters. forward_flops: executed forward FLOPs per
+    token at each size. losses: mean over seeds, in nats. seeds: number of seeds of each loss (for interpolated losses,
+    the number whose mean has as much noise). fit: the parabola through them.
     """
 
     arm: str
@@ -300,8 +302,8 @@ def make_curve(
 ) -> Curve:
     """Build a curve and fit its parabola.
 
-    arm: its name. xs: sizes in parameters. forward: executed forward FLOPs per token. losses: the losses in nats.
-    seeds: number of seeds of each loss.
+    arm: name of the arm. xs: sizes in number of parameters. forward, losses, seeds: for each size, executed forward
+    FLOPs per token, loss in nats, and number of seeds of the loss.
     """
     return Curve(
         arm=arm,
@@ -331,9 +333,10 @@ def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
 def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
     """Return why no verdict is given on an arm at a budget; "" if one is given.
 
-    An arm that routes tokens gets a verdict only if deeper models of the base arm (with which it is compared) have a
-    loss that is lower by at least .02 nats; otherwise skipping blocks has nothing to lose. collected: all records.
-    budget: the training FLOPs of a run.
+    An arm that routes tokens gets a verdict only if deeper models of the base arm, with which it is compared, have a
+    loss that is lower by at least 0.02 nats; otherwise skipping blocks has nothing to lose. The reasons are "no
+    headroom", and "headroom not known" if the base arm was not run with two numbers of blocks. collected: all records.
+    arm: name of the arm. budget: the training FLOPs of a run.
     """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""

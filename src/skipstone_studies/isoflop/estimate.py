@@ -56,8 +56,8 @@ class StepTime:
 def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
     """Time training steps of every model of an isoFLOP grid on this machine.
 
-    A model too large to be timed is assumed to reach the FLOPs per second of the arm's largest timed one. Raises
-    ValueError if an arm's smallest size is already too large.
+    A model that is too large to be timed is assumed to reach the FLOPs per second of the arm's largest timed one. grid:
+    the runs. Raises ValueError if an arm's smallest size is already too large.
     """
     found: dict[ModelShape, StepTime] = {}
     batch, device = grid.base.train.batch_size, _device(grid.base)
@@ -79,7 +79,7 @@ def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
 def step_times_at(grid: Grid, flops_per_second: float) -> dict[ModelShape, StepTime]:
     """Return the step times of every model of a grid on a machine that reaches `flops_per_second` in training.
 
-    flops_per_second: the machine's speed. Raises ValueError unless it is above 0.
+    grid: the runs. flops_per_second: training FLOPs per second. Raises ValueError unless it is above 0.
     """
     if not 0 < flops_per_second < float("inf"):
         raise ValueError(f"FLOPs per second must be above 0, got {flops_per_second}")
@@ -149,8 +149,8 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 class GridEstimate:
     """The estimated FLOPs and hours of all runs of an isoFLOP grid.
 
-    grid: the runs. facts: what is known of the corpus. step_times: the times of a training step, by model. source: how
-    these times were found, in words.
+    grid: the runs. facts: what is known of the corpus. step_times: the times of training, by model. source: how these
+    times were found, in words.
     """
 
     grid: Grid

@@ -83,7 +83,7 @@ class GridCell:
 
 
 def compact(value: float) -> str:
-    """Format a number as 3e12 instead of 3e+12."""
+    """Format a number as 3e12 instead of 3e+12, with at most six significant digits."""
     return re.sub(r"e\+0*", "e", f"{value:g}")
 
 
@@ -129,13 +129,13 @@ class Grid:
 
     @property
     def middle(self) -> GridSize:
-        """The size at which learning rates are tried: the middle one, or the lower of two."""
+        """The size at which learning rates are tried: the middle one, or the smaller of the two in the middle."""
         return self.sizes[(len(self.sizes) - 1) // 2]
 
     def sweep(self, arm: str) -> list[GridCell]:
-        """Return the runs of an arm that try the learning rates, at the smallest budget and middle size.
+        """Return the runs of an arm that try the learning rates, at the smallest budget and the middle size.
 
-        Empty if there is only one rate.
+        The list is empty if the specification has only one rate.
         """
         if len(self.spec.rates) == 1:
             return []
@@ -153,7 +153,10 @@ class Grid:
         return float(f"{chosen * self.middle.width / size.width:.3g}")
 
     def cells(self, arm: str, chosen: float) -> list[GridCell]:
-        """Return all cells of an arm; chosen: its best learning rate at the middle size."""
+        """Return all cells of an arm, for every budget and size.
+
+        chosen: the arm's best learning rate at the middle size.
+        """
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
     def everything(self) -> list[GridCell]:
@@ -266,8 +269,8 @@ class CorpusFacts:
     """What is known of the corpus of an isoFLOP grid.
 
     vocab_size: size of the vocabulary; None if the corpus was not read. tokens: number of tokens in the training split;
-    None if unlimited or not known. sha256: hash of the training split's token ids. data: its rows; None if it was not
-    read. trouble: why it was not read; "" if it was.
+    None if unlimited or not known. sha256: SHA-256 of the training split's token ids, in hexadecimal; None without
+    them. data: the rows of the corpus; None if it was not read. trouble: why it was not read; "" if it was.
     """
 
     vocab_size: int | None = None
@@ -299,8 +302,8 @@ def read_corpus(config: DataConfig) -> CorpusFacts:
 def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
     """Read the corpus for an estimate, unless it is a dataset of the Hub or synthetic, and return the facts on it.
 
-    config: the recipe's section `data`. For a corpus that is not read or missing, only `trouble` is set, to the reason.
-    Raises ValueError for a corpus that is not valid.
+    config: the recipe's section `data`. If the corpus is not read or is missing, the result has only the reason, as
+    `trouble`. Raises ValueError for a corpus that is not valid.
     """
     if config.corpus.startswith("hf:") or find_entry(config.corpus)[0].kind == "synthetic":
         return CorpusFacts(trouble=f"corpus {config.corpus} was not read")

@@ -25,8 +25,9 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 class EqualTime:
     """The losses of all arms after the same number of seconds of training.
 
-    seconds: this number. curves: loss over model size, by arm; losses are interpolated between runs of different
-    budgets. stretched: for each arm, the sizes whose loss is extrapolated beyond the budgets that were run.
+    seconds: this number of seconds. curves: loss over model size, by arm; losses are interpolated between runs of
+    different budgets. stretched: for each arm, the sizes (numbers of parameters) whose loss is extrapolated beyond the
+    budgets that were run.
     """
 
     seconds: float
@@ -53,8 +54,8 @@ STRETCH = 0.3  # largest extrapolation, as a share of the distance between the o
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
     """Return how many seconds the training of a grid's point takes.
 
-    They are its tokens divided by the speed measured while arms took turns; without such a speed, the seconds that its
-    runs took, mean over seeds.
+    They are the tokens of the training divided by the speed that was measured while arms took turns; without such a
+    speed, they are the seconds that the runs took, mean over seeds. collected: all records of the grid.
     """
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
@@ -138,12 +139,13 @@ class SameLoss:
     """A comparison of an arm with the best model of the base arm at the same budget of training FLOPs.
 
     arm: its name. parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share:
-    forward FLOPs per token at that size, relative to the base's best model; None if no size reaches it. at_most:
-    whether even the smallest size of the grid reaches it. ratio: parameters at that size, relative to the base's best
-    model. gap: the arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap
-    intervals of share and ratio, over the bootstrap draws in which some size reaches the loss. reached: the fraction of
-    these draws. gap_low, gap_high: 90 % interval of the gap. detectable: gaps that would be found with 80 and 90 %
-    probability. refused: why there is no verdict; "" if there is one. Intervals are None if the noise is not known.
+    forward FLOPs per token at that size, divided by those of the base's best model. at_most: whether even the smallest
+    size of the grid reaches that loss, so that share and ratio are upper bounds. ratio: parameters at that size,
+    divided by those of the base's best model. parameters, share and ratio are None if no size reaches the loss. gap:
+    the arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share
+    and ratio, over the bootstrap draws in which some size reaches the loss. reached: the fraction of these draws.
+    gap_low, gap_high: 90 % interval of the gap. detectable: gaps that would be found with 80 and 90 % probability.
+    refused: why there is no verdict; "" if there is one. Intervals are None if the noise is not known.
     """
 
     arm: str
@@ -164,9 +166,9 @@ class SameLoss:
 
     @property
     def verdict(self) -> str:
-        """The verdict on the best losses: better, worse, not told apart, no interval, or why it is refused.
+        """The verdict on the best losses: "better", "worse", "not told apart", "no interval", or why there is none.
 
-        It is better or worse if the 90 % interval of the gap excludes 0.
+        It is "better" or "worse" if the 90 % interval of the gap excludes 0.
         """
         if self.refused:
             return self.refused

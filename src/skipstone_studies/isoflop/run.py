@@ -75,10 +75,11 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 class Stages:
     """The stages in which an isoFLOP grid is run; finished runs are recorded, and interrupted ones resumed.
 
-    The stages are: tries of learning rates, the grid itself, training speeds with the arms of a size in turns, and
-    further seeds at the optima. grid: all runs. facts: the corpus with its rows. out: folder for records. runs: folder
-    for run folders. command: the shell command, which is noted in records. console: for messages. failures: one message
-    for each failed run. use: use of processor cores by run folder, for runs trained in this process.
+    The stages are: trying learning rates, training the grid itself, measuring training speeds with the arms of a size
+    in turns, and training further seeds at the optima. grid: all runs. facts: the corpus with its rows. out: folder for
+    records. runs: folder for run folders. command: the shell command, which is noted in records. console: for messages.
+    failures: one message for each failed run. use: use of processor cores by run folder, for runs trained in this
+    process.
     """
 
     grid: Grid
@@ -91,7 +92,10 @@ class Stages:
     use: dict[Path, CoreUse] = field(default_factory=dict)  # by run folder, for runs trained in this process
 
     def say(self, text: str) -> None:
-        """Print a message after the name of the grid. text: the message."""
+        """Print a message after the name of the grid.
+
+        text: the message.
+        """
         self.console.print(f"[dim]{self.grid.spec.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
     def run(self) -> None:
@@ -177,7 +181,8 @@ def _by_size(grid: Grid, cells: Mapping[str, list[GridCell]]) -> dict[str, dict[
 def with_vocabulary(spec: GridSpec, facts: CorpusFacts) -> GridSpec:
     """Return the specification with the corpus's vocabulary size in its recipe, so that costs follow from it alone.
 
-    Raises ValueError if the corpus was not read and the recipe sets no vocabulary size.
+    A vocabulary size that the recipe sets is kept. spec: the specification. facts: what is known of the corpus. Raises
+    ValueError if the corpus was not read and the recipe sets no vocabulary size.
     """
     model: PlainDict = dict(spec.recipe.get("model") or {})
     if facts.vocab_size is None and "vocab_size" not in model:

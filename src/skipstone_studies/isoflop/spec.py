@@ -51,7 +51,7 @@ class GridSize:
 def parse_size(word: object, blocks: int) -> GridSize:
     """Parse a model size such as `128x6` (width and number of blocks) or `128`.
 
-    blocks: the number of blocks if none is given. Raises ValueError for anything else.
+    word: the text. blocks: the number of blocks if the text has none. Raises ValueError for anything else.
     """
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", str(word).strip())
     if found is None:
@@ -60,10 +60,11 @@ def parse_size(word: object, blocks: int) -> GridSize:
 
 
 def arms_of(recipe: PlainDict) -> dict[str, Changes]:
-    """Return the default arms of a recipe by name, each with its changes of the section `model`.
+    """Return the default arms of a recipe, {name of the arm: its changes of the section `model`}.
 
-    They are dense (no mechanisms), mod or routed (the recipe's mechanisms) and, if the recipe has Mixture-of-Depths,
-    random (the same with tokens chosen at random).
+    They are "dense" (no mechanisms); "mod", or "routed" if not all mechanisms are Mixture-of-Depths (the recipe's
+    mechanisms); and, if the recipe has Mixture-of-Depths, "random" (the same with tokens chosen at random). A recipe
+    without mechanisms has the first only.
     """
     entries = [dict(entry) for entry in (recipe.get("model") or {}).get("mechanisms") or []]
     arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
@@ -87,10 +88,11 @@ class GridSpec:
     name: the name of the study and of its folder. recipe: the base, as `skipstone train` reads it, with its vocabulary
     size. budgets: training FLOPs of a run. sizes: model sizes, WIDTH or WIDTHxBLOCKS; heads keep their size. rates:
     learning rates that every arm tries at the smallest budget and middle size. arms: names of the arms to run. changes:
-    the changes of the recipe's section `model` for every arm that could run, by arm; None means `arms_of`. rate_rule:
-    whether the best rate is used for all sizes (constant), or scaled with 1 / width (inverse_width). seed: the first
-    seed, with which every cell of the grid is run. optimum_seeds: number of seeds at the size nearest to each optimum,
-    the first one included. allow_repeats: whether runs may read the corpus more than once.
+    {arm: changes of the recipe's section `model`} for every arm that could run; None means the default arms (dense, the
+    recipe's own mechanisms, random). rate_rule: whether the best rate is used for all sizes (constant), or scaled with
+    1 / width (inverse_width). seed: the first seed, with which every cell of the grid is run. optimum_seeds: number of
+    seeds at the size nearest to each optimum, the first one included. allow_repeats: whether runs may read the corpus
+    more than once.
     """
 
     name: str
@@ -131,12 +133,15 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """The changes of the recipe's section `model` by arm, for all arms that could run."""
+        """All arms that could run, {arm: its changes of the recipe's section `model`}."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property
     def base(self) -> str:
-        """The name of the arm with which others are compared: dense, or the first arm if dense is not run."""
+        """The name of the arm with which others are compared.
+
+        It is dense, or the first arm if the recipe names its own arms and dense is not run.
+        """
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 
     @property
@@ -147,11 +152,11 @@ class GridSpec:
         return replace(own, sampling="once") if once else own
 
     def parsed_sizes(self) -> list[GridSize]:
-        """Return the model sizes of the grid."""
+        """Return the model sizes of the grid, in the order of `sizes`; without a number of blocks, a size has one."""
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> PlainDict:
-        """Return the specification as plain values."""
+        """Return the specification as plain values by field."""
         return asdict(self)
 
 
@@ -163,9 +168,9 @@ def _check_list(field: str, values: Sequence[object]) -> None:
 def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """Build a specification from a recipe and the values that the user gave.
 
-    recipe: a plain dict; its section `arms` holds changes of the section `model` by arm. scale: laptop or paper, which
-    provides the values that are not given. given: fields of `GridSpec`; those that are None count as not given. Raises
-    ValueError for invalid sizes, arms and numbers.
+    recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
+    "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; those that
+    are None count as not given. Raises ValueError for invalid sizes, arms and numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
@@ -191,8 +196,10 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """Build a specification from a recipe and the values that the user gave, after checking all of its models.
 
-    recipe, scale, given: as in `make_spec`. Raises ValueError with one line for each mistake in the recipe and in the
-    models of all arms and sizes, without loading torch. Whether the corpus exists is not checked.
+    recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
+    "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; None
+    counts as not given. Raises ValueError with one line for each mistake in the recipe and in the models of all arms
+    and sizes, without loading torch. Whether the corpus exists is not checked.
     """
     lines: list[str] = []
     own = {key: value for key, value in recipe.items() if key != "arms"}

@@ -45,9 +45,9 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """Return in words the options in which the model of an arm differs from the recipe's.
+    """Return in words the options in which the model of an arm differs from that of the recipe.
 
-    grid: the runs, with their specification. arm: its name.
+    grid: the runs, with their specification. arm: name of the arm.
     """
     parts = []
     for key, value in grid.spec.known[arm].items():
