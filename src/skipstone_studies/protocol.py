@@ -347,7 +347,7 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
     of text; `predictions` and `test_bytes`, how many there are; `validation_loss`; `training_flops`, as `planned` and
     as `executed` with the capacities that were logged; `forward_flops`, counted per token; `forward_share`, these
-    relative to the dense model's; `capacity`, the share of tokens kept by block; `tuning` (`losses`, `rate`, `inside`);
+    divided by the dense model's; `capacity`, the share of tokens kept by block; `tuning` (`losses`, `rate`, `inside`);
     `training`, its summary and the use of cores; `gflops_per_core_second`, executed training GFLOPs divided by CPU
     seconds.
     """

@@ -14,7 +14,8 @@ from skipstone_studies.study import Study
 def check(path: Path, name: str) -> None:
     """Raise an error unless a README exists and has two marks, between which a table can be written.
 
-    name: the name in the marks, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises FileNotFoundError or ValueError.
+    path: the file. name: the name in the marks, `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Raises FileNotFoundError
+    if the file does not exist, and ValueError unless both marks occur once.
     """
     if not path.is_file():
         raise FileNotFoundError(f"README {str(path)!r} does not exist")
@@ -24,7 +25,8 @@ def check(path: Path, name: str) -> None:
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Write a study's table into a README between the marks with the study's name, and change nothing else.
 
-    records: the records that the table shows.
+    The marks are `<!-- NAME:begin -->` and `<!-- NAME:end -->`. records: the records that the table shows. Raises
+    ValueError unless both marks occur once.
     """
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 

@@ -25,12 +25,12 @@ ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of field
 class Record:
     """The result of one run of one arm of a study, stored as a JSON file.
 
-    study, scale, arm, seed: the run to which the result belongs. config: the arm's recipe, without the seed. digest:
-    hash of that recipe. environment: versions, commit, machine. command: the shell command that makes the result.
-    figures: the measurements, nested. timing_session: time and arms of the session in which figures that compare arms
-    were taken; None until then. converted: for a record made from the output of an earlier script, {"file", "commit"};
-    such a record has no digest, and its config is what that output says of the run. format_version: version of the file
-    format.
+    study, scale, arm, seed: names of study, scale and arm, and the seed of the run to which the result belongs. config:
+    the arm's recipe, without the seed. digest: hash of that recipe. environment: versions, commit and machine, as
+    environment.json of a run has them. command: the shell command that makes the result. figures: the measurements,
+    nested. timing_session: time and arms of the session in which figures that compare arms were taken; None until then.
+    converted: for a record made from the output of an earlier script, {"file", "commit"}; such a record has no digest,
+    and its config is what that output says of the run. format_version: version of the file format.
     """
 
     study: str
@@ -58,7 +58,7 @@ def digest(recipe: PlainMapping) -> str:
 
 
 def folder(out: Path, name: str) -> Path:
-    """Return the folder of the records of the study `name` below `out`."""
+    """Return the folder of the records of the study `name`, below the folder `out` of all records."""
     return out / name / "records"
 
 
@@ -71,7 +71,10 @@ def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
 
 
 def write(record: Record, out: Path) -> Path:
-    """Write a record atomically below the folder `out`, replacing an earlier one of its run, and return its path."""
+    """Write a record to its file below the folder `out`, replacing an earlier one of the same run; return the path.
+
+    The file appears complete or not at all.
+    """
     path = path_of(out, record.study, record.scale, record.arm, record.seed)
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
     if record.converted is None:
@@ -83,7 +86,10 @@ def write(record: Record, out: Path) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Read a record's file. Raises ValueError, naming the file, if it is damaged or not a record."""
+    """Read a record's file.
+
+    Raises ValueError, naming the file, if it is damaged or not a record.
+    """
     try:
         names = {there: here for here, there in ON_DISK.items()}
         return from_dict(Record, {names.get(name, name): value for name, value in read_sealed(path).items()})

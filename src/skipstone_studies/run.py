@@ -27,7 +27,7 @@ RUNS = Path("runs")  # default folder of runs and tables, ignored by git
 
 
 def describe() -> dict[str, str]:
-    """Return the purpose (one line) of every study by name."""
+    """Return {name: purpose} for every study; the purpose is one line."""
     return {name: study.purpose for name, study in STUDIES.items()}
 
 
@@ -118,9 +118,9 @@ def _run(
 
 
 def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
-    """Join words that were split at commas to names of arms, as such names may contain commas.
+    """Join words that were split at commas to names of arms, because such names may contain commas.
 
-    words: the parts. known: all names of arms. A part that belongs to no known name is returned by itself.
+    words: the parts, in order. known: all names of arms. A part that belongs to no known name is returned by itself.
     """
     rest, found = list(words), []
     while rest:

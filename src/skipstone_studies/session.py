@@ -34,12 +34,12 @@ USER_ERRORS = (ValueError, OSError)
 class Session:
     """One study at one scale, with its run folders and records; it runs what is missing.
 
-    Several processes may share its folders: each arm of a seed is locked while it runs. study, scale: what is run.
-    arms: recipes by name, without seeds. runs: parent folder of the run folders. out: parent folder of the records.
-    console: where messages are printed. only: names of the arms to run; None means all. jobs: number of arms that run
-    at a time. made_by: the shell command that makes the records; "" means `skipstone reproduce ...`. failures: one
-    message for each arm that failed. busy: arms left out because another process runs them. spent: seconds of each arm
-    run in this process.
+    Several processes may share its folders: each arm of a seed is locked while it runs. study, scale: the study, and
+    the name of its scale. arms: recipes by name, without seeds. runs: parent folder of the run folders. out: parent
+    folder of the records. console: where messages are printed. only: names of the arms to run; None means all. jobs:
+    number of arms that run at a time. made_by: the shell command that makes the records; "" means `skipstone reproduce
+    ...`. failures: one message for each arm that failed. busy: arms that were left out because another process runs
+    them. spent: for each arm that was run in this process, its seconds.
     """
 
     study: Study
@@ -70,7 +70,7 @@ class Session:
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
-        """Return how many of all arms with these seeds are recorded."""
+        """Return how many runs, of all arms with each of these seeds, are recorded."""
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
@@ -86,7 +86,7 @@ class Session:
     def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
         """Run the arms with these seeds that are not recorded, without measurements that compare arms.
 
-        then: seeds that will follow, which count for the estimate of the time left.
+        then: seeds that will be run afterwards, which count for the estimate of the time left.
         """
         wanted = list(self.arms) if self.only is None else list(self.only)
         left = [(arm, seed) for seed in (*seeds, *then) for arm in wanted if self.recorded(arm, seed) is None]
@@ -196,7 +196,10 @@ class Session:
         return bool(read_object(note) == seeded(self.arms[arm], seed))
 
     def say(self, text: str) -> None:
-        """Print a message after the study's name. text: the message."""
+        """Print a message after the study's name.
+
+        text: the message.
+        """
         self.console.print(f"[dim]{self.study.name}[/dim]  {text}", highlight=False, soft_wrap=True)
 
 

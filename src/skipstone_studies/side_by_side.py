@@ -32,7 +32,8 @@ LAST_WORDS = 300  # characters of a process's output that are kept
 class Worker:
     """A process that runs one arm with one seed.
 
-    process: the process. log: the file of its output. began: its start on the clock of `time.perf_counter`, in seconds.
+    arm, seed: the arm that it runs, and the seed. process: the process. log: the file of its output. began: its start
+    on the clock of `time.perf_counter`, in seconds.
     """
 
     arm: str
@@ -127,9 +128,10 @@ def _stopped_with_us(running: Sequence[Worker]) -> Iterator[None]:
 
 
 def main(given: dict[str, object]) -> int:
-    """Run the one arm that `given` names, and record it; the entry point of a worker process.
+    """Run one arm of a study with one seed, and record it; this is the entry point of a worker process.
 
-    given: name, scale, corpus, arm, seed, runs, out and jobs. Returns the exit status: 1 if it failed or was busy.
+    given: a dict with the keys name (of the study), scale, corpus, arm, seed, runs, out and jobs. Returns the exit
+    status: 0, or 1 if the arm failed or another process runs it.
     """
     study, scale, arm = STUDIES[str(given["name"])], str(given["scale"]), str(given["arm"])
     corpus = None if given["corpus"] is None else str(given["corpus"])

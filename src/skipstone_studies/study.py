@@ -26,7 +26,7 @@ SAVE_MINUTES = 10.0  # minutes between checkpoints, the most work that an interr
 def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Train a model from random weights into a run folder.
 
-    recipe: the recipe, as `skipstone train` reads it. folder: the run folder. resume: whether to continue an
+    recipe: a dict with the sections model, data and train. folder: the run folder. resume: whether to continue an
     interrupted run. callbacks: further callbacks of the trainer.
     """
     train(recipe, out=folder, resume=resume, progress=True, save_minutes=SAVE_MINUTES, callbacks=callbacks)
@@ -36,10 +36,10 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 class Column:
     """A column of a study's table.
 
-    key: dotted path of the figure in a record's figures. title: the heading. format: a format specification, as for
-    Python's format(). unit: the number by which the figure is divided. better: which end, "low" or "high", is shown in
-    bold; None means neither. relative: whether to add each arm's ratio to the first arm. spread: whether the figure is
-    {median, min, max} of several measurements, all of which are shown.
+    key: dotted path of the figure in a record's figures, such as "training.tokens". title: the heading. format: a
+    format specification, as for Python's format(). unit: the number by which the figure is divided. better: which end,
+    "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the first arm.
+    spread: whether the figure is {median, min, max} of several measurements, all of which are shown.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Column:
     def speed(cls, key: str, title: str) -> Column:
         """Return a column of tokens per second.
 
-        key: dotted path of a timing among the figures, which has a figure `tokens_per_second`. title: the heading.
+        key: dotted path of a timing among the figures, a dict with `tokens_per_second`. title: the heading.
         """
         return cls(key=f"{key}.tokens_per_second", title=title, format=",.0f", better="high", relative=True)
 
@@ -107,12 +107,12 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """Return the recipes of all arms at a scale, by name, once for every corpus that they may run on."""
+        """Return the recipes of all arms at a scale, a dict by name for every corpus on which they may run."""
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 
 def recipe_file(folder: Path) -> Path:
-    """Return the path of the file beside a run folder that contains the recipe which the folder belongs to."""
+    """Return the path of the file beside a run folder that holds the recipe of the run."""
     return folder.with_name(f"{folder.name}.recipe.json")
 
 

@@ -27,7 +27,7 @@ def block_losses(folder: Path) -> list[float]:
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
     """Yield the validation loss of each block of text (64 neighbouring windows) in nats per token, for a loaded run.
 
-    The loss is that of its primary pass: the one that really skips, if the model can decide without later tokens.
+    The loss is that of the pass that really skips, if the model can decide without later tokens.
     """
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):

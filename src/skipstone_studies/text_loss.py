@@ -35,7 +35,7 @@ def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Itera
 def by_block(
     model: SkipstoneForCausalLM, data: PreparedData, count: int | None, blocks: int = BLOCKS
 ) -> list[LossResult]:
-    """Return losses on evenly spaced validation rows, divided into at most `blocks` consecutive parts, one result each.
+    """Return the losses on evenly spaced validation rows, one result for each of at most `blocks` consecutive parts.
 
     Tokens are skipped as in generation. data: prepared data, of which `validation` is read. count: how many rows; None
     means all.

@@ -150,7 +150,7 @@ def _star(curve: Curve, x: float) -> Dot | None:
 def _relative(result: IsoFlopResult) -> list[Figure]:
     """Return charts of loss over forward FLOPs per token, as pairs of title and picture, one for each training budget.
 
-    FLOPs are relative to those of the base arm's best size.
+    FLOPs are divided by those of the base arm's best size.
     """
     base = result.base
     based = {budget: curves for budget, curves in result.curves.items() if base in curves}

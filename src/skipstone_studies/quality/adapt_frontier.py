@@ -57,11 +57,11 @@ def arms(
 ) -> dict[str, RecipeDict]:
     """Return the recipes by name: the pretrained source, the source trained further, and methods that compute less.
 
-    scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of
-    cross-entropy in the loss, from 0 to 1; distillation from the source has the rest, and with 0 the source is not
-    trained further. sampled: whether training rows are also drawn from text that the source generated. move_to: for
-    each of these budgets (shares of the source's FLOPs), arms are added whose models are set to it after training,
-    without further training; () adds none.
+    scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of the
+    cross-entropy in the loss, from 0 to 1. Distillation from the source has the rest of the weight; with 0, no arm
+    trains the source further. sampled: whether training rows are also drawn from text that the source generated.
+    move_to: for each of these budgets (shares of the source's FLOPs), arms are added whose models are set to it after
+    training, without further training; () adds none.
     """
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
@@ -123,9 +123,9 @@ def _recipe(
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
 
-    recipe: the arm's recipe; if it has the key `at_budget`, the model of another arm is saved, set to this budget.
-    folder: the run folder. resume: whether to continue an interrupted training. callbacks: further callbacks of the
-    trainer.
+    recipe: the arm's recipe; if it has the key `at_budget`, the model of the arm that `source` names is saved with the
+    thresholds of this budget. folder: the run folder. resume: whether to continue an interrupted training. callbacks:
+    further callbacks of the trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
@@ -146,8 +146,8 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
     """Set the routing thresholds of a model to a budget inside a `with` block.
 
-    run: the model's run, which is calibrated first if it has no budget table. budget: share of the source's FLOPs. A
-    model with neurons by magnitude has no thresholds and stays as it is.
+    model: changed until the block ends. run: the model's run, which is calibrated first if it has no budget table.
+    budget: share of the source's FLOPs. A model with neurons by magnitude has no thresholds and stays as it is.
     """
     if model.config.neuron_groups is not None:
         return nullcontext()
@@ -157,11 +157,11 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
 
 
 def measured(folder: Path, rows: int) -> Figures:
-    """Return the figures of one run folder: loss and FLOPs on each text, and a generated sample.
+    """Return the figures of one run: loss and FLOPs on each text, and a generated sample.
 
-    rows: number of rows of each text that are read. Keys: for the name of each text, `loss`, in nats per token by the
-    pass that skips, and `flops`, counted per token while it runs; `greedy`, the sample; `tokens`, the number of
-    training tokens, 0 for the source.
+    folder: the run folder. rows: number of rows of each text that are read. Keys: the name of each text, with a dict of
+    `loss`, in nats per token by the pass that skips, and `flops`, counted per token while it runs; `greedy`, the
+    sample; `tokens`, the number of training tokens, 0 for the source.
     """
     found: PlainDict = {"greedy": greedy(folder), "tokens": 0}
     if not Run(folder).is_saved_model:
@@ -189,7 +189,7 @@ def greedy(folder: Path) -> str:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return the FLOPs and the speed of decoding one row by each arm, both relative to the source's.
+    """Return the FLOPs and the speed of decoding one row by each arm, as ratios to the source's.
 
     runs: run folders by arm. The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted while steps run,
     "speed": ratio of the tokens per second, as {"median", "min", "max"} over turns}}}. Steps follow a prompt from the
@@ -227,9 +227,9 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return figures of each arm and text that follow from all arms of a seed; {} without the source.
 
-    The result is {arm: {"by_text": {text: {"share": FLOPs relative to the source's, "perplexity": the perplexity of the
-    arm, "over": the arm's perplexity divided by that of the tuned source (or the source, if none was tuned), minus
-    1}}}}. figures: the figures of all arms with one seed, by arm.
+    The result is {arm: {"by_text": {text: {"share": FLOPs divided by the source's, "perplexity": the perplexity of the
+    arm, "over": the arm's perplexity divided by that of the source trained further (or of the source, if no arm trains
+    it further), minus 1}}}}. figures: the figures of all arms with one seed, by arm.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)
@@ -252,7 +252,10 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 
 
 def columns(over: str) -> Iterator[Column]:
-    """Yield the columns of the study's table. over: the name of the model to which perplexities are relative."""
+    """Yield the columns of the study's table.
+
+    over: the name of the model by whose perplexity others are divided.
+    """
     yield Column(key="tokens", title="training tokens", format=",d")
     for text in TEXTS:
         yield Column(key=f"by_text.{text}.share", title=f"{text}: FLOPs", format=".1%")
@@ -300,7 +303,7 @@ COMPARED = tuple(
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: comparisons with the source and the tuned source, and samples.
+    """Return the Markdown below the table: comparisons with the source and its further training, and samples.
 
     figures: the figures of every run, by arm and seed. Comparisons need more than one seed.
     """

@@ -36,9 +36,9 @@ SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyG
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: a SwiGLU checkpoint, two ways to train it further, and models trained from scratch.
 
-    It is trained further as it is or adapted to PolyGLU. From scratch, one SwiGLU and one PolyGLU get as many training
-    FLOPs as the checkpoint and its continuation together, another PolyGLU those of the continuation alone. scale: not
-    used.
+    The checkpoint is trained further as it is, or adapted to PolyGLU. From scratch, one SwiGLU and one PolyGLU get as
+    many training FLOPs as the checkpoint and its further training together, and another PolyGLU as many as the further
+    training alone. scale: not used.
     """
     ratio = forward_flops("polyglu") / forward_flops("silu")
     whole = STEPS + MORE * ratio  # in steps of SwiGLU
@@ -76,11 +76,12 @@ def _rest(steps: int, rate: float) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: validation loss, training FLOPs, and how neurons choose their activations.
+    """Return the figures of one run: validation loss, training FLOPs, and how neurons choose their activations.
 
-    Keys: `nats`, the loss per character; `own_flops`, the forward FLOPs of a row times the run's steps, which are
-    proportional to its training FLOPs; for PolyGLU also `apart`, the share of neurons whose strongest activation is not
-    the most common one of their layer, mean over layers and the tokens of the first rows.
+    folder: the run folder. Keys: `nats`, the loss in nats per character; `own_flops`, the forward FLOPs of a row times
+    the run's steps, which are proportional to its training FLOPs; for PolyGLU also `apart`, the share of neurons whose
+    strongest activation is not the most common one of their layer, as a mean over layers and the tokens of the first
+    rows.
     """
     loaded = load_run(folder, "validation")
     assert loaded.data is not None
@@ -99,11 +100,12 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm `flops`, its training FLOPs relative to the checkpoint's, and `over`, how much higher its loss is.
+    """Return for each arm `flops`, a ratio of training FLOPs, and `over`, a difference of losses.
 
-    The loss is compared, in nats, with that of the checkpoint trained further as it is. The FLOPs include the
-    checkpoint's own training where an arm starts from it. figures: the figures of all arms with one seed, by arm.
-    Returns {} if the checkpoint or its continuation is missing.
+    flops: the arm's training FLOPs divided by the checkpoint's, including the checkpoint's own training where an arm
+    starts from it. over: the arm's loss minus that of the checkpoint trained further as it is, in nats per character.
+    figures: what `measured` returned for all arms with one seed, by arm. The result is {} if the checkpoint or its
+    further training is missing.
     """
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:

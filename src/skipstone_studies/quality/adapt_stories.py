@@ -84,7 +84,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return for each arm `share`, its FLOPs relative to those of the arm "source", and `perplexity` on the stories.
+    """Return for each arm `share`, its FLOPs divided by those of the arm "source", and `perplexity`, on the stories.
 
     The FLOPs are forward FLOPs per token of stories, as counted by `measured`. figures: what `measured` returned for
     all arms with one seed, by arm. The result is {} without the arm "source", which is the model before it is adapted.

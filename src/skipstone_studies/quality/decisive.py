@@ -52,10 +52,10 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes by name, all with equal training FLOPs: dense models of 8 and 5 blocks, and models that skip.
+    """Return the recipes by name, with equal training FLOPs: dense models of 8 and 5 blocks, and models that skip.
 
-    The latter choose tokens by boundaries of words, at random, by learned routers or not at all (layer dropout). scale:
-    "laptop", "paper" or "quick". corpus: the text.
+    Models that skip choose tokens by boundaries of words, at random, by learned routers or not at all (layer dropout).
+    scale: "laptop", "paper" or "quick". corpus: name of the text, as in data.corpus.
     """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
@@ -78,8 +78,9 @@ def arm(
 ) -> RecipeDict:
     """Return the recipe of one arm: a byte model with the training protocol of this study.
 
-    scale: "laptop", "paper" or "quick", for sizes and training FLOPs. corpus: the text. blocks: number of blocks.
-    mechanisms: entries of the model's `mechanisms`; None means dense. budget: training FLOPs as a share of the scale's.
+    scale: "laptop", "paper" or "quick", for sizes and training FLOPs. corpus: name of the text. blocks: number of
+    blocks. mechanisms: entries of the model's `mechanisms`; None means dense. budget: training FLOPs divided by those
+    of the scale.
     """
     size: Mapping[str, object] = SCALES[scale]
     least = {"least_tokens": LEAST_TOKENS[scale]} if scale in LEAST_TOKENS else {}
@@ -148,7 +149,7 @@ GOES_ON = (
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield for each arm the claims that its test loss is .02 nats below dense-8's and below that of random tokens.
+    """Yield for each arm the claims that its test loss is at least .02 nats below dense-8's and below random tokens'.
 
     figures: the figures of every run, by arm and seed. The verdict is "no headroom" if the dense model of 8 blocks is
     not better than the dense model of 5 blocks, because then depth does not pay.

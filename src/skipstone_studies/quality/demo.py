@@ -16,11 +16,12 @@ from skipstone_studies.study import Column, Figures, RecipeDict, Study
 class Size:
     """The size of the demonstration's five models and of their training.
 
-    hidden_size, num_hidden_layers, num_attention_heads: as in SkipstoneConfig. context: tokens per row. batch_size:
-    rows per step. steps: number of training steps. learning_rate: its peak. capacity: share of tokens that
-    Mixture-of-Depths keeps in every other block. eval_rows: validation rows evaluated during training. validation_rows:
-    rows evaluated after it. tokenizer: as in DataConfig; None means the corpus's default. log_every: steps per log
-    line; None means about 60 lines in all. evaluations: how often the validation loss is measured during training.
+    hidden_size, num_hidden_layers, num_attention_heads: width of the residual stream, number of blocks, and number of
+    attention heads. context: tokens per row. batch_size: rows per step. steps: number of training steps. learning_rate:
+    its peak. capacity: share of tokens that Mixture-of-Depths keeps in every other block. eval_rows: validation rows
+    evaluated during training. validation_rows: rows evaluated after it. tokenizer: "char", "byte", "bpe:SIZE" or
+    "pretrained:NAME"; None means the corpus's default. log_every: steps per log line; None means about 60 lines in all.
+    evaluations: how often the validation loss is measured during training.
     """
 
     hidden_size: int
@@ -135,10 +136,11 @@ def _recipe(size: Size, **mechanisms: object) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: those of `measure.standard`, and `sample`, a text that its model generated.
+    """Return the figures of one run: its training, its evaluation, and a text that its model generated.
 
-    The former are the summary of the training and the evaluation. The sample has its prompt, and pieces of text with
-    the share of the blocks that each took.
+    folder: the run folder. Keys: `training`, the content of result.json; `evaluation`, what `skipstone eval --json`
+    writes; `sample`, with its `prompt` and `pieces`, pairs of a piece of text and the share of the blocks' computation
+    that was executed for it.
     """
     prompt = PROMPTS[Run(folder).data_config().corpus]
     return {**measure.standard(folder), "sample": measure.sample(folder, prompt)}

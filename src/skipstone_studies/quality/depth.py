@@ -32,7 +32,7 @@ LONGEST_TUNING = 7.5e11  # training FLOPs of a run that tunes the rate
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the recipes of dense models by name: for each width and length of training, one of 8 blocks and one of 5.
 
-    The length is given by training FLOPs. scale: "laptop" or "quick". corpus: the text.
+    The length is given in training FLOPs. scale: "laptop" or "quick". corpus: name of the text.
     """
     return {
         name_of(blocks, width, budget): arm(scale, corpus, blocks, width, budget, in_full=(width, budget) in IN_FULL)
@@ -42,7 +42,10 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def name_of(blocks: int, width: int, budget: float) -> str:
-    """Return the name of an arm. blocks, width: number of blocks and width of its model. budget: its training FLOPs."""
+    """Return the name of an arm.
+
+    blocks: number of blocks of its model. width: width of its residual stream. budget: its training FLOPs.
+    """
     return f"dense-{blocks}-width-{width}-{budget:.0e}".replace("e+", "e")
 
 
@@ -55,12 +58,12 @@ def arm(
     mechanisms: list[PlainDict] | None = None,
     in_full: bool = False,
 ) -> RecipeDict:
-    """Return the recipe of one arm: a byte model with heads of 32 and this study's training protocol.
+    """Return the recipe of one arm: a byte model with this study's training protocol, whose heads have 32 channels.
 
-    scale: "laptop" or "quick". corpus: the text. blocks, width: number of blocks and width of the model. budget:
-    training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense. in_full: whether
-    the learning rate is tuned by runs of a quarter of the length, however long; otherwise they have 7.5e11 FLOPs at
-    most.
+    scale: "laptop" or "quick". corpus: name of the text. blocks, width: number of blocks and width of the model.
+    budget: training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense. in_full: whether the
+    learning rate is tuned by runs of a quarter of the training's length, however long that is; otherwise these runs
+    have at most 7.5e11 FLOPs.
     """
     size = COMMON[scale]
     return protocol.planned(
@@ -97,7 +100,8 @@ def _pairs(figures: ByArm) -> Iterator[tuple[int, float, str, str]]:
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield, for each width and length of training, the claim that 8 blocks beat 5, with its verdict.
 
-    It claims a test loss at least .02 nats per byte lower. figures: the figures of every run, by arm and seed.
+    The claim is that the test loss of 8 blocks is lower by at least .02 nats per byte. figures: the figures of every
+    run, by arm and seed.
     """
     for _, _, deep, shallow in _pairs(figures):
         found = paired_differences(figures, shallow, deep, pages.LOSS)

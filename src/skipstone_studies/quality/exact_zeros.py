@@ -52,7 +52,7 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     """Return the recipes by name: SwiGLU, a narrower one, ReGLU, a fixed mix of ReLU and SiLU neurons, and PolyGLU.
 
     ReGLU and the mix appear with and without a penalty (price) on activations that are not 0. scale: "laptop", "paper"
-    or "quick". corpus: the text.
+    or "quick". corpus: name of the text.
     """
     recipe, neurons = partial(_recipe, scale, corpus), NEURONS[scale]
     relu = round(RELU_SHARE * neurons)
@@ -106,12 +106,12 @@ def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[obj
 def measured(folder: Path) -> Figures:
     """Return the figures of one run folder, with shares of neurons that are not 0 and bytes read in decoding.
 
-    Keys: those of `protocol.measured`, such as `loss` and `training_flops`; `on`, the share of neurons that are not 0
-    by block, None if all are read; `mlp_read` and `read`, the bytes of the MLPs' and of all matrices that a decoded
-    token reads, relative to those of the arm "swiglu". For that arm, `teal` shows small inputs of MLPs set to 0 after
-    training, by share of the inputs: as `loss` its increase in nats, as `mlp_read` the share of bytes left. PolyGLU is
-    measured with one fixed activation per neuron; `mixed_loss` is its loss before that, and `relu` the share of neurons
-    with ReLU by block.
+    folder: the run folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split) and
+    `training_flops`; `on`, by block the share of neurons that are not 0, None if all are read; `mlp_read` and `read`,
+    the bytes of the MLPs' and of all matrices that a decoded token reads, divided by those of the arm "swiglu". Only
+    that arm has `teal`, by the share of small inputs of the MLPs that are set to 0 after training: `loss`, the increase
+    of the loss in nats, and `mlp_read`, the share of bytes left. PolyGLU is measured with one fixed activation per
+    neuron; `mixed_loss` is its loss before that, and `relu` by block the share of neurons with ReLU.
     """
     figures = protocol.measured(folder)
     recipe, model = protocol.recipe_of(folder), Run(folder).load_model().eval()

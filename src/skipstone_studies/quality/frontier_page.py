@@ -36,7 +36,7 @@ def samples(figures: ByArm) -> str:
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
-    """Return an SVG chart of loss by FLOPs for each evaluated text, by its name.
+    """Return {name of the text: SVG text}, a chart of loss by FLOPs for each evaluated text.
 
     figures: the figures of every run, by arm and seed.
     """
@@ -46,8 +46,8 @@ def pictures(figures: ByArm) -> dict[str, str]:
 def picture(figures: ByArm, text: str) -> str:
     """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
 
-    Lines begin at the tuned source, or at the source if none was tuned. figures: the figures of every run, by arm and
-    seed. text: a key of `TEXTS`.
+    Lines begin at the source trained further, or at the source if no arm trains it further. figures: the figures of
+    every run, by arm and seed. text: name of the text, a key of `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}

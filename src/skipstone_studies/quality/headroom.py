@@ -33,9 +33,9 @@ ORACLE = "benefit"
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes of dense models: 8 blocks, 5 at equal training FLOPs, and 5 on the same text.
+    """Return the recipes of dense models by name: 8 blocks, 5 with equal training FLOPs, and 5 on the same text.
 
-    scale: "laptop", "paper" or "quick". corpus: the text.
+    scale: "laptop", "paper" or "quick". corpus: name of the text.
     """
     recipe = partial(decisive.arm, scale, corpus)
     full, rival = recipe(decisive.BLOCKS), recipe(5)
@@ -45,10 +45,11 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, for the model of 8 blocks with the benefit of each block.
+    """Return the figures of one run; those of the model of 8 blocks include the benefit of each block.
 
-    The figures are those of `protocol.measured`. The benefit of a block for a token is by how much it lowers the
-    token's loss. It is measured on the test split and stored under the key `benefit`, as `on_rows` returns it.
+    The benefit of a block for a token is the number of nats by which it lowers the token's loss. folder: the run
+    folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split), `training_flops` and
+    `tuning`; for 8 blocks also `benefit`, the dict of `benefit.oracle`, measured on the test split.
     """
     figures = protocol.measured(folder)
     if folder.name.rpartition("-seed")[0] != FULL:
@@ -60,7 +61,8 @@ def measured(folder: Path) -> Figures:
 def units_of(blocks: int) -> list[Unit]:
     """Return the sets of blocks whose benefit is measured: the middle half of the blocks together, then each alone.
 
-    blocks: number of blocks of the model. The middle half is left out if it is a single block.
+    A set is a tuple of indices. blocks: number of blocks of the model. The middle half is left out if it is a single
+    block.
     """
     quarter = max(1, blocks // 4)
     middle = tuple(range(quarter, blocks - quarter))
@@ -70,15 +72,15 @@ def units_of(blocks: int) -> list[Unit]:
 def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> PlainDict:
     """Measure how much blocks of a dense model lower each token's loss, on evenly spaced rows.
 
-    data: prepared text, whose `validation` is read. count: number of rows. Every second one fits a regression that
-    predicts the benefit, the others judge it. Returns the dict of `benefit.oracle`.
+    model: a dense model. data: prepared text, whose `validation` is read. count: number of rows. A regression that
+    predicts the benefit is fitted to every second row and judged on the others. Returns the dict of `benefit.oracle`.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield the claims that 8 blocks have a test loss .02 nats per byte below that of 5, with their verdicts.
+    """Yield the claims that the test loss of 8 blocks is at least .02 nats per byte below that of 5, with verdicts.
 
     One is at equal training FLOPs, the other on the same text. figures: the figures of every run, by arm and seed.
     """
@@ -131,7 +133,7 @@ HEADROOM = Study(
 def checkpoints(scale: str) -> dict[str, RecipeDict]:
     """Return recipes by name, each with a pretrained checkpoint and the text on which its blocks are measured.
 
-    scale: "quick" reads fewer rows of the text.
+    scale: "laptop", "paper" or "quick"; the last reads fewer rows of the text.
     """
     rows = {"rows": 16 if scale == "quick" else 64}
     few = {"rows": 16 if scale == "quick" else 24}  # 2,268 passes of a row
@@ -144,10 +146,11 @@ def checkpoints(scale: str) -> dict[str, RecipeDict]:
 
 
 def of_checkpoint(recipe: RecipeDict) -> Figures:
-    """Return the benefit of a pretrained checkpoint's blocks, as `on_rows` measures it, under the key `benefit`.
+    """Return the benefit of a pretrained checkpoint's blocks, under the key `benefit`.
 
-    recipe: an entry of `checkpoints` with a seed. The text is a corpus, or stories that the checkpoint generates.
-    Raises FileNotFoundError for a checkpoint that does not exist.
+    It is the dict of `benefit.oracle`. recipe: an entry of `checkpoints` with a seed, whose `source` names the
+    checkpoint. The text is a corpus, or stories that the checkpoint generates. Raises FileNotFoundError for a
+    checkpoint that does not exist.
     """
     path = _path(recipe["source"])
     model = load_dense(path)

@@ -38,7 +38,7 @@ ROUTED: dict[str, PlainDict] = {
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """Return the recipes by name: a dense model, one of half its depth, and one routed model per decision.
 
-    scale: "laptop" or "paper". corpus: the text.
+    scale: "laptop" or "paper". corpus: name of the text.
     """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
@@ -70,13 +70,14 @@ def _recipe(scale: str, corpus: str, blocks: int, mechanisms: list[PlainDict] | 
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with the gap between training and executed loss and the realised capacity.
+    """Return the figures of one run, with the gap between training and executed loss and the realised capacity.
 
-    Keys: `training` and `evaluation` (`measure.standard`); `gap`, the executed loss relative to the loss with the
-    decisions of training, minus 1; and for routed models: `capacity`, the share of its tokens that each routed block
-    keeps; `overshoot`, the 99th percentile over rows of the kept share, relative to the configured capacity, minus 1,
-    largest over blocks; `precision`, `recall` and `f1` of the executed decisions against the row's top tokens by score,
-    mean over routed blocks.
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `gap`, the executed loss divided by the loss with the decisions of training, minus 1; and for routed
+    models: `capacity`, the share of its tokens that each routed block keeps; `overshoot`, the 99th percentile over rows
+    of the kept share, divided by the configured capacity, minus 1, largest over blocks; `precision`, `recall` and `f1`,
+    which compare the tokens kept in the executed pass with those of each row that have the highest scores, as means
+    over routed blocks.
     """
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]
@@ -138,7 +139,10 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """Build the study of all decisions of Mixture-of-Depths on one corpus, under this name."""
+    """Build the study of all decisions of Mixture-of-Depths on one corpus.
+
+    corpus: name of the corpus. name: name of the study.
+    """
     return Study(
         name=name,
         purpose=f"Every decision of Mixture-of-Depths on {corpus}: oracle and executed loss, realised capacity",

@@ -40,7 +40,7 @@ ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, and PolyGLU with and without Gumbel noise at three preference scales.
 
-    scale: "laptop" or "paper". corpus: the text.
+    scale: "laptop" or "paper". corpus: name of the text.
     """
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}
@@ -66,14 +66,15 @@ def _recipe(scale: str, corpus: str, activation: str | PlainDict) -> RecipeDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, and for PolyGLU how its neurons choose their activations.
+    """Return the figures of one run, and for PolyGLU how its neurons choose their activations.
 
-    Keys: `training` and `evaluation` (`measure.standard`); `diversity`, the share of neurons whose strongest activation
-    is not the most common one of their layer; `dynamic_entropy` and `static_entropy`, mean entropies in nats of a
-    neuron's softmax over activations, with all logits and with its learned preferences alone; these are means over
-    layers. `hardened`: by how many nats the loss rises if each neuron keeps one activation, chosen on training rows.
-    `neurons`: for each layer, the share of neurons whose strongest activation is each of the functions. `course`: the
-    first three figures during training, {percentage of the steps: {name: value}}.
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `diversity`, the share of neurons whose strongest activation is not the most common one of their layer;
+    `dynamic_entropy` and `static_entropy`, mean entropies in nats of a neuron's softmax over activations, with all
+    logits and with its learned preferences alone; these are means over layers. `hardened`: by how many nats the loss
+    rises if each neuron keeps one activation, chosen on training rows. `neurons`: for each layer, the share of neurons
+    whose strongest activation is each of the functions. `course`: the first three figures during training, {percentage
+    of the steps: {name: value}}.
     """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
@@ -102,10 +103,11 @@ def _hardened(folder: Path, loaded: LoadedRun) -> float:
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:
-    """Return `diversity`, `dynamic_entropy` and `static_entropy` at 5 evenly spaced points of a training.
+    """Return how PolyGLU's neurons chose their activations at 5 evenly spaced points of a training.
 
-    They are described in `measured`, were logged, and are averaged over layers. The result is {percentage of the steps:
-    {name: value}}.
+    The result is {percentage of the steps: {"diversity": share of neurons whose strongest activation is not the most
+    common one of their layer, "dynamic_entropy" and "static_entropy": mean entropies in nats of a neuron's softmax,
+    with all logits and with its learned preferences alone}}. All were logged in training and are averaged over layers.
     """
     lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
     last, found = lines[-1]["step"], {}

@@ -38,9 +38,9 @@ TEXT = "text.json"  # beside the saved model: the text on which it is measured
 def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: int = 0) -> dict[str, RecipeDict]:
     """Return the recipes by name: each model with its own weights, in int8 and in int4.
 
-    scale: not used. runs: (study, arm) of finished runs, the first of a dense model; ", pruned" after an arm's name
-    removes unused neuron groups. text: keyword arguments of `load_run` that select the evaluated text. group: number of
-    weights in a matrix row that share an int4 scale; 0 means the whole row.
+    scale: not used. runs: pairs (study, arm) of finished runs, the first of a dense model; where ", pruned" is appended
+    to an arm's name, its unused neuron groups are removed. text: keyword arguments of `load_run` that select the
+    evaluated text. group: number of weights in a matrix row that share an int4 scale; 0 means the whole row.
     """
     return {
         name_of(arm, weights): {
@@ -62,8 +62,8 @@ def name_of(arm: str, weights: str) -> str:
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Save another study's model in `folder` with quantised weights, and check that it loads as it was saved.
 
-    recipe: an entry of `arms` with a seed. resume, callbacks: not used. Raises FileNotFoundError if the other run does
-    not exist.
+    recipe: an entry of `arms` with a seed, which names the run and the format of the weights. folder: the folder to
+    write. resume, callbacks: not used. Raises FileNotFoundError if the other run does not exist.
     """
     named, seed = recipe["run"], recipe["seed"]
     source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
@@ -147,10 +147,10 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 
 def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
-    """Return by arm `perplexity`, and for arms that skip and are quantised `interaction`, in nats.
+    """Return for each arm `perplexity`, and for arms that both skip and are quantised `interaction`, in nats.
 
-    The interaction is the loss added by both together minus the sum of the losses that each adds alone. figures: the
-    figures of all arms with one seed, by arm. first: name of the dense arm.
+    The interaction is the loss that skipping and quantisation add together, minus the sum of the losses that each adds
+    alone. figures: what `measured` returned for all arms with one seed, by arm. first: name of the dense arm.
     """
     found: dict[str, Figures] = {}
     for name, of_arm in figures.items():
@@ -168,8 +168,8 @@ def quantised(
 ) -> Study:
     """Build the study of quantised weights of one family of models.
 
-    name, purpose, about: name, purpose and description of the study. runs: (study, arm) of the measured runs, the first
-    of a dense model. rows: number of evaluated rows. options: further arguments of `arms`.
+    name, purpose, about: name, purpose and description of the study. runs: pairs (study, arm) of the measured runs, the
+    first of a dense model. rows: number of evaluated rows. options: `text` and `group`, arguments of `arms`.
     """
     return Study(
         name=name,

@@ -63,16 +63,17 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def mixture(**options: Any) -> PlainDict:
     """Return a `mechanisms` entry of Mixture-of-Depths on all blocks but the first two.
 
-    Its capacity is the share of tokens that are operations in Reset-S3. options: further options of
-    `MixtureOfDepthsConfig`.
+    Its capacity is the share of tokens that are operations in Reset-S3. options: further options of the entry, such as
+    `decision`.
     """
     return {"name": "mixture_of_depths", "layers": ROUTED, "capacity": CAPACITY, **options}
 
 
 def gate(**options: Any) -> PlainDict:
-    """Return a `mechanisms` entry of Token-Selective Attention on all blocks but the first two, skipping in generation.
+    """Return a `mechanisms` entry of Token-Selective Attention on all blocks but the first two.
 
-    options: further options of `TokenSelectiveConfig`.
+    Its gates scale updates in training and skip tokens in generation. options: further options of the entry, such as
+    `decision`.
     """
     return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
@@ -87,8 +88,8 @@ def recipe(
     """Return the recipe of one arm on a synthetic task.
 
     size: hidden_size, num_attention_heads, steps, batch_size and rate (the learning rate). blocks: number of blocks.
-    mechanisms: entries of the model's `mechanisms`; None means dense. corpus: the task. train: further training
-    options.
+    mechanisms: entries of the model's `mechanisms`; None means dense. corpus: name of the task. train: further training
+    options, by name.
     """
     steps = size["steps"]
     return {
@@ -113,11 +114,11 @@ def recipe(
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: training, evaluation, and accuracy and FLOPs of the executed pass.
+    """Return the figures of one run: training, evaluation, and accuracy and FLOPs of the executed pass.
 
-    Keys: `training` and `evaluation` (`measure.standard`); `accuracy`, the share of correct operations by bin of
-    difficulty (operations since the last reset); `flops`, counted per token. The pass is the model's main one, which
-    skips as generation does.
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
+    `flops`, counted per token. The pass is the model's main one, which skips as generation does.
     """
     figures = measure.standard(folder)
     evaluation = figures["evaluation"]
@@ -128,12 +129,12 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """Return for each judged arm how far its accuracy lies between a dense model's (0) and that of known decisions (1).
+    """Return where each judged arm's accuracy lies between a dense model's (0) and that of known decisions (1).
 
     The result is {arm: {"headroom": {bin of difficulty: value}}}. Dense accuracies are interpolated at the arm's
-    executed FLOPs. figures: the figures of all arms with one seed, by arm. judged: names of the arms to judge. knowing:
-    name of the arm that keeps exactly the tokens known to need depth. Returns {} without the latter or without dense
-    arms.
+    executed FLOPs. figures: what `measured` returned for all arms with one seed, by arm. judged: names of the arms to
+    judge. knowing: name of the arm that keeps exactly the tokens known to need depth. The result is {} if that arm or
+    the dense arms are missing.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)

@@ -53,7 +53,10 @@ SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes of the base model by name: PolyGLU trained with Gumbel noise and without. scale: not used."""
+    """Return the recipes of the base model by name: PolyGLU trained with Gumbel noise and without.
+
+    scale: not used.
+    """
     return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
 
 
@@ -105,7 +108,8 @@ def chats() -> list[PlainDict]:
 def make_tokenizer(rows: Sequence[PlainDict], folder: Path) -> None:
     """Train a byte-level BPE tokenizer with ChatML's special tokens on chats, and save it in `folder`.
 
-    rows: as `chats` returns them. The token that ends a turn is the tokenizer's eos token.
+    rows: the chats, {"messages": [user, assistant]}, where each message has "role" and "content". The token that ends a
+    turn is the tokenizer's eos token.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,7 +140,7 @@ class Routing:
 
     @torch.no_grad()
     def figures(self) -> PlainDict:
-        """Return `dynamic_entropy` and `flips`, as they are now.
+        """Return {"dynamic_entropy": one value per layer, "flips": a share}, as they are now.
 
         dynamic_entropy: for each layer, mean entropy in nats, over tokens and neurons, of the softmax over activations
         with all logits. flips: share of neurons whose strongest activation is not the one that it was when the object
@@ -168,7 +172,7 @@ class Routing:
 class Watch(TrainerCallback):
     """A trainer callback that measures how PolyGLU's neurons choose their activations every `every` steps.
 
-    routing: takes the measurements. path: file to which each is appended as a line of JSON.
+    routing: takes the measurements. path: file to which each measurement is appended as a line of JSON.
     """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
@@ -191,15 +195,19 @@ class Watch(TrainerCallback):
 
 
 def course(path: Path) -> list[PlainDict]:
-    """Return the measurements in a file of `Watch`, without an incomplete last line (of a killed process)."""
+    """Return the measurements that `Watch` wrote to a file, one dict per line, in order.
+
+    A last line that a killed process left incomplete is left out. path: the file.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def measured(folder: Path) -> Figures:
-    """Fine-tune the base model in `folder` by TRL's SFTTrainer, and return the figures of the tuning (`figures`).
+    """Fine-tune the base model in `folder` by TRL's SFTTrainer, and return the figures of the tuning.
 
-    An interrupted tuning is resumed. Raises ValueError if TRL is not installed or if the temperature tau has changed.
+    They are the dict that `figures` describes: `losses`, `course`, `drift`, `flips`, `stable` and others. An
+    interrupted tuning is resumed. Raises ValueError if TRL is not installed or if the temperature tau has changed.
     """
     try:
         from datasets import Dataset
@@ -252,11 +260,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor
 def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
     """Return the figures of a fine-tuning: what was logged, and summaries.
 
-    losses: the logged training losses. lines: the dicts of `Routing.figures` over time, the first from before tuning.
-    tau: the temperature of PolyGLU. Keys of the result: `losses`, `course` (the lines) and `tau` as given;
-    `first_loss`, `last_loss`; `start` and `end`, dynamic entropies averaged over layers; `drift`, their relative
-    change; `largest`, the largest such change at any time; `flips`, the share of neurons whose strongest activation has
-    changed; `stable`, 1 if the drift is at most 10 % and the flips at most 1 %, else 0.
+    losses: the logged training losses. lines: measurements over time, dicts with `dynamic_entropy` (one value per
+    layer) and `flips`; the first is from before tuning. tau: the temperature of PolyGLU. Keys of the result: `losses`,
+    `course` (the lines) and `tau` as given; `first_loss`, `last_loss`; `start` and `end`, dynamic entropies averaged
+    over layers; `drift`, end / start - 1; `largest`, the largest such drift at any time, by its magnitude; `flips`, the
+    share of neurons whose strongest activation has changed; `stable`, 1 if the drift is at most 10 % in either
+    direction and the flips at most 1 %, else 0.
     """
     means = [statistics.fmean(line["dynamic_entropy"]) for line in lines]
     drifts, flips = [mean / means[0] - 1 for mean in means], lines[-1]["flips"]

@@ -32,7 +32,7 @@ class Site:
     """A forward pre-hook of one matrix that sets small inputs to 0 (TEAL, arXiv 2408.14690).
 
     magnitudes: |x| of inputs, collected while threshold is None. threshold: inputs with |x| at or below it become 0.
-    inputs, zeros: how many inputs were seen since, and how many became 0.
+    inputs, zeros: how many inputs were seen since the threshold was set, and how many of them became 0.
     """
 
     magnitudes: list[Tensor] = field(default_factory=list)
@@ -77,8 +77,8 @@ def measure_teal(
 
     The method is TEAL (arXiv 2408.14690). forward: the kind of pass that is run. calibration: batches from which
     thresholds are taken, as quantiles of |x|. batches: the batches on which the loss is measured. sparsity: share of
-    inputs set to 0, in [0, 1). Everything is computed, so no time is saved. Raises ValueError for a sparsity outside of
-    this range, and for a model without gated MLPs.
+    each matrix's inputs that is to be set to 0, in [0, 1). Everything is computed, so no time is saved. Raises
+    ValueError for a sparsity outside of this range, and for a model without gated MLPs.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")

@@ -34,7 +34,7 @@ Size = PlainMapping  # width, blocks, vocabulary; prompt, steps and turns of dec
 
 
 def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
-    """Build a model with random weights, equal for all mechanisms, and heads of 64 channels.
+    """Build a model with random weights, which are the same whatever the mechanisms, and heads of 64 channels.
 
     size: a mapping with the keys "width", "blocks" and "vocabulary". mechanisms: entries of the configuration's
     `mechanisms`; [] means a dense model.
@@ -56,7 +56,7 @@ def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    """Yield index of the block, name and mechanism of every depth mechanism of a model."""
+    """Yield (index of the block, name, mechanism) of every depth mechanism of a model."""
     blocks = model.model.layers
     for i, block in enumerate(blocks):
         for name, mechanism in block.mechanisms.items():
@@ -68,8 +68,8 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
     """Set the threshold of every depth mechanism so that it keeps its configured share (`capacity`) of random text.
 
     The threshold becomes the (1 - capacity) quantile of the router's scores of `ids`, block after block, because a
-    block's scores depend on the blocks before it. ids: token ids, int64 [rows, tokens]. first: in each row, only scores
-    from this token on count.
+    block's scores depend on the blocks before it. ids: token ids, int64 [rows, tokens]. first: index of the token in
+    each row from which scores count.
     """
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
@@ -81,8 +81,8 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 class Decoding:
     """A model that is timed decoding random tokens after a prompt in its cache.
 
-    model: its thresholds are set by `calibrate` first, on random text. size: a mapping with "vocabulary", "prompt"
-    (tokens of a prompt), "steps" (decoding steps of a turn) and "turns". rows: number of sequences decoded together.
+    model: the model, whose thresholds are first set on random text. size: a mapping with "vocabulary", "prompt" (tokens
+    of a prompt), "steps" (decoding steps of a turn) and "turns". rows: number of sequences decoded together.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
@@ -151,14 +151,19 @@ def of_rows(rows: int) -> str:
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes that the study compares, one for each number of rows; `scale` has no effect."""
+    """Return the recipes that the study compares, one for each number of rows.
+
+    scale: not used.
+    """
     return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Time decoding by the dense and the routed model at one number of rows, and measure their caches.
 
-    recipe: an entry of `arms`. The result is that of `figures`.
+    recipe: an entry of `arms`, with the sizes and the number of rows. Keys of the result: `seconds` per step of both
+    models, `speed` (routed divided by dense), `computed` and `share` (rows that a routed block computes), and `memory`
+    (ratios of cache sizes).
     """
     models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
     decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
@@ -181,11 +186,11 @@ def figures(
 ) -> Figures:
     """Return the figures of decoding at one number of rows.
 
-    step: seconds per step of the models "dense" and "routed". speed: tokens per second of the routed model relative to
+    step: seconds per step of the models "dense" and "routed". speed: tokens per second of the routed model divided by
     the dense one's, as {"median", "min", "max"} over turns. computed: number of rows, out of `rows`, that a routed
     block computes in a step, as a mean. memory: for each of the two models, the dict that `Decoding.memory` returns. In
     the result, `seconds` is `step`; `share` is computed / rows; `memory` has, for each key of `Decoding.memory`, the
-    routed model's value relative to the dense one's, and `unused`, the share of the routed model's reserved bytes that
+    routed model's value divided by the dense one's, and `unused`, the share of the routed model's reserved bytes that
     hold nothing.
     """
     ours, dense = memory["routed"], memory["dense"]

@@ -85,22 +85,31 @@ SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narr
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
+    """Return the recipes by name, one for each way to decode the source model.
+
+    scale: not used.
+    """
     return {arm: {"source": SOURCE, **STEPS, **recipe} for arm, recipe in WAYS.items()}
 
 
 def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
+    """Return the recipes by name, one for each way to decode Gemma 3 from its four-bit GGUF file.
+
+    scale: not used.
+    """
     return {arm: {"source": GEMMA, **STEPS, **recipe} for arm, recipe in WAYS_OF_GEMMA.items()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one way to decode a checkpoint with less work.
 
-    recipe: an entry of `arms`, with the keys "way", "source" (name of the checkpoint), "prompt" and "new" (tokens),
-    "turns", "threads", and options of the way. Keys of the result: `distance`, how far its predictions are from the
-    source's (`rivals.source.distance`; empty for ways that change no prediction); `bytes` of weights that decoding one
-    token reads; `share`, these bytes relative to those of the source in fp32; `speed`, the result of `speed`, absent
-    for ways that only compute what leaving out weights would give; `guessed`, with a draft, the share of the tokens
-    that the draft had proposed.
+    recipe: an entry of `arms` or `arms_of_gemma`, with the keys "way", "source" (name of the checkpoint), "prompt" and
+    "new" (tokens), "turns", "threads", and options of the way. Keys of the result: `distance`, how far its predictions
+    are from the source's, as `rivals.source.distance` describes it ({} for ways that change no prediction); `bytes` of
+    weights that decoding one token reads; `share`, these bytes divided by those of the source in fp32; `speed`, tokens
+    per second divided by those of transformers' model in fp32, as {"median", "min", "max"} over turns, absent for ways
+    that only compute what leaving out weights would give; `guessed`, with a draft, the share of the tokens that the
+    draft had proposed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -169,10 +178,11 @@ def _weights(name: str, way: str, weights: str | None) -> SkipstoneForCausalLM:
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
-    """Return the tokens per second of an engine relative to transformers' model in fp32, timed in turns.
+    """Return the tokens per second of an engine divided by transformers' model in fp32, timed in turns.
 
     recipe: has the keys "source" (name of the checkpoint), "prompt" and "new" (tokens of the prompt and of the greedy
-    continuation) and "turns". The result is {"median", "min", "max"} over turns.
+    continuation) and "turns". engine: the engine to time. The result is {"median", "min", "max"} of the ratio over
+    turns.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

@@ -18,7 +18,10 @@ STARTS = 5
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: a training step, decoding one row, starting the command; `scale` has no effect."""
+    """Return the recipes by name: a training step, decoding one row, starting the command.
+
+    scale: not used.
+    """
     return {
         "training step": {"task": "train", **SIZE},
         "decoding one row": {"task": "decode", **SIZE},
@@ -29,8 +32,9 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Time our dense decoder against transformers' Llama, or the start of the command line.
 
-    recipe: an entry of `arms`. The result is {"time": seconds of our model relative to Llama's, as {"median", "min",
-    "max"} over rounds}, or {"seconds": the median wall time of the process `skipstone --help`}.
+    recipe: an entry of `arms`, whose "task" is "train", "decode" or "help". The result is {"time": seconds of our model
+    divided by those of Llama, as {"median", "min", "max"} over rounds}, or {"seconds": the median wall time of the
+    process `skipstone --help`}.
     """
     if recipe["task"] == "help":
         command = [sys.executable, "-m", "skipstone_cli.main", "--help"]

@@ -28,15 +28,18 @@ Step = Callable[[Tensor], Tensor]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each width and implementation; `scale` has no effect."""
+    """Return the recipes by name, one for each width and implementation.
+
+    scale: not used.
+    """
     return {f"width {width}, {kind}": {"width": width, "kind": kind, **SIZE} for width in (256, 512) for kind in KINDS}
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Time forward and backward pass of one implementation of a mixture of experts, in turns with a dense MLP.
 
-    recipe: an entry of `arms` with a key "seed". The result is {"seconds": the median CPU seconds, "time": CPU seconds
-    relative to the dense MLP's, as {"median", "min", "max"} over rounds}.
+    recipe: an entry of `arms` with a key "seed"; its "kind" names the implementation. The result is {"seconds": the
+    median CPU seconds, "time": CPU seconds divided by those of the dense MLP, as {"median", "min", "max"} over rounds}.
     """
     torch.manual_seed(recipe["seed"])
     x_BTD = torch.randn(1, recipe["tokens"], recipe["width"], requires_grad=True)

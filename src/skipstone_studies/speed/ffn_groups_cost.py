@@ -26,10 +26,10 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: training steps of an MLP, and decoding by a whole model; `scale` has no effect.
+    """Return the recipes by name: training steps of an MLP, and decoding by a whole model.
 
     They differ in the width, in the share of the neurons that are on, and, in training, in the chunk, which is the
-    number of neighbouring tokens that share one decision.
+    number of neighbouring tokens that share one decision. scale: not used.
     """
     found: dict[str, RecipeDict] = {}
     for part, chunks in (("training", CHUNKS), ("decoding", CHUNKS[:1])):
@@ -44,9 +44,9 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Time an MLP with neuron groups, and a SwiGLU with as many neurons as are on, in turns with the whole SwiGLU.
 
-    recipe: an entry of `arms` with a key "seed". The result is {"time": {"groups", "narrow"}}, CPU seconds of each
-    relative to the whole SwiGLU's, as {"median", "min", "max"} over rounds; in training also "flops", the counted FLOPs
-    of the groups relative to the SwiGLU's.
+    The three take turns. recipe: an entry of `arms` with a key "seed". The result is {"time": {"groups", "narrow"}},
+    CPU seconds of each divided by those of the whole SwiGLU, as {"median", "min", "max"} over rounds; in training also
+    "flops", the counted FLOPs of the groups divided by those of the SwiGLU.
     """
     torch.manual_seed(recipe["seed"])
     return (_training if recipe["part"] == "training" else _decoding)(recipe)
@@ -87,7 +87,7 @@ def _neurons(recipe: RecipeDict) -> tuple[int, int]:
 
 
 def _cpu_time(runs: Mapping[str, Run], rounds: int) -> Figures:
-    """Return the CPU seconds of "groups" and "narrow" relative to those of "SwiGLU", which are timed in turns."""
+    """Return the CPU seconds of "groups" and "narrow" divided by those of "SwiGLU", which are timed in turns."""
     taken = seconds({name: timed(run, time.process_time) for name, run in runs.items()}, rounds)
     return {name: ratio(taken[name], taken["SwiGLU"]) for name in ("groups", "narrow")}
 

@@ -42,19 +42,22 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the only recipe of the study by name; `scale` has no effect."""
+    """Return the only recipe of the study, by its name.
+
+    scale: not used.
+    """
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Run the recipe's number of training steps, on a GPU if there is one, and return what they took.
 
-    recipe: the sections of a recipe, and `tokens` (of its one row) and `steps`. Keys of the result: `parameters` and
-    `routing` (numbers of all parameters and of PolyGLU's routers), `uniform_loss` (loss of a uniform prediction in
-    nats), `first` and `last` (`loss` and `gradient_norm` of these steps, and the `seconds` of the last one by part),
-    `peak_gb` (peak memory), `flops` (of a step, by the cost model), `flops_per_second` (of the last step's forward and
-    backward pass) and `tokens_per_second` (of the whole last step). Seconds are wall time on a GPU and CPU time
-    elsewhere, which other processes disturb less.
+    recipe: the sections model, data and train, `tokens` (of the one row of a step) and `steps` (their number). Keys of
+    the result: `parameters` and `routing` (numbers of all parameters and of PolyGLU's routers), `uniform_loss` (loss of
+    a uniform prediction in nats), `first` and `last` (`loss` and `gradient_norm` of these steps, and the `seconds` of
+    the last one by part), `peak_gb` (peak memory), `flops` (of a step, by the cost model), `flops_per_second` (of the
+    last step's forward and backward pass) and `tokens_per_second` (of the whole last step). Seconds are wall time on a
+    GPU and CPU time elsewhere, which other processes disturb less.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
@@ -92,9 +95,9 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 
 
 def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW for a model with the learning rate and betas of a recipe.
+    """Build AdamW for a model with the learning rate, betas and weight decay of a recipe.
 
-    recipe: its weight decay applies to all parameters but the kinds that `train.no_decay` names.
+    recipe: the parsed recipe. Its weight decay applies to all parameters but the kinds that `train.no_decay` names.
     """
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))
@@ -110,9 +113,9 @@ def step(
 ) -> PlainDict:
     """Run one training step in bf16 under autocast, and return its loss, gradient norm and seconds.
 
-    given: the batch. recipe: determines the gradient clipping and the chunks of the loss. device: "cuda" or "cpu". The
-    result is {"loss": nats per token, "gradient_norm": before clipping, "seconds": {"forward", "backward",
-    "optimizer"}}.
+    given: the batch, the model's inputs by name. recipe: determines the gradient clipping and the chunks of the loss.
+    device: "cuda" or "cpu". The result is {"loss": nats per token, "gradient_norm": before clipping, "seconds":
+    {"forward", "backward", "optimizer"}}.
     """
     at = [_now(device)]
     with torch.autocast(device, torch.bfloat16):

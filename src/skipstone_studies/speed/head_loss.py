@@ -26,7 +26,7 @@ KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name, one for each way to compute the loss and precision.
 
-    scale: PyTorch's own function takes minutes on a CPU, so it only runs at the scale "paper".
+    scale: "laptop" or "paper"; PyTorch's own function takes minutes on a CPU, so only "paper" has it.
     """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}
@@ -35,9 +35,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one way to compute the loss over a large vocabulary, forward and backward.
 
-    recipe: an entry of `arms`. Keys of the result: `loss` (mean over tokens, in nats), `gib` (peak memory beyond hidden
-    states and weight, in GiB), `seconds` (median CPU seconds) and `time` (CPU seconds relative to computing all logits
-    at once, as {"median", "min", "max"} over rounds).
+    recipe: an entry of `arms`, with the keys "kind", "precision", "tokens", "width", "vocabulary" and "rounds". Keys of
+    the result: `loss` (mean over tokens, in nats), `gib` (peak memory beyond hidden states and weight, in GiB),
+    `seconds` (median CPU seconds) and `time` (CPU seconds divided by those of computing all logits at once, as
+    {"median", "min", "max"} over rounds).
     """
     given = inputs(recipe)
     kinds = (ALL, recipe["kind"])
@@ -92,7 +93,7 @@ def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def memory_of(recipe: RecipeDict) -> float:
     """Return the GiB by which one forward and backward pass raises the peak memory of this process (Linux only).
 
-    recipe: an entry of `arms`.
+    recipe: an entry of `arms`, whose "kind" says how the loss is computed.
     """
     given = inputs(recipe)
     before = resident_peak()

@@ -27,9 +27,10 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
-    """Time all tasks in turns, and return the seconds of each in every round, by name.
+    """Time all tasks in turns, and return for each, by name, its seconds in every round.
 
-    tasks: functions that run and time one call, as `timed` makes them. rounds: number of rounds after one to warm up.
+    tasks: by name, functions without arguments that run one call and return it as `Lap`. rounds: number of rounds after
+    one to warm up.
     """
     return {name: [lap.seconds for lap in rate.laps] for name, rate in take_turns(tasks, rounds).items()}
 
@@ -43,14 +44,15 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest value, with the keys "median", "min" and "max"."""
+    """Return {"median", "min", "max"} of the values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def time_ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Time two functions in turns, and return our seconds relative to theirs as {"median", "min", "max"} over rounds.
+    """Time two functions in turns, and return ours / theirs as {"median", "min", "max"} over rounds.
 
-    ours, theirs: the functions. Less than 1 means that ours is faster. rounds: number of rounds after one to warm up.
+    The ratio is of wall seconds within a round. ours, theirs: the functions, called without arguments. Less than 1
+    means that ours is faster. rounds: number of rounds after one to warm up.
     """
     found = seconds({"ours": timed(ours), "theirs": timed(theirs)}, rounds)
     return ratio(found["ours"], found["theirs"])

@@ -36,7 +36,10 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each size, decision and kind of step; `scale` has no effect."""
+    """Return the recipes by name, one for each size, decision and kind of step.
+
+    scale: not used.
+    """
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
         for size, decisions in SIZES
@@ -74,7 +77,10 @@ def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
 
 
 def ids_of(size: RecipeDict) -> torch.Tensor:
-    """Return random token ids, int64 [rows, context]. size: a mapping with the keys "rows" and "context"."""
+    """Return random token ids, int64 [rows, context].
+
+    size: a mapping with the keys "rows" and "context".
+    """
     return torch.randint(0, 256, (size["rows"], size["context"]), generator=torch.Generator().manual_seed(0))
 
 
@@ -109,7 +115,7 @@ def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
 
 
 class Repeated(Dataset[dict[str, torch.Tensor]]):
-    """A dataset that repeats the rows `ids` `times` times."""
+    """A dataset that has the rows `ids`, int64 [rows, tokens], `times` times one after the other."""
 
     def __init__(self, ids: torch.Tensor, times: int) -> None:
         self.ids, self.times = ids, times
@@ -125,7 +131,8 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
     """Return a function that trains for a few steps by `RoutingTrainer`, including its set-up.
 
-    size: a mapping with the keys of `ids_of` and "trainer_steps", the number of steps. folder: for Trainer's output.
+    size: a mapping with the keys "rows", "context" and "trainer_steps", the number of steps. folder: for Trainer's
+    output.
     """
     arguments = TrainingArguments(
         output_dir=folder,
@@ -148,7 +155,8 @@ def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) ->
 def measured(recipe: RecipeDict) -> Figures:
     """Time a Mixture-of-Depths training step in turns with the dense model's, and count the FLOPs of both.
 
-    recipe: an entry of `arms`. The result is that of `figures`.
+    recipe: an entry of `arms`, with sizes, "decision", "way" (the kind of step), "limit" and "rounds". Keys of the
+    result: `flops` and `time` (routed divided by dense), `limit`, `host_syncs` and `over` (time / flops).
     """
     ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
     ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))
@@ -167,8 +175,8 @@ def measured(recipe: RecipeDict) -> Figures:
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
     """Return the figures of an arm, a training step of a Mixture-of-Depths model.
 
-    decision: name of the router's decision. flops: FLOPs of a step relative to the dense model's. time: seconds of a
-    step relative to the dense model's, as {"median", "min", "max"} over rounds. limit: the largest accepted ratio of
+    decision: name of the router's decision. flops: FLOPs of a step divided by the dense model's. time: seconds of a
+    step divided by the dense model's, as {"median", "min", "max"} over rounds. limit: the largest accepted ratio of
     time to FLOPs. syncs: number of times that the host waits for the device in a forward pass. Keys of the result:
     `flops`, `time`, `limit`, `host_syncs` and `over`, the median time divided by the FLOPs; it is absent for a decision
     that keeps another number of tokens in every step.

@@ -39,7 +39,7 @@ PROMPT, STEPS, TURNS = 32, 32, 7
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: for each shape and dtype of the weights, three shares of the neurons.
 
-    `scale` has no effect.
+    scale: not used.
     """
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
@@ -83,9 +83,9 @@ def copied(task: Task) -> Task:
 def measured(recipe: RecipeDict) -> Figures:
     """Time decoding with a part of the neurons, in turns with the dense model.
 
-    recipe: an entry of `arms`. Keys of the result: `flops`, the FLOPs of a step relative to the dense model's; `place`
-    and `copy`, tokens per second relative to the dense model's if rows of the weights are read in place or copied
-    first, as {"median", "min", "max"} over turns.
+    recipe: an entry of `arms`. Keys of the result: `flops`, the FLOPs of a step divided by those of the dense model;
+    `place` and `copy`, tokens per second divided by those of the dense model, if rows of the weights are read in place
+    and if they are copied first, as {"median", "min", "max"} over turns.
     """
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)

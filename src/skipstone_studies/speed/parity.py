@@ -204,7 +204,7 @@ CASES: dict[str, PreTrainedConfig] = {
 class Parity:
     """The agreement of one checkpoint's outputs with transformers'.
 
-    fp32, bf16: largest difference of the logits, relative to the largest logit. generation: whether both continue
+    fp32, bf16: largest difference of the logits, divided by the largest logit. generation: whether both continue
     prompts with the same greedy text.
     """
 
@@ -285,16 +285,20 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: a small configuration for each case, and a real checkpoint; `scale` has no effect."""
+    """Return the recipes by name: a small configuration for each case, and a real checkpoint.
+
+    scale: not used.
+    """
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure the agreement of one checkpoint with transformers, and return the fields of `Parity` by name.
+    """Measure the agreement of one checkpoint with transformers.
 
     recipe: an entry of `arms`, with "source" (name of a checkpoint in SKIPSTONE_DATA) or "config" (fields of a
-    configuration of transformers, for a checkpoint with random weights).
+    configuration of transformers, for a checkpoint with random weights). Keys of the result: `fp32` and `bf16`, the
+    largest difference of the logits divided by the largest logit, and `generation`, whether greedy texts are equal.
     """
     with quiet(), tempfile.TemporaryDirectory() as folder:
         if "source" in recipe:

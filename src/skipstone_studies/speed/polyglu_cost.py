@@ -31,7 +31,7 @@ TAUS = (1.0, 0.1)  # initial and trained
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: training by width, tau, precision and noise; decoding by width.
 
-    `scale` has no effect.
+    scale: not used.
     """
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
@@ -50,16 +50,19 @@ def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
 
 
 def decoding_name(width: int) -> str:
-    """Return the name of a decoding arm. width: width of the model's residual stream."""
+    """Return the name of a decoding arm.
+
+    width: width of the model's residual stream.
+    """
     return f"decoding, width {width}, hardened"
 
 
 def measured(recipe: RecipeDict) -> Figures:
     """Time PolyGLU in turns with SwiGLU, in training or in decoding.
 
-    recipe: an entry of `arms` with a key "seed". Keys of the result: `time`, seconds relative to SwiGLU's, as
+    recipe: an entry of `arms` with a key "seed". Keys of the result: `time`, seconds divided by SwiGLU's, as
     {"median", "min", "max"} over rounds; in training also `saved`, the bytes that autograd keeps for the backward pass,
-    relative to SwiGLU's.
+    divided by SwiGLU's.
     """
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)
@@ -138,7 +141,7 @@ def as_if_trained(activation: PolyGLU, tau: float) -> None:
 
 
 def _decoding(recipe: RecipeDict) -> Figures:
-    """Time decoding of a model hardened to a quarter of the neurons per activation, relative to SwiGLU."""
+    """Time decoding of a model hardened to a quarter of the neurons per activation, divided by SwiGLU."""
     heads = max(1, recipe["width"] // 64)
     values = {"vocab_size": 256, "hidden_size": recipe["width"], "num_hidden_layers": recipe["blocks"]}
     routed = SkipstoneForCausalLM(SkipstoneConfig(**values, num_attention_heads=heads, activation={"name": "polyglu"}))
@@ -149,7 +152,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
-    """Return a function that decodes `STEPS` tokens and then restores the cache."""
+    """Return a function that decodes `STEPS` tokens with an empty cache and then empties it again."""
     cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()

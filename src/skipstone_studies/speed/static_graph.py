@@ -25,7 +25,10 @@ INPUTS, ROWS, CONTEXT = 1000, 2, 128
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each decision of Mixture-of-Depths; `scale` has no effect."""
+    """Return the recipes by name, one for each decision of Mixture-of-Depths.
+
+    scale: not used.
+    """
     return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
 
 
@@ -33,8 +36,8 @@ def measured(recipe: RecipeDict) -> Figures:
     """Measure whether a routed model has the same operations, FLOPs and compiled graphs for many inputs of one shape.
 
     recipe: has the keys "decision" and "inputs" (number of batches). Keys of the result: `lists`, the number of
-    different sequences of operations and shapes; `flops`, the number of different FLOP counts; and the keys of
-    `compiled`.
+    different sequences of operations and shapes; `flops`, the number of different FLOP counts; `graphs`,
+    `recompilations` and `breaks` of torch.compile.
     """
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]

@@ -21,10 +21,10 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name; `scale` has no effect.
+    """Return the recipes by name, which differ in phase, rows, share of skipped tokens, and `kv`.
 
-    They differ in phase (prefill or decode), number of rows, share of tokens that the gates skip, and `kv`, which is
-    "full" if skipped tokens still provide keys and values, else "kept".
+    The phase is "prefill" or "decode"; the share is that of tokens that the gates skip; `kv` is "full" if skipped
+    tokens still provide keys and values, else "kept". scale: not used.
     """
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
@@ -49,9 +49,9 @@ def measured(recipe: RecipeDict) -> Figures:
     """Time a gated model in turns with the dense model, in prefill or in decoding.
 
     recipe: an entry of `arms`. Keys of the result: `skipped`, the share of pairs of a token and a gated block that were
-    skipped. For prefill also `flops` and `time`, relative to the dense model's, and `over`, their ratio; for decoding
-    `dense_seconds` (seconds per step of the dense model) and `speed` (tokens per second relative to it). Time and speed
-    are {"median", "min", "max"} over turns.
+    skipped. For prefill also `flops` and `time`, each divided by that of the dense model, and `over`, the median time
+    divided by flops; for decoding `dense_seconds` (seconds per step of the dense model) and `speed` (tokens per second
+    divided by those of the dense model). Time and speed are {"median", "min", "max"} over turns.
     """
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
@@ -69,8 +69,8 @@ def _prefill(recipe: RecipeDict, dense: SkipstoneForCausalLM, model: SkipstoneFo
 def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Figures:
     """Return the figures of prefill: `skipped`, `flops`, `time`, and `over`, the median time divided by FLOPs.
 
-    skipped: share of pairs of a token and a gated block that were skipped. flops: FLOPs of a prefill relative to the
-    dense model's. time: seconds of a prefill relative to the dense model's, as {"median", "min", "max"} over turns.
+    skipped: share of pairs of a token and a gated block that were skipped. flops: FLOPs of a prefill divided by the
+    dense model's. time: seconds of a prefill divided by the dense model's, as {"median", "min", "max"} over turns.
     """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 

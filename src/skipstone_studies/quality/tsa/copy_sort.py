@@ -69,10 +69,11 @@ def _data(task: str, symbols: int) -> PlainDict:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: training, evaluation, savings, and losses of other passes.
+    """Return the figures of one run: training, evaluation, savings, and losses of other passes.
 
-    Keys: `training` and `evaluation` (`measure.standard`); those of `gates.savings`, such as `claimed` and `skipped`;
-    `variants`, losses of the gated model when it is run in other ways (`gates.variants`).
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `variants`, by name the losses
+    of the gated model when it is run in other ways.
     """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}
@@ -81,8 +82,8 @@ def measured(folder: Path) -> Figures:
 def claims(figures: ByArm) -> list[Claim]:
     """Return the claims about both tasks with their verdicts, on the gated models.
 
-    The accuracy of the soft and of the executed pass is within 1 % of the dense model's; at least 90 % of the saving by
-    the paper's metric is really skipped; and the accuracy is more than 1 % above that of dense models of 1 and 2
+    They are: the accuracy of the soft and of the executed pass is within 1 % of the dense model's; at least 90 % of the
+    saving by the paper's metric is really skipped; the accuracy is more than 1 % above that of dense models of 1 and 2
     blocks. figures: the figures of every run, by arm and seed.
     """
     return [claim for task in TASKS for claim in _of_task(figures, task)]

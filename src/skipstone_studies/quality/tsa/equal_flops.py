@@ -33,13 +33,13 @@ class Point:
 
 
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
+    """Return for each arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
 
-    figures: the figures of all arms with one seed, by arm. The result has a key of `RIVALS` for the whole text, and
-    with "_by_block" added a list over blocks of the text. Rivals are interpolated linearly: between dense models of
-    several depths (over_dense), between shares of random tokens (over_random), and between thresholds of early exit
-    (over_exit). An arm with more FLOPs than the largest rival is compared with that one; an arm with fewer than all
-    rivals is not compared.
+    figures: the figures of all arms with one seed, by arm. The keys of an arm are `over_dense`, `over_random` and
+    `over_exit` for the whole text, and the same with "_by_block" appended for lists over blocks of the text. Rivals are
+    interpolated linearly between dense models of several depths, between shares of random tokens, and between
+    thresholds of early exit. An arm with more FLOPs than the largest rival is compared with that one; an arm with fewer
+    than all rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]
@@ -85,10 +85,10 @@ def _exit_points(figures: Figures) -> list[Point]:
 
 
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
-    """Return by how much an arm's losses differ from a rival's on each block of the text, one list for each seed.
+    """Return an arm's losses minus a rival's on each block of the text, one list for each seed.
 
-    seeds: the arm's figures by seed, with those of `at_equal_flops`. rival: the kind, such as "over_dense" (a key of
-    `RIVALS`).
+    seeds: the arm's figures by seed, with those of `at_equal_flops`. rival: the kind of rival, "over_dense",
+    "over_random" or "over_exit".
     """
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 
@@ -96,7 +96,7 @@ def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
 def intervals(figures: ByArm) -> str:
     """Return a Markdown table of loss differences at equal FLOPs, with intervals over seeds and blocks of text.
 
-    figures: the figures of every run, by arm and seed. It is empty if no arm is compared.
+    figures: the figures of every run, by arm and seed. The table is "" if no arm is compared.
     """
     rows = []
     for arm, seeds in figures.items():

@@ -19,9 +19,10 @@ REALLY = 0.9  # share of a claimed saving that must be realised
 
 
 def depth_pays(figures: ByArm) -> Headroom | None:
-    """Return by how much the dense model's executed loss is below that of dense models of fewer blocks.
+    """Return by how much the dense model's executed loss is below that of the best dense model of fewer blocks.
 
-    figures: the figures of every run, by arm and seed. None if the dense model or all shallower ones are missing.
+    figures: the figures of every run, by arm and seed. The result is None if the dense model or all shallower ones are
+    missing.
     """
     return headroom(figures, "dense", [arm for arm in figures if arm.startswith("dense-")], EXECUTED)
 

@@ -45,10 +45,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder: accuracy by difficulty, FLOPs, and claimed and realised savings.
+    """Return the figures of one run: accuracy by difficulty, FLOPs, and claimed and realised savings.
 
-    Keys: those of `reset_s3.measured`, such as `accuracy` and `flops`, and of `gates.savings`, such as `claimed` and
-    `skipped`.
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `accuracy`, the share of correct operations by bin of difficulty; `flops`, counted per token; `alpha`,
+    `claimed`, `skipped` and `gap`, as `gates.savings` describes them.
     """
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}

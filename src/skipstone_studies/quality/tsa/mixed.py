@@ -59,11 +59,13 @@ def _recipe(size: PlainMapping, blocks: int, mechanisms: list[PlainDict] | None 
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with losses and depths of the executed pass by kind of token.
+    """Return the figures of one run, with losses and depths of the executed pass by kind of token.
 
-    Keys: those of `reset_s3.measured`, such as `accuracy` and `flops`, and of `gates.savings`, such as `claimed` and
-    `skipped`; `kinds`, {"text", "operations" or "fillers": {"loss" in nats per prediction, "depth": mean number of
-    blocks that update a token}}; `deeper`, the depth of operations divided by that of text.
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `accuracy`, the share of correct operations by bin of difficulty; `flops`, counted per token; `alpha`,
+    `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `kinds`, {"text", "operations" or "fillers":
+    {"loss" in nats per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of
+    operations divided by that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]
@@ -73,9 +75,9 @@ def measured(folder: Path) -> Figures:
 
 
 def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return by arm `text_cost`: its loss on text relative to that of the deepest dense arm, minus 1.
+    """Return for each arm `text_cost`: its loss on text divided by that of the deepest dense arm, minus 1.
 
-    figures: the figures of all arms with one seed, by arm. Returns {} without dense arms.
+    figures: the figures of all arms with one seed, by arm. The result is {} without dense arms.
     """
     dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
     if dense is None:
@@ -87,8 +89,8 @@ def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 def claims(figures: ByArm) -> list[Claim]:
     """Return two claims for each gated arm with their verdicts, on the cost for text and on where the depth goes.
 
-    The loss on text is at most .5 % above the dense model's; operations are at least twice as deep as text, where depth
-    is the mean number of blocks that update a token. figures: the figures of every run, by arm and seed.
+    They are: the loss on text is at most .5 % above the dense model's; operations are at least twice as deep as text,
+    where depth is the mean number of blocks that update a token. figures: the figures of every run, by arm and seed.
     """
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):

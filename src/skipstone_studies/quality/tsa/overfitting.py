@@ -36,7 +36,7 @@ def measured(folder: Path) -> PlainDict:
     """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
     folder: the run folder. Keys: `curve`, [step, loss with the decisions of training, loss of the causal pass or None]
-    at each validation; `random_batches`, the last step's loss as the paper measures it (the function of this name);
+    at each validation; `random_batches`, the last step's loss as the paper measures it, on windows at random places;
     `test`, the last step's losses on the test split; `best`, the `step` of the lowest validation loss, and its losses
     on the splits `validation` and `test`. Losses on a split are `soft`, with the decisions of training, `executed`, in
     the pass that really skips, and the counted `flops` per token of that pass.
@@ -92,7 +92,7 @@ def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
 
 
 def table(figures: ByArm) -> str:
-    """Return a Markdown table of each arm's losses at its last and best step; empty if no run kept its best step.
+    """Return a Markdown table of each arm's losses at its last and best step; "" if no run kept its best step.
 
     figures: the figures of every run, by arm and seed.
     """

@@ -71,8 +71,8 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
 def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
     """Return the `mechanisms` of the paper's gates, which scale updates in training and skip tokens in generation.
 
-    depth_weight: the paper's lambda, the coefficient of its penalty on open gates. options: further options of
-    `TokenSelectiveConfig`.
+    depth_weight: the paper's lambda, the coefficient of its penalty on open gates. options: further options of the
+    entry, such as `start_bias`.
     """
     return [tsa.gate(depth_weight, execution="hard", **options)]
 

@@ -31,7 +31,7 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def control_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes of controls by name: other start biases, frozen or constant gates, and random tokens.
+    """Return the recipes of controls by name: gates with other start biases, frozen or constant gates, random tokens.
 
     scale: "laptop" or "paper".
     """

@@ -19,12 +19,12 @@ from skipstone_studies.timing import forward_speeds
 
 
 def measured(folder: Path) -> Figures:
-    """Return the figures of one run folder, with savings and losses of further ways to execute the model.
+    """Return the figures of one run, with savings and losses of further ways to execute the model.
 
-    Keys: `training` and `evaluation` (`measure.standard`); those of `gates.savings`, such as `claimed` and `skipped`;
-    `variants`, losses of gates that are executed in other ways, and `exits`, figures of early exit by threshold
-    (functions of `gates`); the losses by block of text (`text_blocks`); and the course of the losses during training
-    (`overfitting.measured`).
+    folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
+    --json`; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `variants`, by name the losses
+    of gates that are executed in other ways; `exits`, figures of early exit by threshold; `stretches`, a list of losses
+    by block of text; and `overfitting`, the course of the losses during training.
     """
     figures = measure.standard(folder)
     further = {
@@ -100,7 +100,7 @@ def ways_to_execute(figures: ByArm) -> str:
 
 
 def exit_thresholds(figures: ByArm) -> str:
-    """Return a Markdown table of the early-exit model's loss and FLOPs by threshold; empty without that arm.
+    """Return a Markdown table of the early-exit model's loss and FLOPs by threshold; "" without that arm.
 
     figures: the figures of every run, by arm and seed.
     """
@@ -157,7 +157,7 @@ def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
     """Build a study of Token-Selective Attention on text.
 
     published: the figures that the paper publishes, by arm. corpus: name of the corpus that the paper uses. options:
-    further arguments of `Study`.
+    further fields of `Study`, such as `name` and `arms`.
     """
     return Study(
         seeds=SEEDS,

@@ -41,7 +41,8 @@ class Bench:
     def measure(self, name: str, run: Callable[..., PlainMapping], *given: object) -> None:
         """Take a measurement and write its result, or its error, to the file under `name`.
 
-        run: called with this bench and the arguments `given`; returns figures by name, such as milliseconds.
+        run: a function that is called with this bench and the arguments `given`; it returns figures by name, such as
+        milliseconds.
         """
         try:
             self.found[name] = dict(run(self, *given))
@@ -89,10 +90,11 @@ def one_line(error: BaseException) -> str:
 
 
 def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Time several functions in turns, after three untimed calls of each, and return milliseconds per call by name.
+    """Time several functions in turns, after three untimed calls of each, and return their milliseconds per call.
 
-    The result is {name: {"ms": median, "least", "most"}}. runs: the functions by name. rounds: number of timed calls of
-    each. The device is awaited before and after each call, so a time includes launching the kernels.
+    The result is {name: {"ms": median over calls, "least": ..., "most": ...}}. runs: the functions by name. rounds:
+    number of timed calls of each. The device is awaited before and after each call, so a time includes launching the
+    kernels.
     """
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -138,7 +140,7 @@ def scaled_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def compared(pairs: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> PlainDict:
-    """Compare pairs of tensors and return their errors, each max |got - wanted| relative to max(1, max |wanted|).
+    """Compare pairs of tensors and return their errors, each max |got - wanted| / max(1, max |wanted|).
 
     pairs: the tensors (got, wanted) by name. tolerance: the largest error that counts as agreement. Keys of the result:
     `error` (the largest), `tolerance`, `equal` (1 if no error exceeds the tolerance, else 0) and `of` (all errors, as

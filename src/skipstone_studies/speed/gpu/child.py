@@ -15,7 +15,7 @@ from skipstone_studies.speed.gpu.bench import Bench
 def main(part: str, out: Path) -> None:
     """Measure one part of the GPU study in this process, and write the measurements to the file `out`.
 
-    part: its name. Its recipe (see `parts.arms`) is read as JSON from stdin.
+    part: its name. Its recipe, an entry of `parts.arms`, is read as JSON from stdin.
     """
     sizes = json.load(sys.stdin)
     torch.manual_seed(sizes["seed"])

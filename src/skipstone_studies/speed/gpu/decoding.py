@@ -20,8 +20,8 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 def measure(bench: Bench) -> None:
     """Time decoding steps of a dense and a Mixture-of-Depths model for several numbers of rows.
 
-    bench: stores milliseconds, tokens per second and further figures (`beside`) for each number of rows, and the
-    milliseconds with a cache of fixed size (`fixed`) for some of them.
+    bench: stores for each number of rows the figures of `beside` (milliseconds, tokens per second and others), and for
+    some of them those of `fixed` (milliseconds with a cache of fixed size).
     """
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
@@ -41,12 +41,12 @@ def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
 
 
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Time decoding steps of both models in turns, with a cache that grows.
+    """Time decoding steps of a dense and a routed model in turns, with a cache that grows.
 
     pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of the result: `dense_ms`
-    and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model relative to the dense
-    one's), `share` (of the rows that a routed block computes, mean over blocks and steps) and `tokens_per_second` (of
-    the routed model).
+    and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model divided by those of the
+    dense one), `share` (of the rows that a routed block computes, mean over blocks and steps) and `tokens_per_second`
+    (of the routed model).
     """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])

@@ -25,7 +25,8 @@ PLACES = ("result", "d gate", "d static", "d dynamic")
 def measure(bench: Bench) -> None:
     """Compare each kernel with its reference, then time PolyGLU's mixture of activations in a large MLP.
 
-    bench: stores the errors that `compared` returns for each kernel, and the milliseconds that `times` returns.
+    bench: stores for each kernel its largest error, the tolerance and whether they are equal, and the milliseconds of
+    the mixture.
     """
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
@@ -39,7 +40,10 @@ def measure(bench: Bench) -> None:
 
 
 def triton_kernels() -> Any:
-    """Return the module of Triton kernels. Raises ValueError if Triton is not installed."""
+    """Return the module of Triton kernels.
+
+    Raises ValueError if Triton is not installed.
+    """
     if find_spec("triton") is None:
         raise ValueError("Triton is not installed")
     return import_module("skipstone.ops.fused")
@@ -74,8 +78,8 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
     """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
 
     dtype: the dtype of the gate values. per_row: whether static logits differ between rows. per_token: whether dynamic
-    logits differ between tokens. Returns the errors of the result and of every gradient (`compared`). Raises ValueError
-    without Triton.
+    logits differ between tokens. Returns the errors of the result and of every gradient, with the keys `error`,
+    `tolerance`, `equal` and `of`. Raises ValueError without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
@@ -88,7 +92,7 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
     """Compare a mixture of experts by grouped products with the reference.
 
     Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: the dtype of inputs and matrices.
-    Returns the errors of the result and of every gradient (`compared`).
+    Returns the errors of the result and of every gradient, with the keys `error`, `tolerance`, `equal` and `of`.
     """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
@@ -112,7 +116,7 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 def head(bench: Bench) -> PlainDict:
     """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
 
-    Returns the errors of the loss and of its gradients (`compared`).
+    Returns the errors of the loss and of its gradients, with the keys `error`, `tolerance`, `equal` and `of`.
     """
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
@@ -126,7 +130,7 @@ def head(bench: Bench) -> PlainDict:
 def scores(bench: Bench) -> PlainDict:
     """Compare the router's score function that saves less for the backward pass with the reference.
 
-    Returns the errors of the scores and of their gradients (`compared`).
+    Returns the errors of the scores and of their gradients, with the keys `error`, `tolerance`, `equal` and `of`.
     """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)

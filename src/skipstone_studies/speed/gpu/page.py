@@ -54,7 +54,7 @@ KINDS = {"dense": ("dense, {} tokens, ms", ".2f"), "adapted": ("{} tokens, ms", 
 def details(figures: ByArm) -> str:
     """Return the Markdown below the study's table: where the parts were run, a table for each, and what failed.
 
-    figures: the figures of each part by seed, as `runner.measured` returns them.
+    figures: {part: {seed: figures}}, with the keys that `runner.measured` describes.
     """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     parts = [_where(found)]

@@ -27,9 +27,9 @@ LLAMA_1B: PlainDict = {
 class Part:
     """A part of the GPU study, which runs in its own process.
 
-    module: name of the module in `speed.gpu` that measures it. about: text for the page. limit: seconds that it may
-    take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them. rehearsed: the same, tiny,
-    for a rehearsal on a CPU.
+    module: name of the module in `speed.gpu` that measures it. about: text for the page. limit: the largest number of
+    seconds that it may take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them.
+    rehearsed: the same, tiny, for a rehearsal on a CPU.
     """
 
     module: str

@@ -18,7 +18,7 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 def measure(bench: Bench) -> None:
     """Time a PolyGLU and a SwiGLU MLP: with the device's kernels, with the reference implementation, and compiled.
 
-    bench: stores milliseconds, their ratio and the ratio of saved bytes (`beside`) for each.
+    bench: stores the figures of `beside` for each: milliseconds, their ratio, and the ratio of saved bytes.
     """
     bench.measure("eager, kernels of the device", beside)
     bench.measure("eager, reference", with_reference)
@@ -26,7 +26,10 @@ def measure(bench: Bench) -> None:
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Return the figures of `beside` with the reference implementation of PolyGLU's mixture instead of the kernels."""
+    """Time both MLPs as `beside` does, but with the reference implementation of PolyGLU's mixture.
+
+    Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` and `saved`, and on a GPU `peak_gb`.
+    """
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]
     try:
@@ -38,8 +41,8 @@ def with_reference(bench: Bench) -> PlainDict:
 def beside(bench: Bench, compiled: bool = False) -> PlainDict:
     """Time forward and backward pass of a PolyGLU and a SwiGLU MLP of equal sizes, in turns.
 
-    compiled: whether to compile both. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (the second relative to the
-    first), `saved` (bytes kept for the backward pass, PolyGLU's relative to SwiGLU's), and on a GPU `peak_gb`.
+    compiled: whether to compile both. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (polyglu_ms / swiglu_ms),
+    `saved` (bytes kept for the backward pass, PolyGLU's divided by SwiGLU's), and on a GPU `peak_gb`.
     """
     torch.manual_seed(0)
     sizes = bench.sizes

@@ -38,7 +38,7 @@ ADAPTED: dict[str, PlainDict] = {
 def measure(bench: Bench) -> None:
     """Time the prefill of each adapted model in turns with the dense model's.
 
-    bench: stores milliseconds by length of the prompt (`prompts_of`), by name of the mechanism.
+    bench: stores for each mechanism, by name, milliseconds and speeds by length of the prompt.
     """
     for name, options in ADAPTED.items():
         bench.measure(name, prompts_of, options)
@@ -60,8 +60,8 @@ def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
     """Time the prefill of one row by an adapted and a dense model, in turns, for several lengths of prompt.
 
     options: fields of SkipstoneConfig that add mechanisms, whose thresholds are set to the FLOP budget of the bench.
-    Keys of the result for each length N: `dense_N_ms` and `adapted_N_ms` (milliseconds) and `speed_N` (their ratio;
-    above 1 means that the adapted model is faster); on a GPU also `peak_gb`.
+    Keys of the result for each length N: `dense_N_ms` and `adapted_N_ms` (milliseconds) and `speed_N` (dense_N_ms /
+    adapted_N_ms; above 1 means that the adapted model is faster); on a GPU also `peak_gb`.
     """
     source, adapted = model_of(bench, {}), model_of(bench, options)
     vocabulary = bench.sizes["model"]["vocab_size"]

@@ -18,8 +18,8 @@ Step = Callable[[], object]
 def measure(bench: Bench) -> None:
     """Time training steps (forward, backward, AdamW) of a dense and a routed model, run in three ways.
 
-    bench: stores milliseconds, FLOPs and further figures (`both`) for "eager", "compiled" and, not on a CPU, "CUDA
-    graph".
+    bench: stores the figures of `both` (milliseconds, ratios and others) for "eager", "compiled" and, except on a CPU,
+    "CUDA graph".
     """
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
@@ -32,7 +32,7 @@ def both(bench: Bench, way: str) -> PlainDict:
 
     way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the result: `dense_ms` and `routed_ms`; `time`,
     the routed milliseconds divided by the dense ones; `flops`, the same ratio of the FLOPs by the cost model;
-    `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second relative to the GPU's peak,
+    `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second divided by the GPU's peak,
     if it is known; on a GPU `peak_gb`.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}

@@ -48,8 +48,8 @@ class StopAt(TrainerCallback):
 def measure(bench: Bench) -> None:
     """Train small models in four ways, then evaluate each and generate text with it.
 
-    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: stores the figures of each way,
-    and those of `used`, for every model.
+    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: stores for every model the
+    figures of each way, and the validation loss and number of generated pieces.
     """
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +104,9 @@ def figures(folder: Path) -> PlainDict:
 def against(folder: Path, other: Path, limit: float) -> PlainDict:
     """Compare the training losses of two runs step by step, and return the figures of the first with the comparison.
 
-    folder, other: the run folders. limit: the largest difference in nats that counts as equal. The result has the keys
-    of `figures`, and `difference` (the largest of any step), `tolerance` (the limit) and `equal` (1 or 0).
+    folder, other: the run folders. limit: the largest difference in nats that counts as equal. The result has
+    `first_loss`, `last_loss` and `tokens_per_second` of the first, and `difference` (the largest of any step),
+    `tolerance` (the limit) and `equal` (1 or 0).
     """
     pairs = zip(losses(folder), losses(other), strict=True)
     worst = max(abs(one - two) for one, two in pairs)
@@ -113,7 +114,7 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 
 
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in fp32, and return the `figures` of the run.
+    """Train in fp32, and return `first_loss`, `last_loss` (nats per token) and `tokens_per_second` of the run.
 
     plain: the recipe. root: the folder in which the run folder `whole` is written.
     """
@@ -121,7 +122,7 @@ def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train in bf16 under autocast, and return the `figures` of the run.
+    """Train in bf16 under autocast, and return `first_loss`, `last_loss` and `tokens_per_second` of the run.
 
     plain: the recipe. root: the folder in which the run folder `bf16` is written.
     """
@@ -129,9 +130,10 @@ def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train under FSDP2, and compare the losses with those of the run that `plainly` made (`against`).
+    """Train under FSDP2, and compare the losses with those of the run that `plainly` made.
 
-    plain: the recipe. root: the folder that holds that run, and in which this one is written.
+    The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. plain: the
+    recipe. root: the folder that holds that run, and in which this one is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
@@ -139,9 +141,9 @@ def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train, interrupt the training after its first checkpoint, resume it, and compare the losses with a whole run's.
 
-    The comparison is that of `against`: losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so
-    their order may change the last bits. plain: the recipe. root: the folder that holds the whole run, which `plainly`
-    made, and in which this one is written.
+    The losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so their order may change the last
+    bits. The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. plain:
+    the recipe. root: the folder that holds the whole run, which `plainly` made, and in which this one is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1

@@ -21,7 +21,7 @@ KINDS = {
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: curves over sizes and over processes, three ways to read a checkpoint, and imports.
 
-    `scale` has no effect.
+    scale: not used.
     """
     return {**curves.arms(), **processes.arms(), **loading.arms()}
 
@@ -29,7 +29,8 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one arm: a cost curve, the memory of reading a checkpoint, or the time of imports.
 
-    recipe: an entry of `arms` with a key "seed"; its "kind" is a key of `KINDS`, whose function returns the result.
+    recipe: an entry of `arms` with a key "seed"; its "kind" is a key of `KINDS` and says what is measured. The keys of
+    the result are those of the function that `KINDS` names for it.
     """
     return KINDS[recipe["kind"]](recipe)
 

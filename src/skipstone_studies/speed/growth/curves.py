@@ -47,8 +47,8 @@ KEPT, RETURNED = (1 << 30, 1 << 25), (1 << 17, 1 << 16)
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one cost curve: time and memory of a forward pass as one size of the model or its input grows.
 
-    recipe: an entry of `arms` with a key "seed"; its "axis" names the size and "values" lists what it is set to. The
-    result is that of `with_exponents`.
+    recipe: an entry of `arms` with a key "seed"; its "axis" names the size and "values" lists what it is set to. Keys
+    of the result: `points`, `exponents`, `apart`, `rate`, `seconds` and `peak_mb`, as `with_exponents` describes them.
     """
     sizes = [(value, {**recipe, recipe["axis"]: value}) for value in recipe["values"]]
     expected = [_expected(one, value) for value, one in sizes]
@@ -62,11 +62,11 @@ def measured(recipe: RecipeDict) -> Figures:
 def with_exponents(points: list[dict[str, float]]) -> Figures:
     """Return the figures of a cost curve: its points, and the exponents with which time and memory grow.
 
-    points: in order of size, each with `size`, `seconds` (CPU), `flops` (by `causal_flops`), `peak` (bytes of peak
-    memory) and `bytes` (of the largest tensors that a pass holds at once). Keys of the result: `points`; `exponents` of
-    all but the size, fitted to the last three points; `apart`, {"time": exponent of the seconds minus exponent of the
-    FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the GFLOP/s of the `first` and the
-    `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
+    points: in order of size, each with `size`, `seconds` (CPU), `flops` (without masked pairs), `peak` (bytes of peak
+    memory) and `bytes` (of the largest tensors that a pass holds at once). Keys of the result: `points`; `exponents`,
+    by name those of all figures but the size, fitted to the last three points; `apart`, {"time": exponent of the
+    seconds minus exponent of the FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the
+    GFLOP/s of the `first` and the `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
     """
     ends = points[-LAST:]
     sizes = [point["size"] for point in ends]
@@ -127,8 +127,8 @@ def _pass(recipe: RecipeDict) -> Callable[[], object]:
 def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
     """Return the FLOPs of a forward pass by the cost model, without the pairs that the causal mask hides.
 
-    The cost model counts those pairs, but the attention kernel leaves them out. rows, context: number of rows, and
-    tokens of a row.
+    The cost model counts those pairs, but the attention kernel leaves them out. rows: number of rows. context: tokens
+    of a row.
     """
     cost = model.cost(tokens=context, batch=rows, routing="oracle").forward
     return cost.total - cost.attention_score * (context - 1) / (2 * context)

@@ -13,11 +13,11 @@ Points = Sequence[Mapping[str, float]]
 
 
 def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
-    """Return measured minus expected exponents of time of the curves whose further cost is known, by arm.
+    """Return, by arm, measured minus expected exponents of time for the curves whose further cost is known.
 
     In the curves by rows, a pass has a fixed cost, which the first two points show. In the curves by context, PolyGLU
-    mixes activations between its products, which takes as long as `mixing` says. lines: the figures of the curves, as
-    `curves.measured` returns them, by arm.
+    mixes activations between its products, and the curves by rows tell how long that takes. lines: the figures of the
+    curves by arm, with `points`, `exponents` and others.
     """
     found = {}
     for arm, one in lines.items():
@@ -40,8 +40,8 @@ def mixing(lines: Mapping[str, Figures]) -> float | None:
     """Return the seconds that PolyGLU's mixture takes for a neuron and token, from the curves by rows.
 
     They are measured at the largest number of rows: PolyGLU's seconds minus the dense model's, minus the time that
-    PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: as in
-    `apart`.
+    PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: the
+    figures of the curves by arm, with `points` and others.
     """
     if not {"rows, polyglu", "rows, dense"} <= set(lines):
         return None
@@ -52,9 +52,10 @@ def mixing(lines: Mapping[str, Figures]) -> float | None:
 
 
 def text(lines: Mapping[str, Figures], within: float) -> str:
-    """Return a section of the page on what the FLOPs leave out; empty where no curve tells it.
+    """Return a section of the page on what the FLOPs leave out; "" if no curve tells it.
 
-    lines: as in `apart`. within: largest difference of exponents that counts as agreement.
+    lines: the figures of the curves by arm, with `points`, `exponents` and others. within: largest difference of
+    exponents that counts as agreement.
     """
     found, parts = apart(lines), []
     if rows := [value for arm, value in found.items() if arm.startswith("rows,")]:

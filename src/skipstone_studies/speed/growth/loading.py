@@ -63,7 +63,7 @@ def memory(recipe: RecipeDict) -> Figures:
 
     recipe: has the keys "checkpoint" (fields of a LlamaConfig) and "what" ("loading", "loading as fp32" or
     "converting"). Keys of the result: `size_mb`, the size of the weights; `peak_mb`, the peak memory, pages of mapped
-    files included; `of_size`, the peak relative to the size.
+    files included; `of_size`, peak_mb / size_mb.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
@@ -88,7 +88,7 @@ def imports(recipe: RecipeDict) -> Figures:
     """Measure the CPU seconds of whole processes that import one thing, or print the help of the command line.
 
     recipe: its "repeats" is the number of turns that the processes take; the least time of each counts. Keys of the
-    result: `imports`, seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` relative to
+    result: `imports`, seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` divided by
     those of `import transformers`; `of_class`, the same for a model class of each; `help`, seconds of `skipstone
     --help`.
     """

@@ -30,9 +30,10 @@ SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 3}  # rows: of the whole
 def measured(recipe: RecipeDict) -> Figures:
     """Measure a training step under FSDP2 by 1, 2 and 4 processes of this machine (gloo), which divide its rows.
 
-    recipe: an entry of `arms` with a key "seed". The result is that of `curves.with_exponents`, with the number of
-    processes as the size; the seconds are CPU seconds of the process that spends most, and the memory is what the
-    process that uses most has used. Ideally both fall in proportion to the number of processes.
+    recipe: an entry of `arms` with a key "seed". The result has the keys of a cost curve (`points`, `exponents`,
+    `apart`, `rate`, `seconds`, `peak_mb`), with the number of processes as the size; the seconds are CPU seconds of the
+    process that spends most, and the memory is what the process that uses most has used. Ideally both fall in
+    proportion to the number of processes.
     """
     return with_exponents([_point(recipe, count) for count in recipe["values"]])
 

@@ -53,7 +53,8 @@ def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
 def bytes_read(model: SkipstoneForCausalLM) -> float:
     """Return the bytes of weights that a decoding step of a model with head candidates reads.
 
-    The embedding table counts only as far as the output head reads it.
+    model: has an output head that computes exact logits for a few candidates only. The embedding table counts only as
+    far as the output head reads it.
     """
     tables = {id(p) for part in (model.lm_head, model.model.embed_tokens) for p in part.parameters()}
     return head_bytes(model) + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)

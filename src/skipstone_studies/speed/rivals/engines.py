@@ -42,7 +42,7 @@ class Engine(Protocol):
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         """Time the greedy decoding of `new` tokens after the prompt `ids_1T` (token ids, int64 [1, T]).
 
-        The pass over the prompt is not timed. Seconds are those of the clock `now`.
+        The pass over the prompt is not timed. Seconds are CPU time if torch uses one thread, else wall time.
         """
 
 
@@ -73,7 +73,7 @@ class Torch:
 class Drafted:
     """The engine of our model with speculative decoding.
 
-    draft: the source of guesses, as in `skipstone.generate.stream`; how many tokens are guessed at a time follows from
+    draft: the source of guesses, such as "lookup", "exit" or "skip"; how many tokens are guessed at a time follows from
     measured times. guessed: [number of tokens that the draft had proposed, number of all tokens], over all laps so far.
     """
 
@@ -156,6 +156,7 @@ class LlamaCpp:
         return torch.stack([torch.tensor(self._feed([token])) for token in ids_1T[0].tolist()])
 
     def bytes(self) -> float:
+        """Return the size of the GGUF file in bytes."""
         return self.file.stat().st_size
 
 
@@ -179,10 +180,11 @@ def llama(name: str) -> LlamaForCausalLM:
 
 
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
-    """Return the source model with quantised linear layers (torchao, weights only), and the bytes read for a token.
+    """Return the source model with quantised linear layers (torchao, weights only), and the bytes it reads for a token.
 
-    name: the name of the source model. bits: 8, or 4 (in groups of 32 weights; on a CPU, torchao stores each in one
-    byte). The output head keeps 4 bytes a weight, because torchao does not change tied weights.
+    The bytes are those of the weights that decoding a token reads. name: the name of the source model. bits: 8, or 4
+    (in groups of 32 weights; on a CPU, torchao stores each in one byte). The output head keeps 4 bytes a weight,
+    because torchao does not change tied weights.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

@@ -30,12 +30,14 @@ CALIBRATION = ("wikitext-2", "validation")  # what thresholds are set by; no fig
 
 @cache
 def source(name: str) -> SkipstoneForCausalLM:
+    """Return the source model with this name in fp32, in evaluation mode; it is loaded only once per process."""
     with quiet():
         return load_pretrained(source_path(name), torch.float32).eval()
 
 
 @cache
 def tokenizer(name: str) -> Any:
+    """Return the tokenizer of the source model with this name; it is loaded only once per process."""
     with quiet():
         return load_tokenizer(source_path(name))
 
@@ -96,8 +98,8 @@ def distance(name: str, logits: Logits) -> Figures:
 
     name: the name of the source model. logits: computes the way's logits [T, V] of token ids, int64 [1, T]. The result
     has for each title of `rows`: `kl`, KL(source || way) in nats per token; `agreement`, the share of tokens after
-    which both find the same token most likely; `perplexity` of the way; `increase`, this perplexity relative to the
-    source's, minus 1. Its key `worst` is the largest KL of all texts.
+    which both find the same token most likely; `perplexity` of the way; `increase`, this perplexity divided by that of
+    the source, minus 1. Its key `worst` is the largest KL of all texts.
     """
     found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}

@@ -34,6 +34,7 @@ def weights(model: SkipstoneForCausalLM) -> int:
 
 
 def whole(model: SkipstoneForCausalLM) -> Logits:
+    """Return a function that computes a model's logits [T, V] of token ids, int64 [1, T], without a cache."""
     def logits(ids_1T: Tensor) -> Tensor:
         return model(ids_1T, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
@@ -71,7 +72,7 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """Set to 0 the inputs of every matrix that lie below a threshold of the matrix (TEAL, arXiv 2408.14690, uniform).
+    """Leave out weights by setting to 0 the inputs of each matrix below a threshold (TEAL, arXiv 2408.14690, uniform).
 
     name: the name of the source model. sparsity: share of a matrix's inputs that lie below its threshold on the
     calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
