@@ -35,6 +35,7 @@ def weights(model: SkipstoneForCausalLM) -> int:
 
 def whole(model: SkipstoneForCausalLM) -> Logits:
     """Return a function that computes a model's logits [T, V] of token ids, int64 [1, T], without a cache."""
+
     def logits(ids_1T: Tensor) -> Tensor:
         return model(ids_1T, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
