@@ -41,10 +41,9 @@ Setting = Callable[[], AbstractContextManager[None]]
 class Step:
     """One new token of each of B rows.
 
-    token_B: int64, the new tokens; the pad id in rows that have ended. live_B: bool, rows that had not ended before
-    this token. compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' computation that was executed in the pass
-    that predicted the token. guessed_B: bool, whether a draft had proposed the token; compute_B does not include the
-    draft's own computation.
+    token_B: int64, the new tokens; the pad id in rows that have ended. live_B: bool, rows that had not ended before.
+    compute_B: fp32 on the CPU, the share (0 to 1) of the blocks' computation that was executed in the pass that
+    predicted the token. guessed_B: bool, whether a draft, whose own computation is not in compute_B, had proposed it.
     """
 
     token_B: Tensor
@@ -61,8 +60,7 @@ class DecodingPass(NamedTuple):
     records: the decisions of every block, by mechanism name. logits_BTV: the logits of the last T tokens of the pass.
     cache: the cache after the pass. at: index, counted from the end of the pass (-1: its last token), of the position
     that predicted the token. guessed_B: bool, whether a draft had proposed the token; None without drafts. guess_BK:
-    int64, the K guesses that the pass checks, of which the first wrong one and those after it are dropped; None without
-    drafts.
+    int64, the K guesses that the pass checks; the first wrong one and all after it are dropped. None without drafts.
     """
 
     token_B: Tensor
@@ -94,8 +92,11 @@ def generate(
 ) -> Tensor:
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
 
-    Rows that have ended are filled with the pad id. All arguments, and the errors raised, are those of `stream`, which
-    describes them. input_ids: int64 [B, T].
+    input_ids: int64 [B, T]. attention_mask: 0 for padding, on the left. temperature: 0 is greedy; above 0, tokens are
+    drawn with `seed` from the `top_k` most probable. eos_token_id, pad_token_id: ids that end a text, and that fill
+    ended rows. cache: "dynamic" or "static". budget: share of the dense FLOPs to execute, by budget_table. draft,
+    draft_length: source and number of guesses for speculative decoding. `stream` has the same arguments, and describes
+    them and the errors in full.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -226,8 +227,7 @@ class Decoder:
         """Yield a `DecodingPass` for each new token.
 
         sample: draws tokens from logits. setting: returns a context manager that sets the model's budget while it
-        generates. logits_to_keep: at how many of the last positions a pass computes logits, as in forward; 0 means at
-        all.
+        generates. logits_to_keep: at how many last positions a pass computes logits; 0 means at all.
         """
         with setting():
             yield from (
