@@ -19,7 +19,7 @@ class Figures(Protocol):
     """The interface of results that can be printed as a table and written as JSON and Markdown."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
+        """Return the figures as plain values for JSON."""
 
     def markdown(self) -> str:
         """Return the table as Markdown."""

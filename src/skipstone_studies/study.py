@@ -66,7 +66,7 @@ class Study:
     name: the name of the study. purpose: one line, for lists. about: paragraphs above the table. arms: a function that
     returns the compared recipes of a scale by name, without seeds; the first is the reference. seeds: the seeds of each
     scale, which set train.seed and data.seed. corpora: names of corpora, the first available of which replaces the
-    recipes' own; () means that the own one stays. make: a function that makes the run of an arm. clock: for timings
+    recipes' own; () means that the recipes' own stay. make: a function that makes the run of an arm. clock: for timings
     without runs, a function that returns the figures of an arm from its recipe; `make`, `measure` and
     `measure_together` are not used then. measure: a function that returns figures of a finished run, given its folder.
     measure_together: a function that returns further figures of all runs of a seed, by arm, taken in one session so

@@ -48,9 +48,9 @@ def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUND
 
 
 def forward_pass(loaded: LoadedRun, rows: int) -> Task:
-    """Return a task that times one forward pass over the first `rows` validation rows of a loaded run.
+    """Return a function that times one forward pass over the first `rows` validation rows of a loaded run.
 
-    The pass is the run's primary one, which really skips if the model can decide without later tokens.
+    It has no arguments and returns a `Lap`. The pass really skips if the model can decide without later tokens.
     """
     assert loaded.data is not None
     batch = next(batches(loaded.data, rows, loaded.model.device))
@@ -66,10 +66,10 @@ def forward_pass(loaded: LoadedRun, rows: int) -> Task:
 
 
 def training_step(run: Run) -> Task:
-    """Return a task that times one training step of a run's model: forward, backward, clipping and AdamW.
+    """Return a function that times one training step of a run's model: forward, backward, clipping and AdamW.
 
-    It uses the recipe's rows, micro-batches, precision, compilation and routing, and a learning rate so small that
-    routing stays as trained.
+    It has no arguments and returns a `Lap`. It uses the recipe's rows, micro-batches, precision, compilation and
+    routing, and a learning rate so small that routing stays as trained.
     """
     recipe = run.config()["train"]
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.get("device") != "cpu" else "cpu")

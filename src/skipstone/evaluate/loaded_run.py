@@ -48,7 +48,7 @@ class LoadedRun:
 
     @property
     def context(self) -> int:
-        """The number of tokens per row of the run's data, at most the model's maximum, which it is without data."""
+        """The number of tokens per row of the run's data, at most the model's maximum; without data, that maximum."""
         limit = self.model.config.max_position_embeddings
         return limit if self.data is None else min(self.data.config.context, limit)
 

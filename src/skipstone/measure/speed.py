@@ -57,7 +57,7 @@ class Rate:
 
     @property
     def spread(self) -> float:
-        """Half of the range of tokens per second over laps, as a share of the median."""
+        """Half of the range of tokens per second over laps, divided by their median."""
         return (max(self.each) - min(self.each)) / 2 / self.tokens_per_second
 
     @property
@@ -91,9 +91,10 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
 
 
 def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
-    """Return a task for `take_turns` whose lap times 4 prefills of a prompt, each up to the first new token.
+    """Return a function without arguments that times 4 prefills of a prompt, each up to the first new token.
 
-    ids_BP: token ids of the prompts, int64 [B, P] (rows, prompt tokens), on the model's device.
+    Each call returns a `Lap` that counts the prompt tokens. ids_BP: token ids of the prompts, int64 [B, P] (rows,
+    prompt tokens), on the model's device.
     """
     meter = find_meter(model.device)
 
@@ -107,10 +108,11 @@ def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
 
 
 def decode_task(model: SkipstoneForCausalLM, ids_BP: Tensor, new_tokens: int) -> Task:
-    """Return a task for `take_turns` whose lap times greedy decoding after a prompt; the prefill is not timed.
+    """Return a function without arguments that times greedy decoding after a prompt; the prefill is not timed.
 
-    ids_BP: token ids of the prompts, int64 [B, P] (rows, prompt tokens), on the model's device. new_tokens: number of
-    steps, each of which computes one token of every row.
+    Each call returns a `Lap` that counts the new tokens of all rows. ids_BP: token ids of the prompts, int64 [B, P]
+    (rows, prompt tokens), on the model's device. new_tokens: number of steps, each of which computes one token of every
+    row.
     """
     meter = find_meter(model.device)
 

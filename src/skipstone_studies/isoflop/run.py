@@ -227,7 +227,8 @@ def render(out: Path, name: str) -> list[Path]:
 def load(out: Path, name: str) -> GridRecords:
     """Load the records of the isoFLOP grid `name` from the folder `out`.
 
-    Raises FileNotFoundError if no isoFLOP study of that name was begun.
+    Raises FileNotFoundError if no isoFLOP study of that name was begun there, and ValueError if its plan.json is
+    damaged.
     """
     path = out / name / PLAN
     if not path.is_file():

@@ -316,7 +316,8 @@ def frontier(
     """Build a study of methods that make one pretrained model compute less.
 
     name, purpose: name and purpose of the study. more: text appended to its description. rows: number of evaluated rows
-    per text. seeds: the seeds at scale "laptop". options: arguments of `arms`.
+    per text. seeds: the seeds at scale "laptop". options: `tokens`, `rate`, `language_modelling`, `sampled` and
+    `move_to`, arguments of `arms`.
     """
     learns = options["language_modelling"] > 0
     about = f"{LEARNED if learns else DISTILLED} {ABOUT.format(rows=rows)} {more}".strip()

@@ -83,7 +83,8 @@ def measured(recipe: RecipeDict) -> Figures:
 def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
     """Return a batch of one packed row: two documents of random tokens, the first a third of the row.
 
-    tokens: length of the row. vocabulary: ids are below it. device: where the tensors are created.
+    The keys are input_ids, labels (-100 at the first token of a document), document_ids and position_ids, int64 [1,
+    tokens] each. tokens: length of the row. vocabulary: ids are below it. device: where the tensors are created.
     """
     slot = torch.arange(tokens)
     document = (slot >= tokens // 3).long()

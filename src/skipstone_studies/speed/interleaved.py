@@ -13,7 +13,7 @@ K = TypeVar("K")
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Task:
-    """Return a task that calls `run` and times the call.
+    """Return a function without arguments that calls `run` and returns the time of the call as `Lap`.
 
     clock: returns seconds; `time.process_time` measures CPU time, which other processes disturb less.
     """

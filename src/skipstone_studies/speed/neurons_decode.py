@@ -71,7 +71,7 @@ def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausal
 
 
 def copied(task: Task) -> Task:
-    """Return a task that runs `task` without loops compiled by numba, so that the chosen rows of weights are copied."""
+    """Return a function that runs `task` without loops compiled by numba, which copies the chosen rows of weights."""
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None), patch.object(decode_stack, "MOST_TOKENS", 0):
