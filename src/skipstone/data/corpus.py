@@ -34,7 +34,7 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits, "train" and "validation", and "test" if there is one."""
+        """The names of the splits, out of "train", "validation" and "test"."""
         return tuple(self.readers)
 
     def documents(self, split: str) -> Documents:

@@ -64,7 +64,10 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def frontier(places: Sequence[Place]) -> list[Place]:
-    """Return the Pareto frontier in order of FLOPs: the points for which no other has fewer FLOPs and no more loss."""
+    """Return the points on the Pareto frontier, in order of FLOPs.
+
+    A point is left out if another one has at most its FLOPs and at most its loss.
+    """
     best: list[Place] = []
     for place in sorted(places, key=lambda p: (p.flops, p.loss)):
         if not best or place.loss < best[-1].loss:
