@@ -2,7 +2,7 @@
 
 Weights of 16 bits are widened in registers, which changes no value: bf16 is the first half of a fp32, and processors
 have an instruction for fp16. A loop over four tokens that LLVM vectorises by itself takes a sixth more time. Asking for
-memory ahead, which helps with narrower weights, made fp32 ones slower, and so do two rows at once.
+memory ahead, which helps with int8 weights, makes fp32 ones slower, and so do two rows at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skipstone.ops.decode_stack import FLOATS
-from skipstone.ops.int8_dot import ADDRESS, AHEAD, F32, I16, I32, I64, _load, _prefetch
+from skipstone.ops.int8_dot import ADDRESS, F32, I16, I32, I64, _load
 from skipstone.ops.workers import inner
 
 WIDTH = 16  # numbers that are multiplied together
@@ -41,9 +41,6 @@ def _dots(tokens: int, kind: str = "float32") -> Any:
             totals = [[cgutils.alloca_once_value(builder, zeros) for _ in range(2)] for _ in range(tokens)]
             starts = [builder.add(x, builder.mul(row, I64(n))) for n in range(tokens)]
             with cgutils.for_range(builder, steps) as loop:
-                if BYTES[kind] == 2:  # a step is a line of the cache
-                    at = builder.add(builder.mul(loop.index, I64(2 * STEP)), I64(AHEAD))
-                    _prefetch(builder, builder.add(weight, at))
                 for half in range(2):
                     first = builder.add(builder.mul(loop.index, I64(STEP)), I64(WIDTH * half))
                     read = _read(builder, builder.add(weight, builder.mul(first, I64(BYTES[kind]))), kind)
