@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from skipstone.measure.flops import count_flops
-from skipstone.ops import float16
+from skipstone.ops import float16, int4, int8
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -81,6 +85,9 @@ def test_operations_are_counted() -> None:
         ([1.0, 1 + 2.0**-10], torch.float16),
         ([1.0, 1 + 2.0**-20], torch.float16),
         ([7e4, 1 + 2.0**-20], torch.bfloat16),
+        ([1e30, 1 + 2.0**-20], torch.bfloat16),
+        ([2.0**-24 * 1.3, 2.0**-23 * 1.3], torch.bfloat16),
+        ([2.0**-12 * (1 + 2.0**-10)], torch.float16),
     ],
 )
 def test_the_format_that_loses_least(numbers: list[float], dtype: torch.dtype) -> None:
@@ -90,3 +97,38 @@ def test_the_format_that_loses_least(numbers: list[float], dtype: torch.dtype) -
 def test_numbers_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite cannot be stored in 16 bits"):
         float16.format_of([torch.tensor([1.0, float("nan")])])
+
+
+def test_tokens_of_another_width_are_refused() -> None:
+    """Kernels would read and write beyond the ends of tensors."""
+    for width in (32, 96, 128):
+        x = torch.zeros(2, width)
+        for multiply in (
+            lambda x: float16.linear(x, torch.zeros(8, 64, dtype=torch.float16)),
+            lambda x: int8.linear(x, torch.zeros(8, 64, dtype=torch.int8), torch.ones(8)),
+            lambda x: int4.linear(x, torch.zeros(8, 40, dtype=torch.uint8)),
+        ):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                multiply(x)
+
+
+WIDENED = """
+import numpy as np
+from numba import njit
+from skipstone.ops.int4_dot import widen
+
+source = np.arange(1 << 16, dtype=np.uint16)
+target = np.empty(1 << 16, np.float32)
+convert = njit(lambda source, target, count: widen(source, target, count))
+convert(source.ctypes.data, target.ctypes.data, len(source))
+want = source.view(np.float16).astype(np.float32)
+assert np.array_equal(target[~np.isnan(want)].view(np.int32), want[~np.isnan(want)].view(np.int32))
+assert np.isnan(target[np.isnan(want)]).all()
+"""
+
+
+@pytest.mark.slow
+def test_processors_without_an_instruction_for_fp16() -> None:
+    pytest.importorskip("numba")
+    machine = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", WIDENED], check=True, env=machine, timeout=300)

@@ -57,3 +57,17 @@ def test_outputs_by_sixteen_are_read_row_by_row() -> None:
     x = torch.randn(2, 64, generator=made)
     want = x.double() @ int8.restore(number, scale).double().t()
     assert (int8.linear(x, number, scale).double() - want).abs().max() < 1e-3 * want.abs().max()
+
+
+def test_the_last_group_of_a_huge_matrix_is_looked_at() -> None:
+    """Its index is not a number of fp32, which would round it up to one that does not exist."""
+    assert int8.on_a_grid(torch.zeros(1, 32).expand(1 << 25, 32))
+
+
+@pytest.mark.parametrize("group", [None, 64])
+def test_large_fp16_tokens_do_not_overflow(group: int | None) -> None:
+    made = torch.Generator().manual_seed(0)
+    number, scale = int8.quantise(torch.rand(8, 640, generator=made) / 640, group)
+    x = torch.full((65, 640), 1e4, dtype=torch.float16)
+    want = x.float() @ int8.restore(number, scale).t()
+    torch.testing.assert_close(int8.linear(x, number, scale).float(), want, rtol=2e-3, atol=0)

@@ -26,22 +26,28 @@ _namespace.define("float16_linear(Tensor x, Tensor weight) -> Tensor")
 NATIVE = torch.ops.skipstone.float16_linear
 
 STEP = 32  # inputs that the kernel multiplies at a time
-LARGEST = torch.finfo(torch.float16).max
 
 
 def format_of(weights: list[Tensor]) -> torch.dtype:
     """Return the 16-bit dtype in which weights lose least.
 
-    bf16 if it holds every number exactly, else fp16, whose rounding is finer, unless a number is too large for it.
-    weights: floating-point tensors. Raises ValueError for weights that are not finite.
+    bf16 if it holds every number exactly, else fp16, whose rounding is finer, unless numbers are too large for it or so
+    small that it rounds them more coarsely than bf16. weights: floating-point tensors, of which each counts alike.
+    Raises ValueError for weights that are not finite.
     """
     if not all(bool(weight.isfinite().all()) for weight in weights):
         raise ValueError("weights that are not finite cannot be stored in 16 bits")
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
             return dtype
-    fits = all(float(weight.abs().amax()) <= LARGEST for weight in weights if weight.numel())
-    return torch.float16 if fits else torch.bfloat16
+    return min((torch.float16, torch.bfloat16), key=lambda dtype: sum(_lost(weight, dtype) for weight in weights))
+
+
+def _lost(weight: Tensor, dtype: torch.dtype) -> float:
+    """Return the squared error of a tensor that is rounded to a dtype, relative to its sum of squares."""
+    error = weight.to(dtype).to(weight.dtype) - weight
+    lost, whole = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (error, weight))
+    return (lost / whole) ** 2 if whole else 0.0
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -51,8 +57,9 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     multiplied with the weights as they are stored, in fp32, if I is a multiple of 32. Otherwise parts of the weights
     are converted to the dtype of x and multiplied as usual.
     """
-    if weight_OI.shape[1] % STEP or not in_place(x, FEW):
-        rows = max(PART // x.shape[-1], 1)
+    inputs = weight_OI.shape[1]
+    if inputs % STEP or not in_place(x, inputs, FEW):
+        rows = max(PART // inputs, 1)
         parts = [functional.linear(x, part.to(x.dtype)) for part in weight_OI.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     native = _native()

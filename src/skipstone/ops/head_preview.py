@@ -111,9 +111,9 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 def readable(weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether the compiled kernel can read this head: contiguous on a CPU, in a format that it knows.
 
-    The formats are fp32; bf16 and fp16 if D is a multiple of 32; int8 in groups of 64 inputs. weight_VD: weight of the
-    head [V, D]; on the meta device it is judged as if on a CPU. scale: fp32 scales of an int8 head, [V, D / 64]; None
-    if the head is in floating point. The result is False without numba, after one warning.
+    The formats are fp32; bf16 and fp16 if D is a multiple of 32; int8 if D is a multiple of 64. weight_VD: weight of
+    the head [V, D]; on the meta device it is judged as if on a CPU. scale: fp32 scales of an int8 head, [V], [V, D /
+    64] or [V, D / 32]; None if the head is in floating point. The result is False without numba, after one warning.
     """
     kind = weight_VD.dtype == torch.float32 or (scale is not None and weight_VD.shape[1] % int8.GROUP == 0)
     kind = kind or (weight_VD.dtype in (torch.bfloat16, torch.float16) and weight_VD.shape[1] % float16.STEP == 0)

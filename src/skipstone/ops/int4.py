@@ -151,8 +151,9 @@ def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     are rounded to int16 and multiplied with the numbers as they are stored: sums of 32 products are exact, and are
     scaled and added in fp32. Otherwise parts of the weights are restored in the dtype of x and multiplied as usual.
     """
-    if not in_place(x, MANY):
-        rows = max(PART // x.shape[-1], 1)
+    inputs = inputs_of(weight_OP)
+    if not in_place(x, inputs, MANY):
+        rows = max(PART // inputs, 1)
         parts = [functional.linear(x, restore(part, x.dtype)) for part in weight_OP.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     native = _native()

@@ -27,6 +27,7 @@ from skipstone.ops.int8_dot import (
     SUMS,
     _dots,
     _load,
+    _load_halves,
     _pairs,
     _prefetch,
     _totals,
@@ -104,11 +105,10 @@ def widen(context, source, target, count):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
         source, target, count = given
-        halves = ir.VectorType(ir.HalfType(), SINGLES.count)
         steps = builder.udiv(builder.add(count, I64(SINGLES.count - 1)), I64(SINGLES.count))
         with cgutils.for_range(builder, steps) as loop:
             at = builder.mul(loop.index, I64(2 * SINGLES.count))
-            wide = builder.fpext(_load(builder, builder.add(source, at), halves, 2), SINGLES)
+            wide = _load_halves(context, builder, builder.add(source, at), SINGLES.count)
             to = builder.add(target, builder.mul(at, I64(2)))
             builder.store(wide, builder.inttoptr(to, SINGLES.as_pointer())).align = 4
         return context.get_dummy_value()

@@ -1,4 +1,4 @@
-"""Products with int8 weights that have one fp32 scale for each row, or for each group of 64 inputs in it.
+"""Products with int8 weights that have one fp32 scale for each row, or for each group of 64 or 32 inputs in it.
 
     y = x (scale * weight)^T
 
@@ -32,7 +32,7 @@ FINE = 32  # the same in files of other programs, whose weights are kept exactly
 LOOKED_AT = 64  # groups by which `on_a_grid` decides
 LIKELY = (127, 126, 125, 16, 15, 8, 7)  # the largest factors of a group in Q8_0, Q5_0 and Q4_0
 NO_NUMBA = (
-    "int8 weights are restored before they are multiplied, which is slower than fp32: "
+    "weights in 16, 8 or 4 bits are restored before they are multiplied, which is slower than fp32: "
     "pip install 'skipstone[numba]' reads them as they are"
 )
 
@@ -65,7 +65,8 @@ def on_a_grid(weight_OI: Tensor) -> bool:
     if weight_OI.shape[1] % FINE or not weight_OI.numel():
         return False
     group_GI = weight_OI.detach().reshape(-1, FINE)
-    some_GI = group_GI[torch.linspace(0, len(group_GI) - 1, LOOKED_AT, device=weight_OI.device).long()].float()
+    spread = torch.linspace(0, len(group_GI) - 1, LOOKED_AT, dtype=torch.float64)  # fp32 would round large indices up
+    some_GI = group_GI[spread.long().to(weight_OI.device)].float()
     largest_G = some_GI.abs().amax(1)
     scale_G = torch.zeros_like(largest_G)
     _steps(some_GI, largest_G, scale_G)
@@ -103,21 +104,25 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
     x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32]. Up to 64 tokens
     without gradients, on a CPU with numba, are rounded to int16 and multiplied with the int8 weights as they are stored
-    if I is a multiple of 64; up to 8 tokens, with sums in fp32, if it is not. Otherwise parts of the weights are
-    converted to the dtype of x and multiplied as usual.
+    if I is a multiple of 64. If it is not, this holds for up to 8 tokens, which stay fp32 unless each 32 inputs have a
+    scale. All other calls restore parts of the weights in the dtype of x and multiply as usual.
     """
-    if not in_place(x, MANY if weight_OI.is_contiguous() and weight_OI.shape[1] % GROUP == 0 else FEW):
+    inputs = weight_OI.shape[1]
+    if not in_place(x, inputs, MANY if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):
         return _in_parts(x, weight_OI, scale)
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return NATIVE(x, weight_OI, scale)  # type: ignore[no-any-return]
     return _native()(x, weight_OI, scale)  # torch would take 20 microseconds to call it
 
 
-def in_place(x: Tensor, most: int) -> bool:
-    """Return whether weights are read as they are stored for this call: at most `most` tokens x on a CPU with numba."""
+def in_place(x: Tensor, inputs: int, most: int) -> bool:
+    """Return whether weights are read as they are stored for this call: at most `most` tokens x on a CPU with numba.
+
+    inputs: the weight's number of inputs. False for tokens of another width, which the ordinary product refuses.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return 0 < x.numel() <= most * x.shape[-1] and _kernels()
+    return x.shape[-1] == inputs and 0 < x.numel() <= most * inputs and _kernels()
 
 
 @cache
@@ -140,14 +145,11 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _in_parts(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T by ordinary products, each of which restores a part of the rows in the dtype of x."""
     rows = max(PART // weight_OI.shape[1], 1)
-    parts = [
-        _part(x, weight_OI[at : at + rows].to(x.dtype), scale[at : at + rows].to(x.dtype))
-        for at in range(0, len(weight_OI), rows)
-    ]
+    parts = [_part(x, *part) for part in zip(weight_OI.split(rows), scale.split(rows), strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _part(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
-    if scale.dim() == 1:
-        return functional.linear(x, weight_OI) * scale
-    return functional.linear(x, (weight_OI.unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1))
+    if scale.dim() == 1 and x.dtype.itemsize > 2:  # in fp16, sums of products with unscaled weights can be too large
+        return functional.linear(x, weight_OI.to(x.dtype)) * scale.to(x.dtype)
+    return functional.linear(x, restore(weight_OI, scale, x.dtype))

@@ -71,6 +71,31 @@ def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, alignment: in
     return value
 
 
+def _load_halves(context: Any, builder: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
+    """Load fp16 numbers from an address and widen them to fp32, exactly.
+
+    An x86 processor without F16C has no instruction for this, and LLVM would call a function of libgcc that a process
+    may lack, so integers do it there. context: numba's description of the machine for which it compiles.
+    """
+    triple, _, features = context.codegen().magic_tuple()
+    if "+f16c" in features or not triple.startswith(("x86", "i386", "i686", "amd64")):
+        return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), count), 2), ir.VectorType(F32, count))
+    whole, single = ir.VectorType(I32, count), ir.VectorType(F32, count)
+
+    def every(number: int) -> ir.Value:
+        return ir.Constant(whole, [number] * count)
+
+    bits = builder.zext(_load(builder, address, ir.VectorType(I16, count), 2), whole)
+    size = builder.and_(bits, every(0x7FFF))
+    moved = builder.shl(size, every(13))  # exponent and fraction, where fp32 has them
+    tiny = builder.fmul(builder.sitofp(size, single), ir.Constant(single, [2.0**-24] * count))  # of exponent 0
+    usual, special = builder.add(moved, every(112 << 23)), builder.or_(moved, every(0x7F800000))
+    found = builder.select(builder.icmp_unsigned("<", size, every(0x7C00)), usual, special)  # infinity and NaN
+    found = builder.select(builder.icmp_unsigned("<", size, every(0x0400)), builder.bitcast(tiny, whole), found)
+    sign = builder.shl(builder.and_(bits, every(0x8000)), every(16))
+    return builder.bitcast(builder.or_(found, sign), single)
+
+
 def _weights(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Load 32 int8 weights from an address and widen them to int16."""
     return builder.sext(_load(builder, address, ir.VectorType(I8, HALF), 1), ir.VectorType(I16, HALF))

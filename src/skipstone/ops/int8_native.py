@@ -1,8 +1,8 @@
 """Products of few tokens with int8 weights, compiled by numba for this processor.
 
 A row of weights is read from memory once, whatever the number of tokens. Where the number of inputs is a multiple of
-64, tokens are rounded to int16 and multiplied with the int8 weights as integers, a group of 64 at a time
-(`int8_dot.py`); the groups' sums are added in fp32. Other widths are computed in fp32 throughout.
+64, or each 32 inputs have a scale, tokens are rounded to int16 and multiplied with the int8 weights as integers, a
+group at a time (`int8_dot.py`); the groups' sums are added in fp32. Other widths are computed in fp32 throughout.
 
 Shape letters: N tokens, I inputs, O outputs.
 """

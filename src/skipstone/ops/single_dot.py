@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from skipstone.ops.decode_stack import FLOATS
-from skipstone.ops.int8_dot import ADDRESS, F32, I16, I32, I64, _load
+from skipstone.ops.int8_dot import ADDRESS, F32, I16, I32, I64, _load, _load_halves
 from skipstone.ops.workers import inner
 
 WIDTH = 16  # numbers that are multiplied together
@@ -43,7 +43,7 @@ def _dots(tokens: int, kind: str = "float32") -> Any:
             with cgutils.for_range(builder, steps) as loop:
                 for half in range(2):
                     first = builder.add(builder.mul(loop.index, I64(STEP)), I64(WIDTH * half))
-                    read = _read(builder, builder.add(weight, builder.mul(first, I64(BYTES[kind]))), kind)
+                    read = _read(context, builder, builder.add(weight, builder.mul(first, I64(BYTES[kind]))), kind)
                     at = builder.mul(first, I64(4))
                     for start, total in zip(starts, totals, strict=True):
                         token = _load(builder, builder.add(start, at), SINGLES, 4)
@@ -58,12 +58,12 @@ def _dots(tokens: int, kind: str = "float32") -> Any:
     return dots
 
 
-def _read(builder: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
-    """Load 16 weights of this dtype from an address, as fp32."""
+def _read(context: Any, builder: ir.IRBuilder, address: ir.Value, kind: str) -> ir.Value:
+    """Load 16 weights of this dtype from an address, as fp32. context: as in `_load_halves`."""
     if kind == "float32":
         return _load(builder, address, SINGLES, 4)
     if kind == "float16":
-        return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), WIDTH), 2), SINGLES)
+        return _load_halves(context, builder, address, WIDTH)
     wide = ir.VectorType(I32, WIDTH)
     bits = builder.zext(_load(builder, address, ir.VectorType(I16, WIDTH), 2), wide)
     return builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * WIDTH)), SINGLES)
