@@ -167,3 +167,31 @@ def test_the_command_says_whether_anything_was_rounded(tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
         torch.testing.assert_close(dense(ids()).logits, load_model(tmp_path / "exact")(ids()).logits)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_weights_of_another_dtype_are_not_loaded_in_place(bits: int) -> None:
+    """A cast to integers would lose them: torch does so without a word."""
+    whole = model()
+    small = quantise(whole, bits)
+    name = "model.layers.0.mlp.up_proj.weight"
+    want = small.get_parameter(name).clone()
+    with pytest.raises(RuntimeError, match=f"{name} has dtype torch.float32, and the model's is torch.u?int"):
+        small.load_state_dict(whole.state_dict(), strict=False)
+    assert torch.equal(small.get_parameter(name), want)
+    again = quantise(whole, bits)
+    again.load_state_dict(small.state_dict())
+
+
+@pytest.mark.parametrize("bits", [8.0, "8", True, None, 5])
+def test_bits_that_are_none(bits: object) -> None:
+    with pytest.raises(ValueError, match="bits must be 16, 8 or 4, got"):
+        quantise(model(), bits)  # type: ignore[arg-type]
+
+
+def test_what_is_no_model_of_ours() -> None:
+    for given in ("x", model().model, None):
+        kind = type(given).__name__
+        for call in (quantise, dequantise, lambda given: with_head_candidates(given, ids(), 8, 64)):
+            with pytest.raises(ValueError, match=f"model must be a SkipstoneForCausalLM, got {kind}"):
+                call(given)

@@ -29,7 +29,7 @@ EXACT = "all weights have the values of the original"
 ROUNDED = {
     "bfloat16": "weights are rounded to 8 significant bits",
     "float16": "weights are rounded to 11 significant bits",
-    "int8": "weights are rounded to 8 bits, in groups of 64 inputs",
+    "int8": "weights are rounded to 8 bits, in groups of {group} inputs",
     "int4": "most weights have 4 bits, in groups of 32 inputs; token embedding and head have 8",
 }
 USUAL_DIRECTIONS = 256
@@ -80,7 +80,8 @@ def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None 
                 small = with_head_candidates(small, ids_BT, head.candidates, _directions(head, small))
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))
-    return f"{small.config.weight_format}: {EXACT if kept else ROUNDED[small.config.weight_format]}"
+    kind = small.config.weight_format
+    return f"{kind}: {EXACT if kept else ROUNDED[kind].format(group=small.config.weight_group)}"
 
 
 def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | None, out: Path, source: str) -> None:

@@ -23,7 +23,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.model.build import StoredLinear
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
-from skipstone.model.quantise import rebuilt
+from skipstone.model.quantise import check_model, rebuilt
 from skipstone.ops import head_preview
 
 SHRINK = 0.1  # of the covariance towards equal ones, because the text is short
@@ -42,6 +42,7 @@ def with_head_candidates(
     thousand tokens. directions: dimensions of the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS
     2017). Raises ValueError for values out of range, and for a model that has such a table already.
     """
+    check_model(model)
     if model.config.head_candidates is not None:
         raise ValueError("the model has head_candidates already; begin with the model without")
     fields = {"head_candidates": candidates, "head_directions": directions}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skipstone.core.weights import is_quantised
-from skipstone.model.build import Int4Linear, Int8Weights, MagnitudeMLP, StoredWeights, layers_of
+from skipstone.model.build import BY_NEURON, Int4Linear, Int8Weights, MagnitudeMLP, StoredWeights, layers_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.gguf_blocks import FourBitRows
@@ -25,24 +25,25 @@ from skipstone.ops import float16, int4, int8
 FLOAT, INT8, INT4 = "float", "int8", "int4"
 BITS = (16, 8, 4)
 DECODER = "model."  # what the names of a decoder's parts begin with
-BY_NEURON = ("up_proj", "down_proj")  # matrices that are read for some neurons, which kernels do for int8
 
 
 def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | None = None) -> SkipstoneForCausalLM:
     """Return a copy of the model with weights in few bits in all matrices of attention, MLP, head and token embedding.
 
     bits: 8 for int8; 4 for four bits in attention and MLP, and int8 elsewhere; 16 for bf16 if it holds all weights
-    exactly, else fp16, or bf16 if a weight is too large for that. Each 64 inputs of an int8 matrix row share a scale,
-    or all of them if their number is not a multiple of 64. They are 32 if most weights come from blocks such as Q8_0 or
-    Q5_0 of a GGUF file, whose values are kept by this. Each 32 inputs of a four-bit row share a scale and an offset.
-    With 4 bits, int8 are also matrices whose inputs are not a multiple of 64, those whose weights fp16 scales cannot
-    hold, and up and down of an MLP that leaves out neurons by magnitude; with 16, the latter stay as they are. given:
-    the rows of the GGUF file that an fp32 model was loaded from: with 4 bits, its four-bit blocks are taken over as
-    they are, and if it has any, its other matrices become int8. Raises ValueError for a model that is quantised already
-    (by this function or by torchao), for a mixture of experts, and for weights that are not finite.
+    exactly, else whichever of fp16 and bf16 loses less. Each 64 inputs of an int8 row share a scale, or all of them if
+    their number is not a multiple of 64. Groups have 32 inputs instead if most weights come from blocks such as Q8_0 or
+    Q5_0 of a GGUF file, whose values they keep. Each 32 inputs of a four-bit row share a scale and an offset. With 4
+    bits, three kinds of matrices in the blocks become int8: those whose number of inputs is not a multiple of 64, those
+    whose weights fp16 scales cannot hold, and up and down of an MLP that leaves out neurons by magnitude. With 16, the
+    last stay in floating point. given: the rows of the GGUF file that an fp32 model was loaded from: with 4 bits, its
+    four-bit blocks are taken over as they are, and if it has any, its other matrices become int8. Raises ValueError for
+    anything but a SkipstoneForCausalLM, for a model that is quantised already (by this function or by torchao), for a
+    mixture of experts, and for weights that are not finite.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits must be 16, 8 or 4, got {bits}")
+    check_model(model)
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits must be 16, 8 or 4, got {bits!r}")
     if model.config.weight_format != FLOAT:
         raise ValueError(f"the model has {model.config.weight_format} weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
@@ -61,6 +62,12 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
             number, scale = int8.quantise(tensors[f"{name}.weight"], layer.group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
     return rebuilt(model, config, tensors)
+
+
+def check_model(model: object) -> None:
+    """Raise ValueError unless an object is a model of ours, neither routed in place nor wrapped by PEFT."""
+    if not isinstance(model, SkipstoneForCausalLM):
+        raise ValueError(f"model must be a SkipstoneForCausalLM, got {type(model).__name__}")
 
 
 def _group(weights: list[Tensor]) -> int:
@@ -113,6 +120,7 @@ def _read_by_neuron(model: SkipstoneForCausalLM) -> list[str]:
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of a quantised model that holds the same values in the dtype of its activations."""
+    check_model(model)
     config = _with_format(model, FLOAT, None, None)
     tensors = dict(model.state_dict())
     for name, layer in layers_of(model).items():
@@ -131,7 +139,7 @@ def check_quantised(model: SkipstoneForCausalLM, folder: Path) -> None:
     for name, layer in layers_of(model).items():
         if (kind := stored.get(f"{name}.weight", layer.TYPE)) != layer.TYPE:
             raise ValueError(f"{name}.weight has type {kind} in the checkpoint and {layer.TYPE} in the model")
-        if not bool(layer.scales().isfinite().all()):
+        if not bool(layer.stored_floats().isfinite().all()):
             raise ValueError(f"{name}.weight has {layer.NUMBERS} that is not finite")
 
 

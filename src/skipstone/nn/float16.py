@@ -30,8 +30,8 @@ class _Float16(StoredWeights):
         """Return the weight in the model's dtype."""
         return self.values.to(self.compute_dtype)
 
-    def scales(self) -> Tensor:
-        """Return the weight itself, which has no scales."""
+    def stored_floats(self) -> Tensor:
+        """Return the weight in its own dtype: it has no scales."""
         return self.values
 
 

@@ -17,7 +17,7 @@ from skipstone.nn.magnitude_mlp import MagnitudeMLP
 from skipstone.nn.stored_weights import StoredLinear, StoredWeights
 from skipstone.ops import int4
 
-BY_NEURON = ("up_proj", "down_proj")  # matrices of a `MagnitudeMLP`, which are read for some neurons
+BY_NEURON = ("up_proj", "down_proj")  # matrices of a `MagnitudeMLP` of which some neurons are read: fp32 or int8
 
 
 @dataclass(frozen=True, kw_only=True)

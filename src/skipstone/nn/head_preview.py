@@ -74,7 +74,7 @@ class HeadPreview(nn.Module):
         """Return whether the rows of a head can be read in place.
 
         head: an unmodified linear layer without bias, hooks or adapters, of the preview's vocabulary, with weights that
-        the compiled kernel reads (fp32, 16 bits, or int8 in groups of 64 inputs).
+        the compiled kernel reads (`ops.head_preview.readable`).
         """
         if not isinstance(head, HEADS) or type(head) not in HEADS:
             return False

@@ -27,8 +27,8 @@ class Int4Linear(StoredLinear):
         """Return the weight in floating point, in the model's dtype."""
         return int4.restore(self.weight, self.compute_dtype)
 
-    def scales(self) -> Tensor:
-        """Return the scales and offsets, which have to be finite for the weight to be."""
+    def stored_floats(self) -> Tensor:
+        """Return the scales and offsets, which must be finite for the weight to be finite."""
         return int4.factors(self.weight)
 
     def product(self, x: Tensor) -> Tensor:

@@ -34,11 +34,11 @@ class Int8Weights(StoredWeights):
         """Return the weight in floating point, in the model's dtype."""
         return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
 
-    def scales(self) -> Tensor:
-        """Return the scales, which have to be finite for the weight to be."""
+    def stored_floats(self) -> Tensor:
+        """Return the scales, which must be finite for the weight to be finite."""
         return self.weight_scale
 
-    def _scaled(self, rows: int, columns: int, group: int | None) -> None:
+    def _add_scales(self, rows: int, columns: int, group: int | None) -> None:
         """Add the scales of a weight [rows, columns]; a group that does not divide its columns is not used."""
         self.group = group if group is not None and columns % group == 0 else None
         shape = (rows,) if self.group is None else (rows, columns // self.group)
@@ -57,7 +57,7 @@ class Int8Linear(Int8Weights, StoredLinear):
         StoredLinear.__init__(
             self, torch.zeros(out_features, in_features, dtype=torch.int8), in_features, out_features, bias
         )
-        self._scaled(out_features, in_features, group)
+        self._add_scales(out_features, in_features, group)
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product of x [..., I] with the weight, without the bias."""
@@ -81,7 +81,7 @@ class Int8Embedding(Int8Weights):
         group: int | None = None,
     ) -> None:
         super().__init__(torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
-        self._scaled(num_embeddings, embedding_dim, group)
+        self._add_scales(num_embeddings, embedding_dim, group)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.scale = scale
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ class StoredWeights(nn.Module):
     """A layer whose weight is stored in a compact format and cannot be trained; the base class of these layers.
 
     weight: a parameter of an integer dtype, which no change of the model's dtype reaches. FORMAT: name of the format,
-    for errors. TYPE: how a safetensors file names the dtype of `weight`. NUMBERS: what `scales` returns, for errors.
-    like: an empty buffer that has the dtype of the model around the layer (`compute_dtype`).
+    for errors. TYPE: how a safetensors file names the dtype of `weight`. NUMBERS: what `stored_floats` returns, for
+    errors. like: an empty buffer that has the dtype of the model around the layer (`compute_dtype`).
     """
 
     FORMAT: ClassVar[str]
@@ -40,8 +40,17 @@ class StoredWeights(nn.Module):
         """Return the weight in floating point, in the model's dtype."""
 
     @abstractmethod
-    def scales(self) -> Tensor:
-        """Return the floating-point numbers that are stored: they have to be finite for the weight to be."""
+    def stored_floats(self) -> Tensor:
+        """Return the floating-point numbers that are stored, which must be finite for the weight to be finite."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Load as torch does, but refuse a weight of another dtype, which it would cast: fractions would become 0."""
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, Tensor) and given.dtype != self.weight.dtype:
+            error_msgs = others[-1]
+            error_msgs.append(f"{prefix}weight has dtype {given.dtype}, and the model's is {self.weight.dtype}.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def refuse_training(self) -> None:
         """Raise ValueError in a pass of training."""
