@@ -38,8 +38,8 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
     whose weights fp16 scales cannot hold, and up and down of an MLP that leaves out neurons by magnitude. With 16, the
     last stay in floating point. given: the rows of the GGUF file that an fp32 model was loaded from: with 4 bits, its
     four-bit blocks are taken over as they are, and if it has any, its other matrices become int8. Raises ValueError for
-    anything but a SkipstoneForCausalLM, for a model that is quantised already (by this function or by torchao), for a
-    mixture of experts, and for weights that are not finite.
+    anything but a SkipstoneForCausalLM, for a model that is quantised already (by this function or by torchao), for one
+    with adapters of PEFT, for a mixture of experts, and for weights that are not finite.
     """
     check_model(model)
     if type(bits) is not int or bits not in BITS:
@@ -48,6 +48,8 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
         raise ValueError(f"the model has {model.config.weight_format} weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
         raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapters; merge them into its weights (merge_and_unload), then quantise")
     tensors: dict[str, Tensor] = dict(model.state_dict())
     if bits == 16:
         return _in_16_bits(model, tensors)
