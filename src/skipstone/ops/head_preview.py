@@ -128,10 +128,8 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
     weight_VD: weight of the head [V, D]. scale: fp32 scales of an int8 head, [V, D / 64], or None. candidates: number
     of vocabulary tokens that get exact logits, at most V.
     """
-    given = (x, preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale)
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return NATIVE(*given, candidates)  # type: ignore[no-any-return]
-    return _native()(*given, candidates)
+    given = (preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale, candidates)
+    return int8.called(_native(), NATIVE, x, *given)
 
 
 def flops(width: int, vocabulary: int, directions: int, candidates: int) -> int:

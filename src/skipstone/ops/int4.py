@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import MANY, PART, in_place
+from skipstone.ops.int8 import MANY, PART, called, in_place
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int4_linear(Tensor x, Tensor weight) -> Tensor")
@@ -156,10 +156,7 @@ def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
         rows = max(PART // inputs, 1)
         parts = [functional.linear(x, restore(part, x.dtype)) for part in weight_OP.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    native = _native()
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return NATIVE(x, weight_OP)  # type: ignore[no-any-return]
-    return native(x, weight_OP)  # torch would take 20 microseconds to call it
+    return called(_native(), NATIVE, x, weight_OP)
 
 
 @cache

@@ -110,9 +110,18 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     inputs = weight_OI.shape[1]
     if not in_place(x, inputs, MANY if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):
         return _in_parts(x, weight_OI, scale)
+    return called(_native(), NATIVE, x, weight_OI, scale)
+
+
+def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: Tensor, *given: object) -> Tensor:
+    """Call a compiled function, or the torch operation that it is registered as where torch has to see the call.
+
+    That is where something listens to operations, such as a FLOP counter or a trace, or x is of a subclass of Tensor.
+    native, operation: the function and the operation, of the same arguments. x, given: these arguments, x the first.
+    """
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return NATIVE(x, weight_OI, scale)  # type: ignore[no-any-return]
-    return _native()(x, weight_OI, scale)  # torch would take 20 microseconds to call it
+        return operation(x, *given)
+    return native(x, *given)  # torch would take 20 microseconds to call it
 
 
 def in_place(x: Tensor, inputs: int, most: int) -> bool:
