@@ -20,13 +20,15 @@ class Stage:
 
     train_only: which parameters are trained: routers (all parameters of mechanisms), routers+lora (also low-rank
     adapters on every projection of the blocks, merged at the end), or all (every weight, no adapters); None means the
-    value in the recipe's section `adapt`. steps: optimizer steps of the stage. learning_rate: the peak, reached after
-    warmup_steps; in every stage the rate decays anew by cosine to train.min_lr_ratio times the peak. None means
-    train.learning_rate. router_learning_rate: the peak for parameters of mechanisms; None means the value in `adapt`.
-    warmup_steps: steps of linear warm-up; None means train.warmup_steps, but at most `steps`. routing: how training
-    passes decide: oracle (as in ordinary training: routers may look at later tokens of the row, gates scale updates and
-    skip nothing), or causal (the pass that generation executes: no look at later tokens, hard gates, no noise); None
-    means oracle.
+    value in the recipe's section `adapt`. steps: optimizer steps of the stage, at least 1; has to be given.
+    learning_rate: the peak, reached after warmup_steps; in every stage the rate decays anew by cosine to
+    train.min_lr_ratio times the peak. None means train.learning_rate. router_learning_rate: the peak for parameters of
+    mechanisms; None means the value in `adapt`, or else the stage's learning_rate. warmup_steps: steps of linear
+    warm-up; None means train.warmup_steps, but at most `steps`. routing: how training passes decide: oracle (as in
+    ordinary training: routers may look at later tokens of the row, gates scale updates and skip nothing), or causal
+    (the pass that generation executes: no look at later tokens, hard gates, no noise); None means oracle.
+
+    `read_recipe` checks the stages and replaces every None by the value that it means.
     """
 
     train_only: Trained | None = None
@@ -99,16 +101,16 @@ class AdaptConfig:
     """The options of an adaptation, section `adapt` of its recipe: budget, stages, losses, and initial routers.
 
     train_only, router_learning_rate: defaults for stages that do not set them (router_learning_rate None means the
-    learning rate). stages: the stages, which are trained one after the other; if empty, there is a single stage of
-    train.steps. loss: coefficients of the loss. lora: options of the adapters, for stages that train adapters. budget:
-    forward FLOPs per token to execute, as a share of the dense source's, in (0, 1), for rows of data.context tokens;
-    None means the compute that the mechanisms' own options lead to. start: random; or measured: a linear router of
-    Mixture-of-Depths starts as a least-squares estimate of how much its block changes a token, and a low-rank skip path
-    (which replaces the update of skipped tokens) as a least-squares estimate of that update. Both are measured on the
-    source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and routers
-    are started; thresholds are set on at most the first 32 of them. tolerance: the largest allowed difference between
-    the logits of the routed model before training and those of the source, divided by the source's largest absolute
-    logit.
+    stage's learning rate). stages: the stages, which are trained one after the other; if empty, there is a single stage
+    of train.steps. loss: coefficients of the loss. lora: options of the adapters, for stages that train adapters.
+    budget: forward FLOPs per token to execute, as a share of the dense source's, in (0, 1), for rows of data.context
+    tokens; None means the compute that the mechanisms' own options lead to. start: random; or measured: a linear router
+    of Mixture-of-Depths starts as a least-squares estimate of how much its block changes a token, and a low-rank skip
+    path (which replaces the update of skipped tokens) as a least-squares estimate of that update. Both are measured on
+    the source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and
+    routers are started; thresholds are set on at most the first 32 of them. tolerance: the largest allowed difference
+    between the logits of the routed model before training and those of the source, divided by the source's largest
+    absolute logit.
     """
 
     train_only: Trained = "all"

@@ -35,8 +35,8 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
     """Return the stage to which an optimizer step belongs, and the index of the step within it.
 
-    stages: the stages in order, with their steps. step: index of the optimizer step, from 0; beyond the last stage,
-    that stage and its last step are returned.
+    stages: the stages in order, completed by `read_recipe`. step: index of the optimizer step, counted from 0 over all
+    stages; beyond the last stage, that stage and its last step are returned.
     """
     for stage in stages:
         assert stage.steps is not None
@@ -50,8 +50,8 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
     """Return the learning rate of a group of parameters at an optimizer step.
 
     In each stage the rate warms up linearly to the stage's peak and decays by cosine to `min_ratio` times the peak.
-    stages: the stages in order. role: "routers" uses the stage's router_learning_rate, "weights" and "lora" its
-    learning_rate. step: index of the optimizer step, from 0.
+    stages: the stages in order, completed by `read_recipe`. role: "routers" uses the stage's router_learning_rate,
+    "weights" and "lora" its learning_rate. step: index of the optimizer step, counted from 0 over all stages.
     """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
@@ -90,8 +90,8 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
     """Return the learning rate schedule of an adaptation's optimizer.
 
     In each stage the rates warm up linearly to the stage's peaks and decay by cosine. optimizer: its groups are those
-    that `groups` yields, each with its `role`. stages: the stages in order. min_ratio: the rate at the end of a stage,
-    divided by the peak.
+    that `groups` yields, each with its `role`. stages: the stages in order, completed by `read_recipe`. min_ratio: the
+    rate at the end of a stage, divided by the peak.
     """
     functions: list[Callable[[int], float]] = [
         partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups

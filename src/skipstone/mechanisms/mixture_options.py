@@ -38,8 +38,8 @@ class MixtureOfDepthsConfig:
     generate), "threshold" (the same in training, scores above 0 in generation), "predictor" (the same in training, what
     an MLP predicts in generation), "threshold_p" (sigmoid(score) above `threshold`), "boundary" (word boundaries),
     "forced" (masks that the caller gives), "random" or "positional" (controls). threshold: a probability in (0, 1), for
-    "threshold_p". boundary: options of decision "boundary". capacity_warmup: fraction of the training over which the
-    capacity falls from 1; warmup_shape: shape of the fall, "linear" or "cosine".
+    "threshold_p". boundary: options of decision "boundary"; None means `Boundaries()`. capacity_warmup: fraction of
+    the training over which the capacity falls from 1; warmup_shape: shape of the fall, "linear" or "cosine".
 
     The update: weight: factor on a kept token's update: "none" (1), "raw" (the score, as in the paper), "sigmoid" (of
     the score), or "tanh" (1 + a tanh(score), a learned from 0). kv: whether skipped tokens provide keys and values,

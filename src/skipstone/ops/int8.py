@@ -102,10 +102,12 @@ def restore(weight_OI: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32]. Up to 64 tokens
-    without gradients, on a CPU with numba, are rounded to int16 and multiplied with the int8 weights as they are stored
-    if I is a multiple of 64. If it is not, this holds for up to 8 tokens, which stay fp32 unless each 32 inputs have a
-    scale. All other calls restore parts of the weights in the dtype of x and multiply as usual.
+    x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32].
+
+    Calls with few tokens and without gradients, on a CPU with numba, read the int8 weights as they are stored: up to 64
+    tokens if I is a multiple of 64 and the weights are contiguous, otherwise up to 8. The tokens are rounded to int16
+    if I is a multiple of 64 or each 32 inputs have a scale, and are fp32 otherwise. All other calls restore parts of
+    the weights in the dtype of x and multiply as usual.
     """
     inputs = weight_OI.shape[1]
     if not in_place(x, inputs, MANY if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):

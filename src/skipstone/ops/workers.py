@@ -166,7 +166,8 @@ def _place(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type)
 def part_of(context, packet):  # type: ignore[no-untyped-def]
     """Return the index of the next part of the work, from 0, and count it as begun; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. packet: address of the function's arguments.
+    context: supplied by numba, not by the caller. packet: the address of the packet, which the function of a `team`
+    receives. Every call counts, so a thread calls it once.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -179,8 +180,8 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
     """Return the number of parts, which is the number of threads; OpenMP may start fewer than requested.
 
-    For code compiled by numba only. context: supplied by numba, not by the caller. packet: address of the function's
-    arguments.
+    For code compiled by numba only. context: supplied by numba, not by the caller. packet: the address of the packet,
+    which the function of a `team` receives.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -231,8 +232,10 @@ def call(context, address, given):  # type: ignore[no-untyped-def]
 def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
     """Arrive at a barrier and wait until `arrivals` arrivals have been counted there; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. barrier: address of the barrier in a packet. A thread that has waited
-    in vain for a while sleeps, so that another one can use its processor.
+    context: supplied by numba, not by the caller. barrier: `packet + BARRIER`, where `packet` is the address that the
+    function of a `team` receives. arrivals: a total since `share` began, because the count is never reset: among P
+    threads P at the first wait, 2 P at the second, and so on. Returns nothing; what threads wrote before they arrived
+    can be read afterwards. A thread that has waited in vain for a while sleeps, so that another can use its processor.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
