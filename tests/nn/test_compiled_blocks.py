@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 CALLS = (9, 1, 1, 4, 2, 1, 8, 3)
+BITS = (32, 16, 8, 4)
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
@@ -108,8 +109,16 @@ def general(given: SkipstoneForCausalLM, monkeypatch: pytest.MonkeyPatch, **more
         return logits(given, **more)
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize("name", OPTIONS)
+def with_bits(cases: list[tuple[Any, ...]]) -> list[Any]:
+    """Return every case with every number of bits; half of them are slow, so that each case and number stays quick."""
+    return [
+        pytest.param(*case, bits, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, case in enumerate(cases)
+        for j, bits in enumerate(BITS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "bits"), with_bits([(name,) for name in OPTIONS]))
 def test_it_equals_the_blocks(name: str, bits: int, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     given = model(**OPTIONS[name]) if bits == 32 else quantise(model(**OPTIONS[name]), bits)
     want = general(given, monkeypatch)
@@ -123,9 +132,9 @@ def test_it_equals_the_blocks(name: str, bits: int, counted: list[int], monkeypa
 NEURONS = [(2, "zeros"), (3, "zeros of a mix, routed"), (3, "by magnitude, twice")]
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize(
-    ("threads", "name"), [(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed"), *NEURONS]
+    ("threads", "name", "bits"),
+    with_bits([(2, "norms around"), (3, "norms around"), (2, "routed"), (3, "routed"), *NEURONS]),
 )
 def test_several_threads_share_it(threads: int, name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = model(num_key_value_heads=2, **OPTIONS[name])
