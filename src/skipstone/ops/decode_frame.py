@@ -12,7 +12,9 @@ Shape letters: T tokens (at most 8), S sites, and one entry for what lies outsid
 
 from __future__ import annotations
 
-from skipstone.ops.decode_stack import CHOICE, MIXTURE, MOST_TOKENS
+MOST_TOKENS = 8  # of a step
+MIXTURE = 8  # columns of a mixture in the table of a block
+CHOICE = 6  # columns of a choice of neurons
 
 # Columns of the table of a block: addresses of norms (0: none); then of each matrix the addresses of weight, scale
 # (0: weights in floating point; of four-bit ones that of the weight) and bias (0: none), and the number of scales of a

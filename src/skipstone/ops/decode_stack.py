@@ -23,15 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST_TOKENS = 8
+from skipstone.ops.decode_frame import CHOICE as CHOICE
+from skipstone.ops.decode_frame import MIXTURE as MIXTURE
+from skipstone.ops.decode_frame import MOST_TOKENS as MOST_TOKENS
+
 MOST_THREADS = 8  # more wait for the memory, and for each other
 EACH = 1 << 19  # weights of a block for which a further thread is worth its waits
 ALIGNED = 64  # bytes
 FUNCTIONS = ("silu", "gelu_tanh", "relu", "tanh", "gelu")
 WEIGHTS = ("none", "raw", "opening", "tanh")  # functions that give the factor of a kept token
 DECISIONS = ("all", "zeros", "largest")  # which neurons of an MLP are computed
-MIXED, MIXTURE = 4, 8  # activations of a mixture, and its columns in the table of a block
-CHOICE = 6  # columns of a choice of neurons
+MIXED = 4  # activations of a mixture
 FLOATS = {torch.float32: 1, torch.bfloat16: -1, torch.float16: -2}  # what tells the dtype of weights without scales
 LONG_S = 4.0  # seconds; reading from disk what has been compiled takes less
 COMPILING = (
