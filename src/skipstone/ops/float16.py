@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import FEW, PART, called, in_place
+from skipstone.ops.int8 import FEW, called, in_parts, in_place
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("float16_linear(Tensor x, Tensor weight) -> Tensor")
@@ -59,9 +59,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """
     inputs = weight_OI.shape[1]
     if inputs % STEP or not in_place(x, inputs, FEW):
-        rows = max(PART // inputs, 1)
-        parts = [functional.linear(x, part.to(x.dtype)) for part in weight_OI.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return in_parts(lambda part: functional.linear(x, part.to(x.dtype)), inputs, weight_OI)
     return called(_native(), NATIVE, x, weight_OI)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import MANY, PART, called, in_place
+from skipstone.ops.int8 import MANY, called, in_parts, in_place
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int4_linear(Tensor x, Tensor weight) -> Tensor")
@@ -153,9 +153,7 @@ def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """
     inputs = inputs_of(weight_OP)
     if not in_place(x, inputs, MANY):
-        rows = max(PART // inputs, 1)
-        parts = [functional.linear(x, restore(part, x.dtype)) for part in weight_OP.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return in_parts(lambda part: functional.linear(x, restore(part, x.dtype)), inputs, weight_OP)
     return called(_native(), NATIVE, x, weight_OP)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -111,7 +111,7 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """
     inputs = weight_OI.shape[1]
     if not in_place(x, inputs, MANY if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):
-        return _in_parts(x, weight_OI, scale)
+        return in_parts(partial(_part, x), inputs, weight_OI, scale)
     return called(_native(), NATIVE, x, weight_OI, scale)
 
 
@@ -153,10 +153,14 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return linear
 
 
-def _in_parts(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """Return x (scale * weight)^T by ordinary products, each of which restores a part of the rows in the dtype of x."""
-    rows = max(PART // weight_OI.shape[1], 1)
-    parts = [_part(x, *part) for part in zip(weight_OI.split(rows), scale.split(rows), strict=True)]
+def in_parts(product: Callable[..., Tensor], inputs: int, *stored: Tensor) -> Tensor:
+    """Return the product of tokens with a matrix, [..., O], from products with a part of its rows at a time.
+
+    So only a part is restored at once. product: returns the product with the rows that it is given. inputs: number of
+    inputs of a row. stored: tensors with one entry for each row, of which `product` gets the same part.
+    """
+    rows = max(PART // inputs, 1)
+    parts = [product(*part) for part in zip(*(tensor.split(rows) for tensor in stored), strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
