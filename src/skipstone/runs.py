@@ -262,7 +262,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[PlainDict]:
-    """Return the entries of a metrics file, one dict per line, in the order of the file.
+    """Return the entries of the metrics file `path` (JSON lines), one dict per line, in the order of the file.
 
     Each has at least "step" and "split". A last line that a crash cut short is left out. Raises ValueError, naming file
     and line, for an invalid line.
@@ -281,7 +281,7 @@ def read_metrics(path: Path) -> list[PlainDict]:
 
 
 def count_lines(path: Path) -> int:
-    """Return the number of complete lines in a metrics file; 0 if there is no such file.
+    """Return the number of complete lines in the metrics file `path`; 0 if there is no such file.
 
     The file is flushed to disk first.
     """

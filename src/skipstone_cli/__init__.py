@@ -1,3 +1,3 @@
-"""The `skipstone` command. It imports torch and transformers only inside verbs, so that it starts quickly."""
+"""The `skipstone` command, which imports torch and transformers only inside its verbs, so that it starts quickly."""
 
 from __future__ import annotations

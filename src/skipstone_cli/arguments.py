@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, in the same words."""
+"""The command-line arguments that several verbs share, so that their names and help texts are the same."""
 
 from __future__ import annotations
 

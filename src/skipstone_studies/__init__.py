@@ -1,4 +1,4 @@
-"""Floor 4.5: the studies behind all published tables, each of which `skipstone reproduce NAME` makes.
+"""The studies (experiments) behind all published tables; `skipstone reproduce NAME` runs one.
 
 study.py       `Study` and `Column`: the definition of a study
 catalogue.py   all studies by name

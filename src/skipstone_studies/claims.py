@@ -127,7 +127,8 @@ class ArmComparison:
 def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Claim]:
     """Yield, for each arm of each comparison, the claim that the arm is better than the reference, with its verdict.
 
-    figures: the figures of every run, by arm and seed. compared: the comparisons.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    compared: the comparisons.
     """
     for one in compared:
         for arm in (arm for arm in one.arms or figures if arm != one.against):
@@ -141,9 +142,10 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
     """Return Markdown with a table for each comparison: every arm's difference from the reference, and the verdict.
 
     Differences are paired by seed and have a confidence interval; arms that share fewer than two seeds with the
-    reference are left out. figures: the figures of every run, by arm and seed. compared: the comparisons. refused:
-    whether the verdict is "no headroom" throughout, because a deeper model has no lower loss, so that routing has
-    nothing to win. Verdicts are otherwise "better", "worse" or "not told apart"; the result is "" without rows.
+    reference are left out. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the
+    compared recipes. compared: the comparisons. refused: whether the verdict is "no headroom" throughout, because a
+    deeper model has no lower loss, so that routing has nothing to win. Verdicts are otherwise "better", "worse" or "not
+    told apart"; the result is "" without rows.
     """
     sections = []
     for one in compared:

@@ -127,7 +127,7 @@ def exit_name(threshold: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMasks(Pass):
-    """A forward pass with random imposed decisions: the i-th block with a gate keeps a token at random.
+    """A forward pass in which gates do not decide: each block with a gate keeps tokens at random.
 
     shares: the probabilities with which the blocks keep a token, one for each block with a gate. generator: the source
     of random numbers, seeded with 0.

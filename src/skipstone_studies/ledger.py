@@ -91,7 +91,7 @@ def compute_section(out: Path) -> Section:
 
 
 def without_title(section: Section) -> str:
-    """Return a table as Markdown, without its heading."""
+    """Return the table `section` as Markdown, without its heading."""
     return markdown([section]).partition("\n\n")[2].strip("\n")
 
 
@@ -186,10 +186,10 @@ def _arms(arms: Sequence[str]) -> str:
 
 
 def write(out: Path) -> Path:
-    """Write the tables of costs and of claims into OUT/README.md, and OUT/ledger.html, which also draws them.
+    """Write the tables of all studies' costs and claims into OUT/README.md, and OUT/ledger.html, which draws them too.
 
-    In the README they replace what is between their marks. Returns the path of the README. Raises ValueError if it has
-    no such marks, FileNotFoundError if it does not exist.
+    out: the folder of all records, which has the README. There they replace what is between their marks. Returns the
+    path of the README. Raises ValueError if it has no such marks, FileNotFoundError if it does not exist.
     """
     path = out / "README.md"
     for name in (COMPUTE, CLAIMS):

@@ -63,7 +63,7 @@ def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record])
 
 
 def heading(records: Sequence[Record]) -> str:
-    """Return the heading of a part of the page: scale and corpora, such as `laptop, tiny-shakespeare`."""
+    """Return the heading of the part of a page with `records`: scale and corpora, as `laptop, tiny-shakespeare`."""
     corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
@@ -96,7 +96,7 @@ def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
 def block(study: Study, records: Sequence[Record]) -> str:
     """Return the table of one scale and corpus as Markdown, with its notes and the command that makes it.
 
-    records: the records of one scale and corpus, at least one.
+    study: the study. records: its records of one scale and corpus, at least one.
     """
     columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
@@ -113,7 +113,8 @@ def block(study: Study, records: Sequence[Record]) -> str:
 def terminal(study: Study, records: Sequence[Record]) -> Section:
     """Return the table of one scale and corpus for a terminal, with arms as columns and figures as rows.
 
-    records: the records of one scale and corpus, at least one. Ratios to the first arm are on rows of their own.
+    study: the study. records: its records of one scale and corpus, at least one. Ratios to the first arm are on rows of
+    their own.
     """
     rows = []
     for column in study.columns:

@@ -172,7 +172,7 @@ class SharedStart(TrainerCallback):
 
 
 def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[str, torch.Tensor]:
-    """Return the initial weights, by name, of a model with `blocks` blocks and no mechanisms, built from `seed`."""
+    """Return the initial weights, by name, of the model `config` with `blocks` blocks and no mechanisms, for `seed`."""
     plain = SkipstoneConfig(**{**config.to_dict(), "mechanisms": None, "num_hidden_layers": blocks})
     state = torch.get_rng_state()
     set_seed(seed)
@@ -277,7 +277,7 @@ def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int)
 
 
 def known_rates(path: Path) -> dict[float, float]:
-    """Return {learning rate: validation loss} from a file that `tuned` wrote; {} if the file does not exist."""
+    """Return {learning rate: validation loss} from the file `path`, which `tuned` wrote; {} if it does not exist."""
     if not path.is_file():
         return {}
     return {float(rate): float(loss) for rate, loss in read_object(path).items()}

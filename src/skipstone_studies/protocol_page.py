@@ -47,8 +47,9 @@ def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> st
 def differences(figures: ByArm, against: str, refused: bool) -> str:
     """Return a Markdown table of the arms' differences in test loss from one arm, paired by seed, with intervals.
 
-    figures: the figures of every run, by arm and seed. against: name of the arm that is subtracted. refused: whether
-    the verdict is "no headroom", because a deeper model has no lower loss. The table is "" if `against` has not run.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. against:
+    name of the arm that is subtracted. refused: whether the verdict is "no headroom", because a deeper model has no
+    lower loss. The table is "" if `against` has not run.
     """
     rows = []
     for arm in figures:
@@ -66,8 +67,8 @@ def difference(figures: ByArm, arm: str, against: str) -> list[str]:
     """Return three cells of a table on the difference in test loss between two arms, `arm` minus `against`.
 
     They are the number of seeds, the mean difference with its interval, and the standard error of the difference over
-    blocks of text. figures: the figures of every run, by arm and seed. arm, against: names of two arms that share a
-    seed.
+    blocks of text. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared
+    recipes. arm, against: names of two arms that share a seed.
     """
     found = paired_differences(figures, arm, against, LOSS)
     interval, text = paired(found, by_block(figures, arm, against)), _text_error(figures, arm, against)
@@ -79,7 +80,8 @@ def median_block(figures: ByArm, arm: str, against: str) -> str:
     """Return the median over blocks of text of the difference in test loss, averaged over seeds, as a table cell.
 
     Unlike the mean, it does not depend on a single file, such as a long table that one model has learned to copy.
-    figures: the figures of every run, by arm and seed. arm, against: names of two arms that share a seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. arm,
+    against: names of two arms that share a seed.
     """
     blocks = [statistics.fmean(values) for values in zip(*by_block(figures, arm, against), strict=True)]
     return f"{statistics.median(blocks):+.4f}" if blocks else UNKNOWN
@@ -94,7 +96,8 @@ def _word(interval: Interval | None) -> str:
 def by_block(figures: ByArm, arm: str, other: str) -> list[list[float]]:
     """Return, for every seed that both arms have, the differences in test loss (`arm` minus `other`) by block of text.
 
-    figures: the figures of every run, by arm and seed. arm, other: names of the arms.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. arm,
+    other: names of the arms.
     """
     seeds = sorted(figures[arm].keys() & figures[other].keys())
     pairs = [(figures[arm][seed].get(BLOCKS), figures[other][seed].get(BLOCKS)) for seed in seeds]
@@ -120,7 +123,7 @@ NOTE = (
 def rates(figures: ByArm) -> str:
     """Return a Markdown table of the validation loss at every learning rate that was tried; "" if none was tuned.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     tried = {arm: next(iter(seeds.values()))["tuning"] for arm, seeds in figures.items() if seeds}
     if not any(found["losses"] for found in tried.values()):
@@ -143,7 +146,7 @@ def rates(figures: ByArm) -> str:
 def unequal(figures: ByArm) -> str:
     """Return a sentence on arms whose executed training FLOPs are more than 3 % off the planned ones; "" if none is.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     shares = {
         arm: executed / planned
@@ -158,7 +161,8 @@ def unequal(figures: ByArm) -> str:
 def length(figures: ByArm, full: str) -> str:
     """Return a sentence on how long the full model was trained, in bytes per parameter; "" if it has not run.
 
-    figures: the figures of every run, by arm and seed. full: name of its arm.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. full:
+    name of its arm.
     """
     read, size = mean(figures, full, "training.tokens"), mean(figures, full, "training.parameters")
     if read is None or not size:
@@ -172,9 +176,9 @@ def length(figures: ByArm, full: str) -> str:
 def claims(figures: ByArm, room: Headroom | None, against: Sequence[str]) -> Iterator[Claim]:
     """Yield for each arm the claim that its test loss is at least 0.02 nats below each reference's, with its verdict.
 
-    figures: the figures of every run, by arm and seed. room: the headroom, by how much the full model's loss is below
-    that of the best shallower one; if it is None or too small, the verdict is "no headroom". against: names of the
-    references.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. room:
+    the headroom, by how much the full model's loss is below that of the best shallower one; if it is None or too small,
+    the verdict is "no headroom". against: names of the references.
     """
     for reference in against:
         for arm in figures:

@@ -25,8 +25,8 @@ def check(path: Path, name: str) -> None:
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Write a study's table into a README between the marks with the study's name, and change nothing else.
 
-    The marks are `<!-- NAME:begin -->` and `<!-- NAME:end -->`. records: the records that the table shows. Raises
-    ValueError unless both marks occur once.
+    path: the README. The marks are `<!-- NAME:begin -->` and `<!-- NAME:end -->`. records: the records that the table
+    shows. Raises ValueError unless both marks occur once.
     """
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 
@@ -34,7 +34,7 @@ def write(path: Path, study: Study, records: Sequence[Record]) -> None:
 def write_between(path: Path, name: str, text: str) -> None:
     """Write `text` into a README between the marks `<!-- NAME:begin -->` and `<!-- NAME:end -->`; change nothing else.
 
-    name: the name in the marks. Raises ValueError unless both occur once.
+    path: the README. name: the name in the marks. Raises ValueError unless both occur once.
     """
     before, after = _cut(path.read_text(encoding="utf-8"), path, name)
     write_whole(path, f"{before}\n{text}\n{after}")

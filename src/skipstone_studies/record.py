@@ -86,7 +86,7 @@ def write(record: Record, out: Path) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Read a record's file.
+    """Read the record in the file `path`.
 
     Raises ValueError, naming the file, if it is damaged or not a record.
     """

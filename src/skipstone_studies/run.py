@@ -152,7 +152,7 @@ def _sample(record: Record) -> list[tuple[str, float]]:
 
 
 def table_path(out: Path, name: str) -> Path:
-    """Return the path of a study's page, OUT/NAME.md."""
+    """Return the path of the page of the study `name`, OUT/NAME.md, for the folder `out`."""
     return out / f"{name}.md"
 
 

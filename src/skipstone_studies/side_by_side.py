@@ -46,7 +46,8 @@ class Worker:
 def run(session: Session, seeds: Sequence[int], jobs: int) -> None:
     """Run the arms that are not recorded, `jobs` at a time in processes of their own, then measure what compares arms.
 
-    Failures are noted in the session. Raises ValueError for a study of timings, whose arms must run alone.
+    session: the study at one scale, which notes failures. seeds: the seeds to run. Raises ValueError for a study of
+    timings, whose arms must run alone.
     """
     if session.study.clock is not None:
         raise ValueError(f"study {session.study.name!r} is a timing: its arms run alone, so jobs must be 1, got {jobs}")

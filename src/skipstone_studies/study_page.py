@@ -69,7 +69,8 @@ def _part(study: Study, records: Sequence[Record]) -> PlainDict:
 def _columns(study: Study, figures: ByArm, title: str) -> list[tuple[str, Drawn]]:
     """Draw each column of the table that several arms have with different values; return pairs of title and picture.
 
-    figures: the figures of every run, by arm and seed. title: the heading of this part of the page.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. title:
+    the heading of this part of the page.
     """
     found, titles = [], [column.title for column in study.columns]
     for column in study.columns:
@@ -82,7 +83,7 @@ def _columns(study: Study, figures: ByArm, title: str) -> list[tuple[str, Drawn]
 
 
 def html(markdown: str) -> Markup:
-    """Convert Markdown with paragraphs, tables and lists to HTML; HTML in the text is escaped, images are left out."""
+    """Convert `markdown` with paragraphs, tables and lists to HTML; HTML in it is escaped, images are left out."""
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     reader.add_render_rule("table_open", _table_open)
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")

@@ -37,8 +37,8 @@ def by_block(
 ) -> list[LossResult]:
     """Return the losses on evenly spaced validation rows, one result for each of at most `blocks` consecutive parts.
 
-    Tokens are skipped as in generation. data: prepared data, of which `validation` is read. count: how many rows; None
-    means all.
+    model: the model; tokens are skipped as in generation. data: prepared data, of which `validation` is read. count:
+    how many rows; None means all.
     """
     chosen = spaced(len(data.validation), count)
     parts = min(blocks, len(chosen))
@@ -52,7 +52,7 @@ def by_block(
 def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None) -> float:
     """Return the loss in nats per prediction on evenly spaced validation rows, skipping tokens as in generation.
 
-    data: prepared data, of which `validation` is read. count: how many rows; None means all.
+    model: the model. data: prepared data, of which `validation` is read. count: how many rows; None means all.
     """
     (found,) = by_block(model, data, count, 1)
     return found.loss

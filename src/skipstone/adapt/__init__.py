@@ -1,4 +1,4 @@
-"""Between floors 4 and 5: adaptation of dense checkpoints to conditional computation, and export back to dense ones.
+"""Adaptation of dense checkpoints so that they compute less, and export of models back to dense checkpoints.
 
 adapt_recipe.py       `AdaptRecipe`: the options of an adaptation, read strictly
 adaptation.py         `adapt`: from a checkpoint to a finished run folder

@@ -169,5 +169,5 @@ class AdaptTrainer(RunTrainer):
 
 
 def on_device(row: Row, device: torch.device) -> Row:
-    """Return a batch with all its tensors on `device`."""
+    """Return a copy of the batch `row` (tensors by name) with all its tensors on `device`."""
     return {name: value.to(device) for name, value in row.items()}

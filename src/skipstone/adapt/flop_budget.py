@@ -55,7 +55,7 @@ def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> 
 
 
 def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
-    """Return the depth mechanisms (those that let tokens skip blocks) of all blocks."""
+    """Return the depth mechanisms (those that let tokens skip blocks) of all blocks of `model`, in order."""
     return model.modules_of(DepthMechanism)
 
 

@@ -51,7 +51,10 @@ class AdaptPlan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Raise ValueError for mistakes in mechanisms or loggers and for missing packages, before any weights are read."""
+    """Raise ValueError for mistakes in the recipe's mechanisms or loggers and for missing packages.
+
+    recipe: the recipe of an adaptation. Called before any weights are read.
+    """
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
     refuse(student.model_mistakes({"model": recipe.model}))

@@ -21,7 +21,7 @@ TRAINED = {"routers": ("routers",), LORA: ("routers", "lora"), "all": ("routers"
 
 
 def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
-    """Return the role of each parameter, by its name: "routers", "lora" or "weights".
+    """Return the role of each parameter of `model` by its name: "routers", "lora" or "weights".
 
     All parameters of mechanisms are "routers", those of LoRA adapters "lora", all others "weights".
     """
@@ -127,7 +127,7 @@ def needs_adapters(stages: Sequence[Stage]) -> bool:
 
 
 def check_packages(stages: Sequence[Stage]) -> None:
-    """Raise ValueError if a stage needs PEFT and it is not installed."""
+    """Raise ValueError if one of `stages` needs the package PEFT (for adapters) and it is not installed."""
     if needs_adapters(stages) and importlib.util.find_spec("peft") is None:
         raise ValueError(f"train_only {LORA!r} needs a package: pip install 'skipstone[peft]'")
 

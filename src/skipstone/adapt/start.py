@@ -33,7 +33,7 @@ LEAST_SKIPPED = 0.1  # a skip path is fitted on at least this share of the token
 
 @torch.no_grad()
 def measure_neurons(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> None:
-    """Measure the typical size of each MLP neuron's up projection, by which neuron groups are chosen.
+    """Measure the typical size of each MLP neuron's up projection in `model`, by which neuron groups are chosen.
 
     Only layers that choose groups by magnitude (`MagnitudeMLP`) are measured: their `router.typical_F`, [F] for F
     neurons, becomes the root mean square of the up projection over the tokens of the first 16 batches of `rows`.

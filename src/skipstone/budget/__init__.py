@@ -1,4 +1,4 @@
-"""Floor 3.5: thresholds at which a trained model executes a chosen share of the dense FLOPs.
+"""Thresholds with which a trained model executes a chosen share of the dense model's FLOPs (its budget).
 
 handles.py      threshold handles: one interface to the thresholds that decide which tokens are kept
 calibration.py  `calibrate`: from rows to a budget table; `meet`: to one budget

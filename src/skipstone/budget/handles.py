@@ -38,7 +38,7 @@ class ThresholdHandle:
 
     @property
     def saved(self) -> bool:
-        """Whether the threshold is stored with a saved model after it was set."""
+        """Whether saving the model afterwards stores a threshold that `set` has changed."""
         return self._thresholds[0].saved
 
     @property

@@ -52,7 +52,7 @@ class WriteError(ValueError):
 def naming(path: Path) -> Iterator[None]:
     """Turn an error of a full or failing disk, raised in a `with` block, into a `WriteError` that names `path`.
 
-    path: the file or folder that the block writes. Such errors are told from the messages of the operating system,
+    path: the file or folder that the block writes. Such errors are recognised by the messages of the operating system,
     torch, safetensors and tokenizers; all other errors pass unchanged. A `WriteError` for the temporary name of `path`
     is raised again with `path` itself.
     """

@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache keeps; with a `window`, over window + 128 become window + 64."""
+    """Return how many of `entries` a row keeps; with a `window`, a row above window + 128 is cut to window + 64."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -191,7 +191,7 @@ class RaggedStore:
         self._settle([min(length, keep) for length in lengths])
 
     def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
-        """Return each row's newest entry of tensor `name`, [B, ...], 0 if the row is empty; None before any append."""
+        """Return the newest entry of tensor `name` of each of `rows`, [B, ...], or 0; None before any append."""
         if name not in self.entries or self.width == 0:
             return None
         value = self.entries[name]
@@ -344,7 +344,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values and return all of them, [B, heads, entries, head size]; transformers calls this."""
+        """Do as `append`, with its arguments; return all keys and values, [B, heads, entries, head size] each."""
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 

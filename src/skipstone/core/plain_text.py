@@ -1,4 +1,4 @@
-"""JSON and YAML that may come from strangers: nested too deeply, or small files that unfold into huge values."""
+"""Reading of JSON and YAML that may come from strangers: deep nesting and values that unfold hugely are refused."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """Return the record called `name`, typed as `kind`; None if there is none.
+    """Return the record called `name` in `records` (by mechanism name), typed as `kind`; None if there is none.
 
     Raises AssertionError if it is of another class.
     """

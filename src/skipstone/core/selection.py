@@ -79,9 +79,10 @@ class Selection:
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:
-        """Return which rows of the cache the selected tokens belong to; None means all rows of the cache.
+        """Return which rows of the cache hold the tokens of this selection; None means all rows.
 
-        outer: the rows of the cache that the B rows of the whole call belong to; None means all rows of the cache.
+        outer: the rows of the cache that the B rows of the call stand for, if the call itself has only some of the
+        batch's rows; None means all. Only a selection that leaves out whole rows returns something else than `outer`.
         """
         return outer
 

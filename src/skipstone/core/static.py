@@ -91,7 +91,7 @@ class StaticStore(RaggedStore):
         return self.lengths_B if self.width else torch.zeros(rows, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Return False: views always include unused columns."""
+        """Return False, whatever `rows`: views include unused columns, so rows never count as equally filled."""
         return False
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:

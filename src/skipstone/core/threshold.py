@@ -15,8 +15,8 @@ State = list[float | None]
 class ScoreThreshold:
     """Access to the threshold by which one mechanism of one block decides: tokens with a higher score are kept.
 
-    saved: whether a threshold that was set is stored with a saved model. option: the configuration option that holds
-    the threshold for all blocks of a mechanism; None means that every block has its own threshold.
+    saved: whether saving the model afterwards stores a threshold that `set` has changed. option: the configuration
+    option that holds the threshold for all blocks of a mechanism; None means that every block has its own threshold.
     """
 
     saved = True
@@ -27,7 +27,7 @@ class ScoreThreshold:
         raise NotImplementedError
 
     def set(self, threshold: float) -> None:
-        """Set the score above which a token is kept."""
+        """Change the score above which a token is kept to `threshold`."""
         raise NotImplementedError
 
     def state(self) -> State:

@@ -105,7 +105,7 @@ def _active(linear: nn.Module) -> list[str]:
 
 
 def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype of the layer's outputs; of a quantised layer, it differs from the weight's dtype."""
+    """Return the dtype of the outputs of the layer `linear`; if it is quantised, its weight has another dtype."""
     dtype: torch.dtype = linear.weight.dtype if linear.weight.dtype.is_floating_point else linear.compute_dtype  # type: ignore[assignment, union-attr]
     return dtype
 
@@ -117,6 +117,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_quantised(linear: nn.Module) -> bool:
-    """Return whether the layer's weight is a quantised tensor of torchao, whose stored integers are not its values."""
+    """Return whether the weight of `linear` is a quantised tensor of torchao, which stores integers and not values."""
     weight = linear.weight
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize

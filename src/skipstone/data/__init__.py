@@ -1,4 +1,4 @@
-"""Corpora, tokenizers and rows for training and evaluation: floor 3 of the architecture, which knows no model.
+"""Corpora, tokenizers and rows of token ids for training and evaluation; nothing here knows a model.
 
 corpora.py     the registry of corpora by name, and `load_corpus`; importing it loads neither torch nor NumPy
 corpus.py      `Corpus`: named splits of documents, read when they are needed; two ways to split

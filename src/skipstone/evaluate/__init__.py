@@ -1,4 +1,4 @@
-"""Quality, cost and speed of run folders and saved models: floor 4 of the architecture.
+"""Measurements of run folders and saved models: quality, cost and speed.
 
 evaluation.py    `evaluate`: losses, accuracy, mechanisms and FLOPs of one run
 budget_curve.py  FLOPs and loss of one model at several budgets; `calibrate_run` measures its budget table

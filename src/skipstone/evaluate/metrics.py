@@ -247,9 +247,9 @@ def _notes(runs: Sequence[RunMetrics]) -> Iterator[str]:
 
 
 def capacity_section(runs: Sequence[RunMetrics]) -> Section | None:
-    """Tabulate for each depth mechanism, by block, the share of tokens that it keeps of those that reach it.
+    """Tabulate by block the share of tokens that each depth mechanism keeps of those that reach it, one column per run.
 
-    None if no run has depth mechanisms.
+    runs: the measured runs. None if no run has depth mechanisms.
     """
     names = {
         (i, name): None

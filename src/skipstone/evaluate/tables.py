@@ -96,7 +96,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a number with `digits` digits after the point; a dash for None and nan."""
+    """Format `value` with `digits` digits after the point; a dash for None and nan."""
     return UNKNOWN if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -106,7 +106,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def amount(value: float | None) -> str:
-    """Format a number for a table: as an integer below a million, else with a letter, such as 12,345 or 12.35M.
+    """Format `value` for a table: as an integer below a million, else with a letter, such as 12,345 or 12.35M.
 
     None and nan give a dash.
     """
@@ -119,7 +119,7 @@ def amount(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Replace nan and infinity, which JSON does not have, by None in nested dicts, lists and tuples."""
+    """Return `value` with nan and infinity, which JSON does not have, as None in nested dicts, lists and tuples."""
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

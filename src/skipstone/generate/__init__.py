@@ -1,4 +1,4 @@
-"""Floor 4: generation, by a small decode loop that also returns the compute of each token.
+"""Generation, by a small decode loop that also returns the share of the blocks' compute spent on each token.
 
 engine.py           `generate` and `stream`: causal decisions, a cache, left-padded batches
 text_generation.py  `stream_text`: text from a run folder or a saved model, as the command prints it

@@ -52,7 +52,10 @@ class Catching(_Between):
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Capture keys and values, and end the block's run by an exception that `keys_of` catches."""
+        """Store `key_states` and `value_states` in `caught`, and end the block's run by an exception.
+
+        `keys_of` catches it.
+        """
         self.caught = key_states, value_states
         self.handed = args, kwargs
         raise _Caught
@@ -71,7 +74,11 @@ class Joining(_Between):
         self._stores, self._join, self._rows = cache is not None, join, rows
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Merge keys and values with those of the other tokens, store them, and return all for the rows that run."""
+        """Merge keys and values with those of the other tokens, store them, and return all for the rows that run.
+
+        key_states, value_states: [B, H, T, E], those of the tokens that the block runs for. Other arguments are passed
+        to the model's cache. Returns keys and values [B, H, S, E].
+        """
         self.calls += 1
         pair = self._join((key_states, value_states))
         if self._stores:

@@ -1,4 +1,4 @@
-"""Floor 3.4 of the architecture: measurements of a model on rows of data, without a run folder.
+"""Measurements of a model on rows of data, for which no run folder is needed.
 
 A record is what a mechanism decided in one forward pass, as tensors (`core/records.py`).
 

@@ -54,7 +54,7 @@ def mechanisms_in_words(model: SkipstoneForCausalLM) -> str:
 
 
 def configured_capacities(model: SkipstoneForCausalLM) -> dict[int, dict[str, float]]:
-    """Return the configured capacity of each depth mechanism, {layer: {mechanism name: share}}.
+    """Return the configured capacity of each depth mechanism of `model`, {layer: {mechanism name: share}}.
 
     The capacity is the largest share of a row's tokens that the mechanism keeps. Mechanisms that guarantee none are
     left out; the dict of a layer may therefore be empty.

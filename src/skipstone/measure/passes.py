@@ -68,7 +68,7 @@ def known_to_need_depth(batch: Batch) -> Tensor | None:
 
 
 def depth_layers(model: SkipstoneForCausalLM) -> list[int]:
-    """Return the indices of the blocks that have a depth mechanism, which decides which tokens the block updates."""
+    """Return the indices of the blocks of `model` that have a depth mechanism, which chooses the tokens to update."""
     blocks = model.decoder.layers
     return [i for i, block in enumerate(blocks) if len(block.mechanisms)]
 

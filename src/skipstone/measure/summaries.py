@@ -159,7 +159,7 @@ class PrecisionRecall:
 
 
 class DepthReader(Reader[DepthMechanism, DepthRecord]):
-    """Accumulates figures of a depth mechanism.
+    """Accumulates figures of one depth mechanism in one block, which `result` returns under these names.
 
     `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
     share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept

@@ -1,4 +1,6 @@
-"""Floor 2: the mechanisms, one file each; they do not depend on blocks.
+"""The mechanisms, one file each: what decides which tokens, neurons or activations a block computes.
+
+They import `ops` and `core`, but nothing of blocks (floor 2 in docs/architecture.md).
 
 To add one, write a file and add a line to one of the tables below.
 """

@@ -95,9 +95,9 @@ def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
     """Return the exponentially weighted mean of z up to and including each token of a document, fp32 [B, T, R].
 
-    z_BTR: fp32, R features of each token; padding is left out. memory: the sums stored by earlier calls, to which this
-    call's sums are appended. decay: a number in (0, 1); a token n places back, not counting padding, has weight
-    decay^n. The weighted sum is divided by the sum of the weights.
+    z_BTR: fp32, R features of each token. tokens: the tokens of this call; padding is left out. memory: the sums stored
+    by earlier calls, to which this call's sums are appended. decay: a number in (0, 1); a token n places back, not
+    counting padding, has weight decay^n. The weighted sum is divided by the sum of the weights.
     """
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)

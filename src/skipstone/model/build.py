@@ -113,7 +113,7 @@ class Blocks(nn.ModuleList):
 
 
 def format_of(config: SkipstoneConfig) -> Format | None:
-    """Return how the weights of a model are stored; None for parameters in floating point."""
+    """Return the compact format in which `config` stores a model's weights; None for parameters in floating point."""
     if config.weight_format == "float":
         return None
     return Format(name=config.weight_format, group=config.weight_group, left=config.weight_int8 or ())
@@ -235,7 +235,10 @@ def build_positions(config: SkipstoneConfig) -> nn.Module:
 
 
 def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
-    """Build the rotary angles of blocks with sliding-window attention; None if they use the other blocks' angles."""
+    """Build the rotary angles of the blocks with sliding-window attention, as `config.window_rope_parameters` says.
+
+    None if these blocks use the same angles as all others.
+    """
     rope = config.window_rope_parameters
     return None if rope is None or config.positions != "rope" else Rotary(config, rope)
 

@@ -155,9 +155,10 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
             self.decoder.layers[layer].mechanisms[entry.key].config = entry.options
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Change the number of tokens in the vocabulary, as transformers does.
+        """Change the number of tokens in the vocabulary to `new_num_tokens`, as transformers does.
 
-        Raises ValueError for models with quantised weights or `head_candidates`, which cannot be resized.
+        Returns the token embedding. Raises ValueError for models with quantised weights or `head_candidates`, which
+        cannot be resized.
         """
         small = self.config.weight_format != "float"
         if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):

@@ -32,10 +32,10 @@ Handler: TypeAlias = Callable[[PreTrainedConfig, "Header", Any], bool]  # return
 class Header:
     """The keys of a GGUF file and the names of its tensors.
 
-    architecture: such as "llama". values: the values of the architecture's keys, without the prefix, such as
-    "embedding_length". others: the values of all other keys but the tokenizer's. tensors: the names of the file's
-    tensors. factors: by name, the values of the tensors that divide RoPE's frequencies. has_tokenizer: whether the file
-    contains a tokenizer.
+    path: the file. architecture: such as "llama". values: the values of the architecture's keys, without the prefix,
+    such as "embedding_length". others: the values of all other keys but the tokenizer's. tensors: the names of the
+    file's tensors. factors: by name, the values of the tensors that divide RoPE's frequencies. has_tokenizer: whether
+    the file contains a tokenizer.
     """
 
     def __init__(self, path: Path) -> None:

@@ -26,9 +26,9 @@ CONSTANT = re.compile(r"(^|\.)(attn\.bias|(attn|attention)\.masked_bias|rotary_e
 
 
 def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> SkipstoneForCausalLM:
-    """Build a model of this configuration and dtype with exactly these weights, a state dict under our names.
+    """Build a model from the configuration `config` with exactly the weights `tensors`, converted to `dtype`.
 
-    Raises ValueError for missing, additional and wrongly shaped tensors.
+    tensors: a state dict under our names. Raises ValueError for missing, additional and wrongly shaped tensors.
     """
     model, info = SkipstoneForCausalLM.from_pretrained(
         None,
@@ -57,7 +57,7 @@ def check_complete(info: PlainMapping) -> None:
 
 
 def and_more(keys: list[str]) -> str:
-    """Return the first tensor name and the number of further ones for a message, such as "a.weight and 3 more"."""
+    """Return the first of the tensor names `keys` and the number of the others, such as "a.weight and 3 more"."""
     return f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
 
 

@@ -21,7 +21,10 @@ from skipstone.ops import int4
 
 
 class SavesItsBlocks(PreTrainedModel):
-    """A model that is saved with a configuration that describes its blocks as they are."""
+    """The base class of our models that makes a saved configuration describe the blocks as they now are.
+
+    Blocks may have been removed, copied or exchanged since the model was built. config: the model's configuration.
+    """
 
     config: SkipstoneConfig
 

@@ -106,7 +106,7 @@ def choice_of(block: Block) -> NeuronChoice | None:
 
 
 def layouts_of(blocks: Sequence[Block]) -> dict[int, bool]:
-    """Return how weights of down projections have to lie in memory for compiled steps that leave out neurons.
+    """Return how the down projections of `blocks` have to lie in memory for compiled steps that leave out neurons.
 
     The result maps the `id` of each weight and scale tensor to True if the weights of one neuron must be contiguous
     (the transpose of the usual layout), and to False for the usual layout. Tensors of other layers and of other MLPs

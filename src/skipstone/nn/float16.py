@@ -49,7 +49,7 @@ class Float16Linear(_Float16, StoredLinear):
         self.stored = stored
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the product of x [..., I] with the weight, without the bias."""
+        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
         return float16.linear(x, self.values)
 
 

@@ -26,8 +26,8 @@ class Format:
 
     name: "int8", "int4", "bfloat16" or "float16". group: number of inputs that share a scale of an int8 weight; None
     means one scale per output. left: with int4, the paths below the decoder of matrices that are int8 nevertheless. So
-    are the token embedding, the head, and layers whose number of inputs is no multiple of 64. With the 16-bit formats,
-    the matrices that an MLP reads for some neurons only stay in floating point.
+    are the token embedding, the head, and layers whose number of inputs is not a multiple of 64. With the 16-bit
+    formats, the matrices that an MLP reads for some neurons only stay in floating point.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Format:
         return Int8Linear(inputs, outputs, bias, self.group)
 
     def embedding(self, given: nn.Embedding) -> StoredWeights:
-        """Build a token embedding of this format with the sizes of another one."""
+        """Build a token embedding of this format with the sizes of the embedding `given`."""
         factor = given.scale if isinstance(given, ScaledEmbedding) else 1.0
         places = given.num_embeddings, given.embedding_dim, given.padding_idx, factor
         if self.name in FORMATS:
@@ -57,8 +57,8 @@ class Format:
     def replace(self, module: nn.Module) -> None:
         """Replace all linear layers below a decoder, and its token embedding, by layers of this format, in place.
 
-        Layers of mechanisms are left alone. The new layers have placeholder weights, to be filled in by loading a state
-        dict. Raises ValueError if `left` names anything but a matrix of the blocks.
+        module: the decoder. Layers of mechanisms are left alone. The new layers have placeholder weights, to be filled
+        in by loading a state dict. Raises ValueError if `left` names anything but a matrix of the blocks.
         """
         self._replace(module, "")
         named = dict(module.named_modules())
@@ -86,5 +86,8 @@ def layers_of(module: nn.Module) -> dict[str, StoredWeights]:
 
 
 def is_stored(x: torch.Tensor) -> bool:
-    """Return whether a parameter is the weight of such a layer, by its dtype."""
+    """Return whether a tensor is the weight of a layer in a compact format: a parameter of dtype int8, uint8 or int16.
+
+    x: any parameter or buffer of a model.
+    """
     return type(x) is nn.Parameter and x.dtype in (torch.int8, torch.uint8, torch.int16)

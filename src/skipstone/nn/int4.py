@@ -13,8 +13,8 @@ class Int4Linear(StoredLinear):
     """A linear layer with four-bit weights (`ops/int4.py`), for inference; parameters are filled in by loading.
 
     in_features, out_features: numbers of inputs I, a multiple of 64, and of outputs O. bias: whether there is a bias.
-    The weight is uint8 [O, 5 I / 8], with scales and offsets in it. Few tokens use it as it is stored, as in
-    `Int8Linear`.
+    The weight is uint8 [O, 5 I / 8], with scales and offsets in it. On a CPU with numba, calls of at most 64 tokens use
+    the weight as it is stored; other calls convert it, part by part, to the input's dtype.
     """
 
     FORMAT, TYPE = "int4", "U8"
@@ -24,7 +24,7 @@ class Int4Linear(StoredLinear):
         super().__init__(numbers, in_features, out_features, bias)
 
     def restored(self) -> Tensor:
-        """Return the weight in floating point, in the model's dtype."""
+        """Return the weight in floating point, [O, I] in the model's dtype."""
         return int4.restore(self.weight, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
@@ -32,5 +32,5 @@ class Int4Linear(StoredLinear):
         return int4.factors(self.weight)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the product of x [..., I] with the weight, without the bias."""
+        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
         return int4.linear(x, self.weight)

@@ -13,10 +13,10 @@ from skipstone.ops import int8
 
 
 class Int8Weights(StoredWeights):
-    """An int8 weight [O, I] with an fp32 scale for each row, or for each group of inputs in it; a base class.
+    """A layer with an int8 weight [O, I] and an fp32 scale for each row, or each group of inputs in it; a base class.
 
-    Scales stay fp32 when the model's dtype changes. group: number of inputs that share a scale; None means one scale
-    per row.
+    weight_scale: the scales, [O] or [O, I / group], which stay fp32 when the model's dtype changes. group: number of
+    inputs that share a scale; None means one scale per row.
     """
 
     FORMAT, TYPE = "int8", "I8"
@@ -31,7 +31,7 @@ class Int8Weights(StoredWeights):
         return self
 
     def restored(self) -> Tensor:
-        """Return the weight in floating point, in the model's dtype."""
+        """Return the weight in floating point, [O, I] in the model's dtype."""
         return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
@@ -60,7 +60,7 @@ class Int8Linear(Int8Weights, StoredLinear):
         self._add_scales(out_features, in_features, group)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the product of x [..., I] with the weight, without the bias."""
+        """Return x (scale * weight)^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
         return int8.linear(x, self.weight, self.weight_scale)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers with an initialisation of their own."""
+"""A linear layer that is marked as a projection into the residual stream."""
 
 from __future__ import annotations
 
@@ -6,4 +6,7 @@ from torch import nn
 
 
 class OutputLinear(nn.Linear):
-    """A projection into the residual stream, whose initial weights may be scaled by 1/sqrt(2 * layers), as in GPT-2."""
+    """An nn.Linear that projects into the residual stream; its class tells a model's initialisation so.
+
+    With `scaled_output_init`, the initial weights are divided by sqrt(2 * number of blocks), as in GPT-2.
+    """

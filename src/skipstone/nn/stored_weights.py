@@ -37,7 +37,7 @@ class StoredWeights(nn.Module):
 
     @abstractmethod
     def restored(self) -> Tensor:
-        """Return the weight in floating point, in the model's dtype."""
+        """Return the weight in floating point, [outputs, inputs] in the model's dtype."""
 
     @abstractmethod
     def stored_floats(self) -> Tensor:
@@ -53,7 +53,7 @@ class StoredWeights(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def refuse_training(self) -> None:
-        """Raise ValueError in a pass of training."""
+        """Raise ValueError if the module is in training mode with gradients: its weight cannot be trained."""
         if self.training and torch.is_grad_enabled():
             raise ValueError(UNTRAINED.format(self.FORMAT))
 
@@ -71,7 +71,7 @@ class StoredLinear(StoredWeights):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """Return the product of x [..., in_features] with the weight, without the bias."""
+        """Return x weight^T without the bias, [..., out_features] in the dtype of x. x: [..., in_features]."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.refuse_training()

@@ -1,4 +1,7 @@
-"""Floor 0: tensor functions without parameters. `reference` specifies them; faster backends must equal it."""
+"""Functions on tensors; `reference` has the plain form of each, which the faster ones must equal.
+
+They have no parameters, and import no other package of Skipstone (floor 0 in docs/architecture.md).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention of a block in the compiled step of all blocks (`decode_stack_native.py`).
+"""A block's attention in the decoding step that runs all blocks as one compiled call (`decode_stack_native.py`).
 
 Shape letters: T tokens of the call, D width, H query heads, G key/value heads, E head size.
 """
@@ -18,9 +18,9 @@ from skipstone.ops.workers import call, inner, unit
 def attention(frame_at: int) -> None:
     """Compute the current block's attention and add it to the residual stream; compiled by numba.
 
-    Keys and values are stored for the tokens that reach the attention, and their number is written to the table STORED;
-    only tokens that get an update have queries. frame_at: address of the thread's frame (`decode_frame.py`), which
-    names the block and says which tokens these are.
+    Keys and values are stored for the tokens that reach the attention, and their number is returned to the caller
+    (`Ran.stored`); only tokens that get an update have queries. frame_at: address of the thread's frame, its int64
+    array of addresses and sizes (`decode_frame.py`), which names the block and says which tokens these are.
     """
     frame = framed(frame_at)
     T, D, H, G, E = frame[of.TOKENS], frame[of.WIDTH], frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE]
@@ -63,8 +63,9 @@ def attention(frame_at: int) -> None:
 def turn(frame_at: int, given: int, count: int) -> None:
     """Normalise and rotate queries and keys, and store keys, values and slots in the cache; compiled by numba.
 
-    Of P threads, thread p computes heads p, p + P, p + 2P and so on. frame_at: address of the thread's frame
-    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
+    Of P threads, thread p computes heads p, p + P, p + 2P and so on. frame_at: address of the thread's frame, its int64
+    array of addresses and sizes (`decode_frame.py`). given: number of tokens with keys and values. count: number of
+    tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
@@ -110,8 +111,9 @@ def _angles(memory: Array, token: int, width: int) -> Array:
 def attend(frame_at: int, given: int, count: int) -> None:
     """Compute the attention of this thread's share of all pairs of a token and a query head; compiled by numba.
 
-    Of P threads, thread p computes every P-th pair, from pair p on. frame_at: address of the thread's frame
-    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
+    Of P threads, thread p computes every P-th pair, from pair p on. frame_at: address of the thread's frame, its int64
+    array of addresses and sizes (`decode_frame.py`). given: number of tokens with keys and values. count: number of
+    tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)

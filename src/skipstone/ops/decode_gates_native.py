@@ -1,4 +1,6 @@
-"""Decisions of depth mechanisms (gates) inside the compiled step of all blocks (`decode_stack_native.py`).
+"""Decisions of depth mechanisms (gates) in the decoding step that runs all blocks as one compiled call.
+
+The step is in `decode_stack_native.py`.
 
 At each site (a segment, a block, its attention, its MLP), its gates decide about the tokens one after the other, the
 outermost first. All threads share the matrix products of the routers; one thread then decides, so that rounding can
@@ -44,11 +46,11 @@ WHOLE = np.float32(1)
 def decide(frame_at: int, site: int) -> None:
     """Let the depth mechanisms (gates) at one site of the current block decide about the tokens; compiled by numba.
 
-    frame_at: address of the thread's frame (`decode_frame.py`). site: SEGMENT, BLOCK, OF_ATTENTION or OF_MLP. For each
-    token of the site, the frame then holds its kind (absent, only gives keys and values, or gets an update), the factor
-    on the updates of attention and MLP (gain), and the factor on the site's whole update. The gates' scores, weights,
-    losses and masks are written to the call's results, and the tensors carried from block to block are updated. If a
-    factor on a whole update is not 1, the stream is copied, for `weigh`.
+    frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`). site: SEGMENT,
+    BLOCK, OF_ATTENTION or OF_MLP. For each token of the site, the frame then holds its kind (absent, only gives keys
+    and values, or gets an update), the factor on the updates of attention and MLP (gain), and the factor on the site's
+    whole update. The gates' scores, weights, losses and masks are written to the call's results, and the tensors
+    carried from block to block are updated. If a factor on a whole update is not 1, the stream is copied, for `weigh`.
     """
     frame = framed(frame_at)
     T, D, G, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.GATE_COUNT], frame[of.PART], frame[of.PARTS]
@@ -94,8 +96,9 @@ def decide(frame_at: int, site: int) -> None:
 def weigh(frame_at: int, site: int) -> None:
     """Multiply what a segment or block has added to the residual stream by each token's factor; compiled by numba.
 
-    Tokens without an update stay as they are. frame_at: address of the thread's frame (`decode_frame.py`), with the
-    factors that `decide` wrote. site: SEGMENT or BLOCK. Each thread changes its share of the stream's columns.
+    Tokens without an update stay as they are. frame_at: address of the thread's frame, its int64 array of addresses and
+    sizes (`decode_frame.py`); it holds the factors that `decide` wrote. site: SEGMENT or BLOCK. Each thread changes its
+    share of the stream's columns.
     """
     frame = framed(frame_at)
     T, D = frame[of.TOKENS], frame[of.WIDTH]
@@ -122,8 +125,8 @@ def _scope(frame: Array, tokens: int) -> Array:
 def _hidden(frame: Array, router: Array, place: int) -> bool:
     """Compute this thread's share of W1 x, a router's hidden layer, for all tokens; return False if it has none.
 
-    frame: the thread's frame. router: the router's columns in the table of gates. place: address of the result, fp32
-    [T, R], without bias and ReLU.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). router: the router's columns in the
+    table of gates. place: address of the result, fp32 [T, R], without bias and ReLU.
     """
     if not router[HIDDEN_WEIGHT]:
         return False

@@ -1,4 +1,4 @@
-"""PolyGLU's mixture of activations in the compiled step of all blocks.
+"""PolyGLU's mixture of activations in the decoding step that runs all blocks as one compiled call.
 
 Shape letters: T tokens of the call, K of them that get an update of the MLP, F neurons, A activations, R width of the
 context projection. A running sum has R + 1 entries, the last of which is the sum of the tokens' weights.
@@ -27,9 +27,9 @@ NUMBERS = 2
 def mixture(frame_at: int, count: int) -> None:
     """Compute gate = mixture(gate) * up in place for the K tokens of the current block's MLP; compiled by numba.
 
-    frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of gate and up, fp32 [K, F].
-    count: K. The tokens' logits are written to the call's results, NaN for the other tokens, and the running sums of
-    their contexts to the cache.
+    frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
+    addresses of gate and up, fp32 [K, F]. count: K. The tokens' logits are written to the call's results, NaN for the
+    other tokens, and the running sums of their contexts to the cache.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]
@@ -59,9 +59,10 @@ def mixture(frame_at: int, count: int) -> None:
 def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, logits: Array) -> None:
     """Compute PolyGLU's logits of K tokens from the running means of their contexts; one thread stores the sums.
 
-    frame: the thread's frame. row: the mixture's columns in the table of the block. decay: factor on the sum at each
-    further token; if negative, each token counts alone. z: the tokens' context projections, fp32 [K, R]. tokens: their
-    indices in the call. logits: fp32 [K, A], where the result is written.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). row: the mixture's columns in the table
+    of the block. decay: factor on the sum at each further token; if negative, each token counts alone. z: the tokens'
+    context projections, fp32 [K, R]. tokens: their indices in the call. logits: fp32 [K, A], where the result is
+    written.
     """
     (K, R), memory, writes = z.shape, _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), frame[of.PART] == 0
     slots, column = _lying(frame[of.SLOT], (frame[of.TOKENS],), 0), memory[of.SUM_COLUMN]

@@ -1,4 +1,4 @@
-"""The MLP of a block in the compiled step of all blocks, and the activation functions between its matrices.
+"""A block's MLP, with its activation functions, in the decoding step that runs all blocks as one compiled call.
 
 Shape letters: T tokens of the call, K of them that get an update, D width, F neurons, N runs of neurons.
 """
@@ -37,9 +37,9 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 def mlp(frame_at: int) -> None:
     """Compute the current block's MLP and add it to the residual stream; compiled by numba.
 
-    Only tokens that get an update are computed. Their number is written to the table STORED, with the number of neurons
-    whose up projection at least one of them needs. frame_at: address of the thread's frame (`decode_frame.py`), which
-    names the block and says which tokens these are.
+    Only tokens that get an update are computed. Their number is returned to the caller (`Ran.stored`), with the number
+    of neurons whose up projection at least one of them needs. frame_at: address of the thread's frame, its int64 array
+    of addresses and sizes (`decode_frame.py`), which names the block and says which tokens these are.
     """
     frame = framed(frame_at)
     T, D, F, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.PART], frame[of.PARTS]
@@ -128,7 +128,7 @@ def _apply(gate: Array, up: Array, function: int) -> None:
 
 @inner
 def tanh(x: Array) -> Array:
-    """Return the hyperbolic tangent in fp32; compiled by numba."""
+    """Return the hyperbolic tangent of x in fp32; compiled by numba."""
     small = _exp(-abs(x) - abs(x))
     size = (WHOLE - small) / (WHOLE + small)
     return size if x >= 0 else -size

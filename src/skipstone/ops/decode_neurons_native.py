@@ -1,4 +1,4 @@
-"""The up and down products of an MLP for chosen neurons only, in the compiled step of all blocks.
+"""The up and down products of an MLP for chosen neurons only, in a decoding step that is one compiled call.
 
 The gate product has been computed for all neurons, and the neurons of each token are chosen from it, as the model's
 `NeuronChoice` says (`core/stream_gate.py`). Weights are read for the neurons that at least one token needs, or for all
@@ -32,9 +32,10 @@ NEVER = np.float32(-1)  # below every score
 def chosen_neurons(frame_at: int, count: int) -> None:
     """Compute the up and down products of the current block's MLP for chosen neurons only; compiled by numba.
 
-    frame_at: address of the thread's frame (`decode_frame.py`), which holds the addresses of the activations, fp32 [K,
-    F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up projection at least one token needs is
-    written to the table STORED, and the choice to the call's results.
+    frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
+    addresses of the activations, fp32 [K, F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up
+    projection at least one token needs and the choice itself are returned to the caller (`Ran.stored`, `score_LN` and
+    `mark_2LN`).
     """
     frame = framed(frame_at)
     D, F, K, part, parts = frame[of.WIDTH], frame[of.NEURONS], count, frame[of.PART], frame[of.PARTS]
@@ -84,9 +85,10 @@ def chosen_neurons(frame_at: int, count: int) -> None:
 def tried(frame: Array, choice: Array, a: Array, on: Array, scores: Array) -> None:
     """Choose the neurons for which the up matrix is multiplied, token by token; compiled by numba.
 
-    frame: the thread's frame. choice: how neurons are chosen (columns as listed in this file). a: activations of the
-    gates, fp32 [K, F] for K tokens and F neurons. on: bool [K, F], where the choice is written. scores: fp32 [K, G],
-    where the score of each of G groups of neurons is written, by which the groups are chosen.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). choice: numbers that say how neurons are
+    chosen, by the indices `DECISION` to `BY_NEURON` of this module. a: activations of the gates, fp32 [K, F] for K
+    tokens and F neurons. on: bool [K, F], where the choice is written. scores: fp32 [K, G], where the score of each of
+    G groups of neurons is written, by which the groups are chosen.
     """
     if choice[DECISION] == ZEROS:
         for n in range(a.shape[0]):
@@ -109,10 +111,10 @@ def tried(frame: Array, choice: Array, a: Array, on: Array, scores: Array) -> No
 def kept(frame: Array, choice: Array, h: Array, on: Array) -> None:
     """Drop from `on` the neurons whose group is not among those with the largest products; compiled by numba.
 
-    frame: the thread's frame. choice: how neurons are chosen (columns as listed in this file); nothing is dropped if as
-    many groups are kept as were tried. h: products of activation and up projection, fp32 [K, F] for K tokens and F
-    neurons. on: bool [K, F], the choice of `tried`, changed in place: the neurons that stay are multiplied by the down
-    matrix.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). choice: numbers that say how neurons are
+    chosen, by the indices `DECISION` to `BY_NEURON` of this module; nothing is dropped if as many groups are kept as
+    were tried. h: products of activation and up projection, fp32 [K, F] for K tokens and F neurons. on: bool [K, F],
+    the choice of `tried`, changed in place: the neurons that stay are multiplied by the down matrix.
     """
     if choice[DECISION] == ZEROS or choice[KEPT] == choice[TRIED]:
         return
@@ -201,10 +203,10 @@ def note(frame: Array, choice: Array, tokens: Array, on: Array, scores: Array, w
 def multiplied(frame: Array, matrix: Array, rows: Array, a: Array, on: Array, h: Array) -> None:
     """Compute h = a * (weight x) for listed neurons, and 0 where a token does not need one; compiled by numba.
 
-    frame: the thread's frame, which holds the addresses of the tokens x, in fp32 and rounded to int16. matrix: the up
-    matrix's columns in the table of the block. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K,
-    F], the neurons that each token needs. h: fp32 [K, F], where the result is written; columns of other neurons are
-    left as they are.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the addresses of the tokens x,
+    in fp32 and rounded to int16. matrix: addresses of weight, scale and bias of the up matrix, and its number of scales
+    per row. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K, F], the neurons that each token
+    needs. h: fp32 [K, F], where the result is written; columns of other neurons are left as they are.
     """
     if matrix[1]:
         multiplied_int8(matrix, (frame[of.ROUNDED], frame[of.UNIT]), frame[of.WIDTH], rows, h)

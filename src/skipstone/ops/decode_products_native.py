@@ -1,4 +1,4 @@
-"""Matrix products, norms and the division of work among threads in the compiled step of all blocks.
+"""Matrix products, norms and the division of work among threads in a decoding step that is one compiled call.
 
 Several threads share the rows of every matrix and wait for each other; norms and roundings, which take no time, are
 repeated by each.
@@ -43,13 +43,19 @@ PIECE, ROWS = 512, 16  # inputs that are read at a time where there are more, an
 
 @inner
 def framed(frame_at: int) -> Array:
-    """Return the frame at an address: an int64 array whose indices `decode_frame.py` names; compiled by numba."""
+    """Return a thread's table of addresses and sizes (its frame) from its address, as an int64 array.
+
+    Compiled by numba. frame_at: the address. `decode_frame.py` names the indices of the array.
+    """
     return _lying(frame_at, (FRAME,), 0)
 
 
 @inner
 def together(frame: Array) -> None:
-    """Wait until all threads have called this function; compiled by numba. frame: the thread's frame."""
+    """Wait until all threads have called this function; compiled by numba.
+
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`).
+    """
     if frame[PARTS] > 1:
         frame[ARRIVALS] += frame[PARTS]
         wait(frame[BARRIER], frame[ARRIVALS])
@@ -104,8 +110,9 @@ def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) ->
 def normed(frame: Array, tokens: Array, weight_at: int) -> None:
     """Normalise tokens of the residual stream by root mean square into the thread's own memory, or copy them.
 
-    Compiled by numba. frame: the thread's frame, which holds the address of the result, fp32 [K, D]. tokens: indices of
-    the K tokens in the call. weight_at: address of the norm's weight [D]; 0 means that the tokens are copied.
+    Compiled by numba. frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the address
+    of the result, fp32 [K, D]. tokens: indices of the K tokens in the call. weight_at: address of the norm's weight
+    [D]; 0 means that the tokens are copied.
     """
     width, numbers = frame[WIDTH], _lying(frame.ctypes.data + 8 * NUMBERS, (3,), np.float64(0))
     x, out = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(frame[NORMED], (len(tokens), width), ONE)
@@ -117,8 +124,9 @@ def normed(frame: Array, tokens: Array, weight_at: int) -> None:
 def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> None:
     """Round fp32 tokens to int16 for products with quantised weights, into the thread's own memory; compiled by numba.
 
-    frame: the thread's frame, which holds the addresses of the result and of the factors that restore it. wanted: 0
-    means that nothing is done. x_at: address of the tokens. tokens: number of tokens. width: numbers per token.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the addresses of the result and
+    of the factors that restore it. wanted: nonzero if any of the weights are quantised; if 0, nothing is done. x_at:
+    address of the tokens. tokens: number of tokens. width: numbers per token.
     """
     if wanted:
         call(frame[ROUNDS], (x_at, frame[ROUNDED], frame[UNIT], tokens, width))
@@ -128,9 +136,10 @@ def rounded(frame: Array, wanted: int, x_at: int, tokens: int, width: int) -> No
 def product(frame: Array, column: int, sizes: Array, x_at: int, y_at: int) -> None:
     """Multiply tokens with one matrix of the block, for the thread's share of its outputs; compiled by numba.
 
-    frame: the thread's frame. column: the matrix's first column in the table of the block. sizes: numbers of tokens,
-    outputs and inputs. x_at: address of the fp32 tokens; if the weights are quantised, those that `rounded` has rounded
-    are read instead. y_at: address of the result, fp32 [tokens, outputs].
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). column: the index of the matrix's first
+    entry in the block's row of `Program.table_LC`, such as `decode_frame.QUERY`. sizes: numbers of tokens, outputs and
+    inputs. x_at: address of the fp32 tokens; if the weights are quantised, those that `rounded` has rounded are read
+    instead. y_at: address of the result, fp32 [tokens, outputs].
     """
     row, (tokens, outputs, inputs) = _lying(frame[ROW], (COLUMNS,), 0), sizes
     first, last = share_of(outputs, frame[PART], frame[PARTS])
@@ -224,9 +233,10 @@ def single_rows(
 def added(frame: Array, y_at: int, tokens: Array, scale: Array, norm_at: int) -> None:
     """Add an update, scaled for each token, to the residual stream; compiled by numba.
 
-    frame: the thread's frame. y_at: address of the update, fp32 [K, D]. tokens: indices of the K tokens in the call.
-    scale: fp32 [K], the factors. norm_at: address of the weight of a norm by which the update is first normalised (0:
-    none); then one thread computes all columns, because a norm needs all of them.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). y_at: address of the update, fp32 [K,
+    D]. tokens: indices of the K tokens in the call. scale: fp32 [K], the factors. norm_at: address of the weight of a
+    norm by which the update is first normalised (0: none); then one thread computes all columns, because a norm needs
+    all of them.
     """
     part, width = frame[PART], frame[WIDTH]
     x, y = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(y_at, (len(tokens), width), ONE)

@@ -191,5 +191,8 @@ def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @team
 def crew(packet: int) -> None:
-    """Compute one thread's part of the logits; `packet` is the address of the arguments (`workers.share`)."""
+    """Compute one thread's part of the logits; compiled by numba.
+
+    packet: the address of the arguments in memory, which `workers.share` has put there.
+    """
     _run(integers(packet, 0, 12), integers(packet, 12, 5), part_of(packet), parts_of(packet), packet + BARRIER)

@@ -39,23 +39,26 @@ def serves(inputs: int) -> bool:
 
 
 def fits(weight_OI: Tensor) -> bool:
-    """Return whether fp16 scales and offsets hold the weights of a matrix: its largest one is neither huge nor tiny."""
+    """Return whether four-bit weights can store a matrix: its largest weight fits the range of the fp16 scales.
+
+    weight_OI: [O, I]. The largest magnitude has to be 0, or from 2^-12 to 65,504.
+    """
     largest = float(weight_OI.abs().max())
     return largest == 0 or SMALLEST <= largest <= LARGEST
 
 
 def row_bytes(inputs: int) -> int:
-    """Return the bytes of a row with this number of inputs, a multiple of 64: five for eight weights."""
+    """Return the bytes of a four-bit row of `inputs` weights, a multiple of 64: five for every eight weights."""
     return inputs // 8 * 5
 
 
 def inputs_of(weight_OP: Tensor) -> int:
-    """Return the number of inputs of a four-bit matrix, uint8 [O, P]."""
+    """Return the number of inputs I of a four-bit matrix. weight_OP: uint8 [O, P]."""
     return weight_OP.shape[1] // 5 * 8
 
 
 def pack(number_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
-    """Return a four-bit matrix, uint8 [O, P], of its parts.
+    """Return the four-bit matrix, uint8 [O, P], with these numbers, scales and offsets.
 
     number_OI: integers from 0 to 15, I a multiple of 64. scale_OG, offset_OG: fp16, of 32 inputs each.
     """
@@ -65,7 +68,10 @@ def pack(number_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
 
 
 def unpack(weight_OP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `pack` was given: the numbers, uint8 [O, I], the scales and the offsets, fp16 [O, G]."""
+    """Return the parts of a four-bit matrix: numbers, uint8 [O, I], scales and offsets, fp16 [O, G] each.
+
+    It inverts `pack`. weight_OP: uint8 [O, P].
+    """
     inputs = inputs_of(weight_OP)
     size = inputs // GROUP * 2
     offset, scale, packed = weight_OP.split([size, size, inputs // 2], 1)
@@ -75,7 +81,7 @@ def unpack(weight_OP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factors(weight_OP: Tensor) -> Tensor:
-    """Return the offsets and scales of a four-bit matrix, fp16 [O, 2 G]."""
+    """Return the offsets of a four-bit matrix followed by its scales, fp16 [O, 2 G]. weight_OP: uint8 [O, P]."""
     return weight_OP[:, : inputs_of(weight_OP) // GROUP * 4].contiguous().view(torch.float16)
 
 

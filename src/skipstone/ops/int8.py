@@ -116,7 +116,7 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
 
 def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: Tensor, *given: object) -> Tensor:
-    """Call a compiled function, or the torch operation that it is registered as where torch has to see the call.
+    """Call a compiled function, or, where torch has to see the call, the torch operation that wraps it.
 
     That is where something listens to operations, such as a FLOP counter or a trace, or x is of a subclass of Tensor.
     native, operation: the function and the operation, of the same arguments. x, given: these arguments, x the first.
@@ -127,9 +127,10 @@ def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: T
 
 
 def in_place(x: Tensor, inputs: int, most: int) -> bool:
-    """Return whether weights are read as they are stored for this call: at most `most` tokens x on a CPU with numba.
+    """Return whether a call multiplies with the weights as they are stored: at most `most` tokens, on a CPU with numba.
 
-    inputs: the weight's number of inputs. False for tokens of another width, which the ordinary product refuses.
+    x: the tokens [..., I]. inputs: the weight's number of inputs. False for tokens of another width, which the ordinary
+    product refuses.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
@@ -154,10 +155,11 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def in_parts(product: Callable[..., Tensor], inputs: int, *stored: Tensor) -> Tensor:
-    """Return the product of tokens with a matrix, [..., O], from products with a part of its rows at a time.
+    """Return a product [..., O] of tokens with a stored matrix, computed for a part of the matrix's rows at a time.
 
-    So only a part is restored at once. product: returns the product with the rows that it is given. inputs: number of
-    inputs of a row. stored: tensors with one entry for each row, of which `product` gets the same part.
+    So only a part of the weights is restored at once. product: called with a part of each of `stored`, returns the
+    outputs of these rows, [..., part]. inputs: number of inputs of a row. stored: tensors with one entry for each row,
+    such as weights and scales.
     """
     rows = max(PART // inputs, 1)
     parts = [product(*part) for part in zip(*(tensor.split(rows) for tensor in stored), strict=True)]

@@ -148,9 +148,11 @@ def single_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute what `grouped_rows` does in fp32, without biases, for a number of inputs that is not a multiple of 64.
+    """Compute outputs `first` to `last` - 1 in fp32, without biases, for any number of inputs; compiled by numba.
 
-    Compiled by numba. x_at: the address of the fp32 tokens. There is one scale for each row.
+    It takes the place of `grouped_rows` where the number of inputs is not a multiple of 64. weight_at, scale_at: the
+    addresses of int8 weights [O, I] and of their fp32 scales [O]. x_at, y_at: the addresses of the fp32 tokens [N, I]
+    and outputs [N, O]. tokens, outputs, inputs: N, O, I. The other arguments are unused.
     """
     single = np.float32(0)
     weight, scale = _lying(weight_at, (outputs, inputs), np.int8(0)), _lying(scale_at, (outputs,), single)
@@ -211,7 +213,10 @@ def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int
 
 @team
 def crew(packet: int) -> None:
-    """Compute one thread's part of the outputs; `packet` is the address of the arguments (`workers.share`)."""
+    """Compute one thread's part of the outputs; compiled by numba.
+
+    packet: the address of the arguments in memory, which `workers.share` has put there.
+    """
     numbers, (rows,), part, parts = integers(packet, 0, 10), integers(packet, 10, 1), part_of(packet), parts_of(packet)
     outputs = numbers[8]
     each = -(-outputs // (4 * parts)) * 4

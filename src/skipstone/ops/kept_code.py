@@ -25,7 +25,7 @@ SOURCES = ("*_native.py", "*_dot.py", "decode_*.py", "int*.py", "neuron_sums.py"
 
 
 class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
-    """Numba's files of one function, with a checksum of the machine code, which would be run unchecked otherwise."""
+    """Numba's files on disk of one compiled function, with a checksum, so that damaged code is never run."""
 
     def _save_data(self, name: str, data: Any) -> None:
         body = self._dump(data)
@@ -71,9 +71,9 @@ class KeptCode(FunctionCache):  # type: ignore[misc]
 
 
 def keep(compiled: Any, function: Any) -> Any:
-    """Return one of numba's compiled functions, which is kept on disk from now on if there is a folder for it.
+    """Make numba keep the code of a function on disk, if there is a folder for it, and return the function.
 
-    compiled: what numba has made of `function`, before it has compiled anything.
+    compiled: numba's object for `function` (what `njit` returns), before it has compiled anything; it is returned.
     """
     with suppress(RuntimeError):  # no folder can be written to
         compiled._cache = KeptCode(function)

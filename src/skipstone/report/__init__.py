@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs, of figures that `measure` has taken: floor 4 of the architecture.
+"""One self-contained HTML page about runs, made of figures that the package `measure` has taken.
 
 rendering.py      `write_report`: run folders in, one HTML file out
 run_view.py       the figures and files of one run

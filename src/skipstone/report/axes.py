@@ -76,7 +76,7 @@ def bounds(values: Iterable[float], margin: float = 0.04) -> tuple[float, float]
 class Frame:
     """The size of a chart and of the margins around its plot area, in pixels.
 
-    left, right, top, bottom: the margins, which hold tick labels and axis titles.
+    width, height: the whole chart. left, right, top, bottom: the margins, which hold tick labels and axis titles.
     """
 
     width: float = 350
@@ -100,7 +100,7 @@ class Frame:
         return AxisScale(low, high, self.floor, self.top)
 
     def y_axis(self, scale: AxisScale, title: str) -> list[Markup]:
-        """Draw the y axis as SVG elements: grid lines with their values, and a vertical title."""
+        """Draw the y axis as SVG elements: grid lines with their values by `scale`, and the vertical text `title`."""
         parts = []
         for value, label in labelled(ticks(scale.low, scale.high)):
             y = scale(value)

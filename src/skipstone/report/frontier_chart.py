@@ -64,7 +64,7 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 
 
 def frontier(places: Sequence[Place]) -> list[Place]:
-    """Return the points on the Pareto frontier, in order of FLOPs.
+    """Return those of the points `places` that are on the Pareto frontier, in order of FLOPs.
 
     A point is left out if another one has at most its FLOPs and at most its loss.
     """

@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 
 def number(value: float) -> str:
-    """Format a coordinate or length with at most two decimals, which keeps pages small; 0 without a sign."""
+    """Format the coordinate or length `value` with at most two decimals, which keeps pages small; 0 without a sign."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 

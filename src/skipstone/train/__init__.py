@@ -1,4 +1,4 @@
-"""Floor 4: training, on transformers' Trainer.
+"""Training of a model by a recipe, on transformers' Trainer.
 
 recipe.py       `TrainConfig` and `Recipe`: the definition of a run, parsed strictly
 early.py        checks of a recipe that do not load torch

@@ -68,7 +68,7 @@ def data_defaults(data: PreparedData) -> PlainDict:
 
 
 def plain(config: SkipstoneConfig) -> PlainDict:
-    """Return the whole model configuration as plain values by field, without fields that are None."""
+    """Return the whole model configuration `config` as plain values by field, without fields that are None."""
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(config) if field.name in TYPES]
     return {name: values[name] for name in names if values.get(name) is not None}

@@ -103,7 +103,7 @@ class RunTrainer(RoutingTrainer):
         return decaying(model, (name for name, _ in model.named_parameters()), self.recipe.no_decay)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build Trainer's optimizer, with a separate learning rate for routers if the recipe sets one."""
+        """Build Trainer's optimizer for `model`, with a separate learning rate for routers if the recipe sets one."""
         built, rate = super().create_optimizer(model), self.recipe.router_learning_rate
         if rate is not None and not any("own_rate" in group for group in built.param_groups):
             groups = with_router_rate(built.param_groups, self._plain, rate)
@@ -111,11 +111,11 @@ class RunTrainer(RoutingTrainer):
         return built
 
     def floating_point_ops(self, inputs: PlainDict) -> int:
-        """Return 0: Trainer's estimate would count a routed model as dense; the cost model counts exactly."""
+        """Return 0 for any `inputs`: Trainer's estimate would count a routed model as dense."""
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch, or (loss, outputs), and add it to the sums for the next log line."""
+        """Return the loss of the micro-batch `inputs` as Trainer does, and add it to the sums of the log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         with self._noise_of_step(len(inputs["input_ids"])):

@@ -1,4 +1,4 @@
-"""The live page, on which a model continues what is typed and every token shows which blocks it took: floor 4.25.
+"""The live page, on which a model continues what is typed and every token shows which blocks computed it.
 
 live_model.py   `LiveModel`: a loaded model; one event for each pass over the prompt or over a token
 attention_of_token.py  what a token attends to, by one more pass over the text up to it

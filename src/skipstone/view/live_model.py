@@ -310,7 +310,7 @@ def _greedy(model: SkipstoneForCausalLM, ids: Sequence[int], new_tokens: int) ->
 
 
 def rounded(value: float) -> float | None:
-    """Return a number rounded to 5 significant digits; None for infinities and NaN, which JSON cannot represent."""
+    """Return `value` rounded to 5 significant digits; None for infinities and NaN, which JSON cannot represent."""
     return float(f"{value:.{DIGITS}g}") if abs(value) < float("inf") else None
 
 

@@ -1,4 +1,4 @@
-"""`skipstone adapt SOURCE RECIPE.yaml key=value ...`"""
+"""`skipstone adapt SOURCE RECIPE.yaml key=value ...`: adapt a dense checkpoint so that it computes less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone calibrate RUN`"""
+"""`skipstone calibrate RUN`: measure routing thresholds for every FLOP budget, and store them beside the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone compare RUN...`"""
+"""`skipstone compare RUN...`: measure several runs and print their figures in one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone convert SOURCE OUT`"""
+"""`skipstone convert SOURCE OUT`: convert a checkpoint to a Skipstone model, or a model to another form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone draft-head RUN`"""
+"""`skipstone draft-head RUN`: train a block that guesses the next tokens, for speculative decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone eval RUN`"""
+"""`skipstone eval RUN`: measure losses and FLOPs of a model on a split of text, or score it on tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone generate RUN --prompt ...`"""
+"""`skipstone generate RUN --prompt ...`: print text that a model generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone isoflop RECIPE.yaml`"""
+"""`skipstone isoflop RECIPE.yaml`: train several sizes at equal training FLOPs, and fit the best size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone plan RECIPE.yaml --gpus 64 --gpu H100`"""
+"""`skipstone plan RECIPE.yaml --gpus 64 --gpu H100`: print what a training on many GPUs would take."""
 
 from __future__ import annotations
 

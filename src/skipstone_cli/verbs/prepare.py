@@ -1,4 +1,4 @@
-"""`skipstone prepare SOURCE --tokenizer T --out FOLDER`"""
+"""`skipstone prepare SOURCE --tokenizer T --out FOLDER`: tokenise text into files for training."""
 
 from __future__ import annotations
 

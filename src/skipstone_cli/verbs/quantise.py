@@ -1,4 +1,4 @@
-"""`skipstone quantise SOURCE OUT`"""
+"""`skipstone quantise SOURCE OUT`: store a model's weights in 16, 8 or 4 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone report RUN...`"""
+"""`skipstone report RUN...`: write an HTML report about runs."""
 
 from __future__ import annotations
 

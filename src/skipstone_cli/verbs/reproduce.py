@@ -1,4 +1,4 @@
-"""`skipstone reproduce NAME`"""
+"""`skipstone reproduce NAME`: run a study (a published experiment), and render its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone run-module MODULE ...`"""
+"""`skipstone run-module MODULE ...`: run another tool's Python module with our models registered in transformers."""
 
 from __future__ import annotations
 

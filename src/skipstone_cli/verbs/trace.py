@@ -1,4 +1,4 @@
-"""`skipstone trace RUN --text FILE --out FILE`"""
+"""`skipstone trace RUN --text FILE --out FILE`: write what each block decided for each token of a text."""
 
 from __future__ import annotations
 

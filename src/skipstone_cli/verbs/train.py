@@ -1,4 +1,4 @@
-"""`skipstone train RECIPE.yaml key=value ...`"""
+"""`skipstone train RECIPE.yaml key=value ...`: train a model into a run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skipstone view RUN [RUN2]`"""
+"""`skipstone view RUN [RUN2]`: open a live page that shows which blocks compute each token."""
 
 from __future__ import annotations
 

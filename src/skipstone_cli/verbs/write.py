@@ -1,4 +1,4 @@
-"""`skipstone write SOURCE FOLDER`"""
+"""`skipstone write SOURCE FOLDER`: sample text from a dense checkpoint, to adapt it on."""
 
 from __future__ import annotations
 

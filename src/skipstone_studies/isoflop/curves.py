@@ -281,7 +281,7 @@ class Curve:
     fit: Fit
 
     def forward(self, parameters: float) -> float:
-        """Return the executed forward FLOPs per token at a size, interpolated linearly in logarithms."""
+        """Return the executed forward FLOPs per token at the size `parameters`, interpolated linearly in logarithms."""
         xs, ys = np.log(self.parameters), np.log(self.forward_flops)
         return float(np.exp(np.interp(math.log(parameters), xs, ys)))
 

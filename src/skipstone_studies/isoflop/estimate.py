@@ -159,7 +159,7 @@ class GridEstimate:
     source: str = "from a few training steps on random tokens on this machine, at its present load"
 
     def seconds(self, cell: GridCell) -> float:
-        """Return the estimated seconds of a run's training and validation."""
+        """Return the estimated seconds of training and validation of the run `cell`."""
         pace, batch = self.step_times[cell.shape], self.grid.base.train.batch_size
         rows = 0 if self.facts.data is None else len(self.facts.data.validation)
         return cell.steps * pace.step(batch) + FORWARD * rows * pace.row

@@ -83,7 +83,7 @@ class GridCell:
 
 
 def compact(value: float) -> str:
-    """Format a number as 3e12 instead of 3e+12, with at most six significant digits."""
+    """Format `value` as 3e12 instead of 3e+12, with at most six significant digits."""
     return re.sub(r"e\+0*", "e", f"{value:g}")
 
 
@@ -133,7 +133,7 @@ class Grid:
         return self.sizes[(len(self.sizes) - 1) // 2]
 
     def sweep(self, arm: str) -> list[GridCell]:
-        """Return the runs of an arm that try the learning rates, at the smallest budget and the middle size.
+        """Return the runs of `arm` that try the learning rates, at the smallest budget and the middle size.
 
         The list is empty if the specification has only one rate.
         """

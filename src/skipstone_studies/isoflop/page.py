@@ -60,7 +60,7 @@ def as_html(result: IsoFlopResult) -> str:
 
 
 def context(result: IsoFlopResult) -> PlainDict:
-    """Return the variables of the HTML page's template, `templates/isoflop.html`, by name."""
+    """Return the variables of the HTML page's template, `templates/isoflop.html`, by name, for the result `result`."""
     spec, found = result.collected.grid.spec, result.collected.records
     return {
         "title": spec.name,

@@ -178,7 +178,7 @@ class SameLoss:
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """Return the noise of one run's loss, pooled over all points of a grid that have several seeds.
+    """Return the noise of one run's loss, pooled over all points of `collected` that have several seeds.
 
     Without such points it is estimated from the parabolas' residuals; None if these do not determine it either.
     """

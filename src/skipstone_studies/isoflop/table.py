@@ -24,7 +24,7 @@ PLACES = {
 
 
 def about(result: IsoFlopResult) -> str:
-    """Return the paragraph above the tables: arms, corpus, budgets, and how losses and optima are measured."""
+    """Return the paragraph above the tables of `result`: arms, corpus, budgets, how losses and optima are measured."""
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -64,7 +64,10 @@ def _entry(entry: PlainDict) -> str:
 
 
 def verdicts(result: IsoFlopResult) -> list[str]:
-    """Return one sentence for each arm and budget of training FLOPs that compares it with the base arm."""
+    """Return one sentence for each arm and budget of `result`, which compares the arm with the base arm.
+
+    An arm is one of the compared recipes, a budget the training FLOPs of a run.
+    """
     return [
         f"At {compact(budget)}: {_verdict(found, result.curves[budget], result.base)}"
         for budget, compared in result.same.items()
@@ -132,7 +135,7 @@ def sections(result: IsoFlopResult) -> list[Section]:
 
 
 def same(result: IsoFlopResult) -> Section:
-    """Return the table of the forward FLOPs with which each arm reaches the base arm's best loss, for each budget."""
+    """Return the table of forward FLOPs with which each arm reaches the base arm's best loss, by budget of `result`."""
     spread = result.noise
     told = [] if spread is None else [f"Intervals are 90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
@@ -183,7 +186,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
 
 
 def optima(result: IsoFlopResult) -> Section:
-    """Return the table of the best size of each arm and training budget, with its loss."""
+    """Return the table of the best size of each arm and training budget of `result`, with its loss."""
     rows = []
     for budget, curves in result.curves.items():
         for arm, curve in curves.items():
@@ -218,7 +221,7 @@ def _with_deviation(losses: Sequence[float]) -> str:
 
 
 def times(result: IsoFlopResult) -> Section:
-    """Return the table of each arm's best loss after equal training times, compared with the base arm's."""
+    """Return the table of each arm's best loss after equal training times in `result`, compared with the base arm's."""
     rows = []
     for time, compared in zip(result.times, result.same_times, strict=True):
         gaps = {found.arm: found for found in compared}
@@ -243,7 +246,7 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
-    """Return the table of training tokens per second by size and arm, measured while arms took turns."""
+    """Return the table of training tokens per second by size and arm in `result`, measured while arms took turns."""
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -265,7 +268,7 @@ def speeds(result: IsoFlopResult) -> Section:
 
 
 def rates(result: IsoFlopResult) -> Section:
-    """Return the table of the losses at the learning rates that each arm tried."""
+    """Return the table of the losses at the learning rates that each arm of `result` tried."""
     collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []
@@ -288,7 +291,7 @@ def rates(result: IsoFlopResult) -> Section:
 
 
 def runs(result: IsoFlopResult) -> Section:
-    """Return the table of all runs, one row each, with parameters, steps, tokens, FLOPs, loss and seconds."""
+    """Return the table of all runs of `result`, one row each: parameters, steps, tokens, FLOPs, loss and seconds."""
     return Section(
         title="All runs of the grid",
         columns=[

@@ -1,1 +1,4 @@
-"""Studies of losses. A new one is a file here and a line in `catalogue.py`."""
+"""Studies (published experiments) that train models and compare their losses.
+
+A new one is a file here and a line in `catalogue.py`.
+"""

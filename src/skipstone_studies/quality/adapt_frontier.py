@@ -57,11 +57,11 @@ def arms(
 ) -> dict[str, RecipeDict]:
     """Return the recipes by name: the pretrained source, the source trained further, and methods that compute less.
 
-    scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of the
-    cross-entropy in the loss, from 0 to 1. Distillation from the source has the rest of the weight; with 0, no arm
-    trains the source further. sampled: whether training rows are also drawn from text that the source generated.
-    move_to: for each of these budgets (shares of the source's FLOPs), arms are added whose models are set to it after
-    training, without further training; () adds none.
+    Each is a dict of settings that makes one of the compared models. scale: not used. tokens: training tokens of each
+    arm. rate: learning rate. language_modelling: weight of the cross-entropy in the loss, from 0 to 1. Distillation
+    from the source has the rest of the weight; with 0, no arm trains the source further. sampled: whether training rows
+    are also drawn from text that the source generated. move_to: for each of these budgets (shares of the source's
+    FLOPs), arms are added whose models are set to it after training, without further training; () adds none.
     """
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
@@ -211,7 +211,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 
 @torch.no_grad()
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
-    """Return the FLOPs of `STEPS` greedy decoding steps after a prompt, counted while they run.
+    """Return the FLOPs of `STEPS` greedy decoding steps of `model` after a prompt, counted while they run.
 
     prompt: token ids, int64 [1, T].
     """
@@ -305,7 +305,8 @@ COMPARED = tuple(
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: comparisons with the source and its further training, and samples.
 
-    figures: the figures of every run, by arm and seed. Comparisons need more than one seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    Comparisons need more than one seed.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 

@@ -36,9 +36,9 @@ SOURCE, ADAPTED, TUNED = "SwiGLU, the checkpoint", "checkpoint, adapted to PolyG
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: a SwiGLU checkpoint, two ways to train it further, and models trained from scratch.
 
-    The checkpoint is trained further as it is, or adapted to PolyGLU. From scratch, one SwiGLU and one PolyGLU get as
-    many training FLOPs as the checkpoint and its further training together, and another PolyGLU as many as the further
-    training alone. scale: not used.
+    Each is a dict of settings that makes one of the compared models. The checkpoint is trained further as it is, or
+    adapted to PolyGLU. From scratch, one SwiGLU and one PolyGLU get as many training FLOPs as the checkpoint and its
+    further training together, and another PolyGLU as many as the further training alone. scale: not used.
     """
     ratio = forward_flops("polyglu") / forward_flops("silu")
     whole = STEPS + MORE * ratio  # in steps of SwiGLU

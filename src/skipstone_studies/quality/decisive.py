@@ -54,8 +54,9 @@ ROUTED: dict[str, PlainDict] = {
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the recipes by name, with equal training FLOPs: dense models of 8 and 5 blocks, and models that skip.
 
-    Models that skip choose tokens by boundaries of words, at random, by learned routers or not at all (layer dropout).
-    scale: "laptop", "paper" or "quick". corpus: name of the text, as in data.corpus.
+    Each is a dict of settings that makes one of the compared models. Models that skip choose tokens by boundaries of
+    words, at random, by learned routers or not at all (layer dropout). scale: "laptop", "paper" or "quick". corpus:
+    name of the text, as in data.corpus.
     """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
@@ -63,9 +64,10 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def narrow_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the same recipes as `arms`, by name, but for narrow models, whose training FLOPs are in `NARROW`.
+    """Return the recipes by name of dense models and models that skip, all of them narrow, at equal training FLOPs.
 
-    scale: "laptop" or "quick". corpus: the text.
+    Each is a dict of settings that makes one of the compared models. They differ from those of `arms` in width and
+    training FLOPs, which are in `NARROW`. scale: "laptop" or "quick". corpus: name of the text, as in data.corpus.
     """
     width, budget = NARROW[scale]
     recipe = partial(depth.arm, scale, corpus, width=width, budget=budget)
@@ -151,8 +153,9 @@ GOES_ON = (
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm the claims that its test loss is at least .02 nats below dense-8's and below random tokens'.
 
-    figures: the figures of every run, by arm and seed. The verdict is "no headroom" if the dense model of 8 blocks is
-    not better than the dense model of 5 blocks, because then depth does not pay.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
+    verdict is "no headroom" if the dense model of 8 blocks is not better than the dense model of 5 blocks, because then
+    depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 
@@ -160,7 +163,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: headroom of depth, differences between arms, and learning rates.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return "\n\n".join([*_sections(figures), GOES_ON])
 
@@ -168,7 +171,7 @@ def details(figures: ByArm) -> str:
 def narrow_details(figures: ByArm) -> str:
     """Return the Markdown below the table of narrow models: the same as `details`, without the paragraph `GOES_ON`.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return "\n\n".join(_sections(figures))
 

@@ -89,7 +89,8 @@ PROMPTS = {"tiny-shakespeare": "ROMEO:\n", "python-stdlib:20-5-75": "def "}
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the five recipes by name: dense, mod, tsa, polyglu, and all, which combines these three mechanisms.
 
-    scale: "quick", "laptop" or "paper", a key of `SIZES`.
+    Each is a dict of settings that makes one of the compared models. scale: "quick", "laptop" or "paper", a key of
+    `SIZES`.
     """
     size = SIZES[scale]
     # ema_threshold makes the same decisions in training and generation, so no loss comes from switching.
@@ -149,7 +150,7 @@ def measured(folder: Path) -> Figures:
 def samples(figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """Return the text that the first seed of each arm generated, as Markdown.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     parts = ["### Samples"]
     for arm, by_seed in figures.items():
@@ -170,7 +171,8 @@ LARGER = (
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """Return the text printed below the table: samples, arms faster than dense, and results of a larger scale.
 
-    scale: the scale of the runs. figures: the figures of every run, by arm and seed.
+    scale: the scale of the runs. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of
+    the compared recipes.
     """
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]

@@ -32,7 +32,8 @@ LONGEST_TUNING = 7.5e11  # training FLOPs of a run that tunes the rate
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the recipes of dense models by name: for each width and length of training, one of 8 blocks and one of 5.
 
-    The length is given in training FLOPs. scale: "laptop" or "quick". corpus: name of the text.
+    Each is a dict of settings that makes one of the compared models. The length is given in training FLOPs. scale:
+    "laptop" or "quick". corpus: name of the text.
     """
     return {
         name_of(blocks, width, budget): arm(scale, corpus, blocks, width, budget, in_full=(width, budget) in IN_FULL)
@@ -88,7 +89,7 @@ def arm(
 def _pairs(figures: ByArm) -> Iterator[tuple[int, float, str, str]]:
     """Yield width, training FLOPs and the names of the arms of 8 and 5 blocks, where both have run.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     lengths = dict.fromkeys(pair for scale in LENGTHS.values() for pair in scale)
     for width, budget in lengths:
@@ -101,7 +102,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield, for each width and length of training, the claim that 8 blocks beat 5, with its verdict.
 
     The claim is that the test loss of 8 blocks is lower by at least .02 nats per byte. figures: the figures of every
-    run, by arm and seed.
+    run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     for _, _, deep, shallow in _pairs(figures):
         found = paired_differences(figures, shallow, deep, pages.LOSS)
@@ -114,7 +115,7 @@ def details(figures: ByArm) -> str:
 
     A setting is a width and a training budget.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return "\n\n".join(part for part in (_gains(figures), pages.NOTE, pages.rates(figures)) if part)
 

@@ -51,8 +51,8 @@ PROMISED = 0.8  # share of the bytes, the least saving that was announced
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, a narrower one, ReGLU, a fixed mix of ReLU and SiLU neurons, and PolyGLU.
 
-    ReGLU and the mix appear with and without a penalty (price) on activations that are not 0. scale: "laptop", "paper"
-    or "quick". corpus: name of the text.
+    Each is a dict of settings that makes one of the compared models. ReGLU and the mix appear with and without a
+    penalty (price) on activations that are not 0. scale: "laptop", "paper" or "quick". corpus: name of the text.
     """
     recipe, neurons = partial(_recipe, scale, corpus), NEURONS[scale]
     relu = round(RELU_SHARE * neurons)
@@ -168,7 +168,8 @@ def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield two claims for each arm with their verdicts: on its loss, and on the bytes that its MLPs read.
 
     The loss is claimed to be at most .01 nats above SwiGLU's, and the bytes of a decoded token to be at most 80 % of
-    SwiGLU's. figures: the figures of every run, by arm and seed.
+    SwiGLU's. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared
+    recipes.
     """
     for arm in figures:
         if arm == DENSE or DENSE not in figures:
@@ -182,7 +183,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: loss differences, shares of neurons that are not 0, and TEAL as a control.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     parts = [
         *(pages.differences(figures, reference, refused=False) for reference in (DENSE, NARROW)),

@@ -41,7 +41,8 @@ BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups with their FLOPs, and variants of the groups.
 
-    scale: "laptop" or "paper". corpus: name of the text, as in data.corpus.
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
+    text, as in data.corpus.
     """
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
@@ -127,7 +128,7 @@ def _loss(figures: Figures) -> float:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 

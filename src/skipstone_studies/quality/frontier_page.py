@@ -27,7 +27,7 @@ PROMPT_TEXT, SAMPLED_TOKENS = "The old bridge across the river was built in", 40
 def samples(figures: ByArm) -> str:
     """Return the text that the first seed of each arm generates, as a Markdown list.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     first = {arm: seeds[min(seeds)] for arm, seeds in figures.items()}
     texts = {arm: " ".join(found["greedy"].split()) for arm, found in first.items() if "greedy" in found}
@@ -38,7 +38,7 @@ def samples(figures: ByArm) -> str:
 def pictures(figures: ByArm) -> dict[str, str]:
     """Return {name of the text: SVG text}, a chart of loss by FLOPs for each evaluated text.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return {text: picture(figures, text) for text in TEXTS if values(figures, "source", f"{text}.loss")}
 
@@ -47,7 +47,8 @@ def picture(figures: ByArm, text: str) -> str:
     """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
 
     Lines begin at the source trained further, or at the source if no arm trains it further. figures: the figures of
-    every run, by arm and seed. text: name of the text, a key of `TEXTS`.
+    every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. text: name of the text, a key of
+    `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}

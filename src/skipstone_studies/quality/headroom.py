@@ -35,7 +35,8 @@ ORACLE = "benefit"
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
     """Return the recipes of dense models by name: 8 blocks, 5 with equal training FLOPs, and 5 on the same text.
 
-    scale: "laptop", "paper" or "quick". corpus: name of the text.
+    Each is a dict of settings that makes one of the compared models. scale: "laptop", "paper" or "quick". corpus: name
+    of the text.
     """
     recipe = partial(decisive.arm, scale, corpus)
     full, rival = recipe(decisive.BLOCKS), recipe(5)
@@ -82,7 +83,8 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield the claims that the test loss of 8 blocks is at least .02 nats per byte below that of 5, with verdicts.
 
-    One is at equal training FLOPs, the other on the same text. figures: the figures of every run, by arm and seed.
+    One is at equal training FLOPs, the other on the same text. figures: the figures of every run, {arm: {seed: nested
+    dict}}, where an arm is one of the compared recipes.
     """
     for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
         found = paired_differences(figures, rival, FULL, pages.LOSS)
@@ -93,7 +95,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: headroom of depth, differences, learning rates, and benefit of blocks.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     seeds = figures.get(FULL, {})
     found = next((of_seed[ORACLE] for of_seed in seeds.values() if ORACLE in of_seed), None)
@@ -176,7 +178,7 @@ def _path(name: str) -> str:
 def checkpoint_details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
     """Return the Markdown tables of blocks' benefits for each checkpoint's first seed.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     parts = [benefit_page.tables(seeds[min(seeds)][ORACLE], arm) for arm, seeds in figures.items() if seeds]
     return "\n\n".join([*parts, benefit_page.NOTE])

@@ -38,7 +38,8 @@ ROUTED: dict[str, PlainDict] = {
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """Return the recipes by name: a dense model, one of half its depth, and one routed model per decision.
 
-    scale: "laptop" or "paper". corpus: name of the text.
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
+    text.
     """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
@@ -118,7 +119,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield for each arm the claims that its loss is below that of the dense arm and of the random one, with verdicts.
 
     The verdict is "no headroom" if the dense model's loss is less than .02 nats below that of a model of half its
-    depth. figures: the figures of every run, by arm and seed.
+    depth. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     for claim in as_claims(figures, COMPARED):
@@ -128,7 +129,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: whether depth pays, and comparisons with dense and with random.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     parts = (

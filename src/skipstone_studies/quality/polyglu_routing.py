@@ -40,7 +40,8 @@ ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, and PolyGLU with and without Gumbel noise at three preference scales.
 
-    scale: "laptop" or "paper". corpus: name of the text.
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
+    text.
     """
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}
@@ -103,11 +104,12 @@ def _hardened(folder: Path, loaded: LoadedRun) -> float:
 
 
 def course(run: Run) -> dict[str, dict[str, float]]:
-    """Return how PolyGLU's neurons chose their activations at 5 evenly spaced points of a training.
+    """Return how the neurons of a PolyGLU run chose their activations at 5 evenly spaced points of its training.
 
-    The result is {percentage of the steps: {"diversity": share of neurons whose strongest activation is not the most
-    common one of their layer, "dynamic_entropy" and "static_entropy": mean entropies in nats of a neuron's softmax,
-    with all logits and with its learned preferences alone}}. All were logged in training and are averaged over layers.
+    run: the run. The result is {percentage of the steps: {"diversity": share of neurons whose strongest activation is
+    not the most common one of their layer, "dynamic_entropy" and "static_entropy": mean entropies in nats of a neuron's
+    softmax, with all logits and with its learned preferences alone}}. All were logged in training and are averaged over
+    layers.
     """
     lines = [line for line in run.metrics() if line.get("split") == "train" and _logged(line, "diversity")]
     last, found = lines[-1]["step"], {}
@@ -130,7 +132,8 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
     They are: routing is nearly deterministic (dynamic entropy at most .1 % of ln 4); static entropy stays within 1 % of
     ln 4; at least 5 % of a layer's neurons differ from its most common activation; fixing one activation per neuron
-    costs at most .01 nats; the loss is below SwiGLU's. figures: the figures of every run, by arm and seed.
+    costs at most .01 nats; the loss is below SwiGLU's. figures: the figures of every run, {arm: {seed: nested dict}},
+    where an arm is one of the compared recipes.
     """
     for arm in figures:
         share = [value / math.log(len(NAMES)) for value in values(figures, arm, "dynamic_entropy")]
@@ -151,7 +154,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts, strongest activations by layer, and routing during training.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     sections = [section for section in (_layers(figures), _course(figures)) if section.rows]
     parts = [claims_table("Which claims hold", claims(figures)), markdown(sections).strip("\n") if sections else ""]

@@ -38,9 +38,10 @@ TEXT = "text.json"  # beside the saved model: the text on which it is measured
 def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: int = 0) -> dict[str, RecipeDict]:
     """Return the recipes by name: each model with its own weights, in int8 and in int4.
 
-    scale: not used. runs: pairs (study, arm) of finished runs, the first of a dense model; where ", pruned" is appended
-    to an arm's name, its unused neuron groups are removed. text: keyword arguments of `load_run` that select the
-    evaluated text. group: number of weights in a matrix row that share an int4 scale; 0 means the whole row.
+    Each is a dict of settings that makes one of the compared models. scale: not used. runs: pairs (study, arm) of
+    finished runs, the first of a dense model; where ", pruned" is appended to an arm's name, its unused neuron groups
+    are removed. text: keyword arguments of `load_run` that select the evaluated text. group: number of weights in a
+    matrix row that share an int4 scale; 0 means the whole row.
     """
     return {
         name_of(arm, weights): {

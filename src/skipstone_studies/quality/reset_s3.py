@@ -49,7 +49,7 @@ SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # without seed 0, on wh
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: dense models of several depths, and models routed by different decisions and routers.
 
-    scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """
     size = SIZES[scale]
     return {

@@ -55,7 +55,7 @@ SFT, COURSE = "sft", "course.jsonl"  # in the run folder: TRL's checkpoints, and
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes of the base model by name: PolyGLU trained with Gumbel noise and without.
 
-    scale: not used.
+    Each is a dict of settings that makes one of the compared models. scale: not used.
     """
     return {"with noise": _recipe({}), "without noise": _recipe({"noise": False})}
 

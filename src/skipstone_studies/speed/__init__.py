@@ -1,1 +1,4 @@
-"""Studies that time or compare models without training them. A new one is a file here and a line in `catalogue.py`."""
+"""Studies (published experiments) that time or compare models without training them.
+
+A new one is a file here and a line in `catalogue.py`.
+"""

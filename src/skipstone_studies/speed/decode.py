@@ -51,7 +51,7 @@ def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalL
 
 
 def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
-    """Return random token ids, int64 [rows, length], below `size["vocabulary"]`."""
+    """Return random token ids, int64 [rows, length], below `size["vocabulary"]`. seed: seed of the draws."""
     return torch.randint(0, size["vocabulary"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -65,7 +65,7 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 
 @torch.inference_mode()
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
-    """Set the threshold of every depth mechanism so that it keeps its configured share (`capacity`) of random text.
+    """Set the threshold of every depth mechanism of `model` so that it keeps its share (`capacity`) of random text.
 
     The threshold becomes the (1 - capacity) quantile of the router's scores of `ids`, block after block, because a
     block's scores depend on the blocks before it. ids: token ids, int64 [rows, tokens]. first: index of the token in
@@ -151,9 +151,9 @@ def of_rows(rows: int) -> str:
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes that the study compares, one for each number of rows.
+    """Return the settings of every timing by its name: one for each number of rows that are decoded together.
 
-    scale: not used.
+    Each is a dict that `measured` takes. scale: not used.
     """
     return {of_rows(rows): {**SIZE, "mechanism": ROUTED, "rows": rows} for rows in ROWS}
 

@@ -85,17 +85,17 @@ SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narr
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each way to decode the source model.
+    """Return the settings of every measurement by its name: one for each way to decode the model `SOURCE`.
 
-    scale: not used.
+    Each is a dict that `measured` takes. scale: not used.
     """
     return {arm: {"source": SOURCE, **STEPS, **recipe} for arm, recipe in WAYS.items()}
 
 
 def arms_of_gemma(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each way to decode Gemma 3 from its four-bit GGUF file.
+    """Return the settings of every measurement by its name: one for each way to decode Gemma 3 from its GGUF file.
 
-    scale: not used.
+    Each is a dict that `measured` takes. The weights in the file have four bits. scale: not used.
     """
     return {arm: {"source": GEMMA, **STEPS, **recipe} for arm, recipe in WAYS_OF_GEMMA.items()}
 

@@ -28,9 +28,9 @@ Step = Callable[[Tensor], Tensor]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each width and implementation.
+    """Return the settings of every timing by its name: one for each width and implementation of a mixture of experts.
 
-    scale: not used.
+    Each is a dict that `measured` takes. scale: not used.
     """
     return {f"width {width}, {kind}": {"width": width, "kind": kind, **SIZE} for width in (256, 512) for kind in KINDS}
 

@@ -26,10 +26,11 @@ Run = Callable[[], object]
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: training steps of an MLP, and decoding by a whole model.
+    """Return the settings of every timing by its name: training steps of an MLP, and decoding by a whole model.
 
-    They differ in the width, in the share of the neurons that are on, and, in training, in the chunk, which is the
-    number of neighbouring tokens that share one decision. scale: not used.
+    Each is a dict that `measured` takes. They differ in the width, in the share of the MLP's neurons that are on
+    (multiplied), and, in training, in the chunk, which is the number of neighbouring tokens that share one decision.
+    scale: not used.
     """
     found: dict[str, RecipeDict] = {}
     for part, chunks in (("training", CHUNKS), ("decoding", CHUNKS[:1])):

@@ -42,7 +42,7 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the only recipe of the study, by its name.
+    """Return {name: recipe} with the only recipe of the study, the sections of a training and the size of its steps.
 
     scale: not used.
     """

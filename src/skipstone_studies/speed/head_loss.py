@@ -24,10 +24,10 @@ KINDS: dict[str, int | None] = {ALL: None, "chunks of 256": 256, "chunks of 1024
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each precision and way to compute the loss.
+    """Return the settings of every timing by its name: one for each precision and way to compute a large head's loss.
 
-    Precisions are "fp32" and "bf16" (autocast). scale: "laptop" or "paper"; PyTorch's own function takes minutes on a
-    CPU, so only "paper" has it.
+    Each is a dict that `measured` takes. Precisions are "fp32" and "bf16" (autocast). scale: "laptop" or "paper";
+    PyTorch's own function takes minutes on a CPU, so only "paper" has it.
     """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}

@@ -36,9 +36,9 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each size, decision and kind of step.
+    """Return the settings of every timing by its name: one for each model size, routing decision and way to run a step.
 
-    scale: not used.
+    Each is a dict that `measured` takes. The ways are the keys of `STEP_KINDS`, such as "fp32". scale: not used.
     """
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
@@ -49,10 +49,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(size: PlainDict, decision: str, way: str) -> str:
-    """Return the name of an arm.
+    """Return the name under which the table shows the timing of a Mixture-of-Depths training step.
 
-    size: a mapping with the keys "width", "rows" and "context". decision: the router's decision. way: the kind of step,
-    such as "fp32".
+    size: a mapping with the keys "width", "rows" and "context". decision: name of the router's decision, such as
+    "topk". way: how the step is run, such as "fp32".
     """
     return f"d {size['width']}, {size['rows']} rows of {size['context']}, {decision}, {way}"
 
@@ -87,8 +87,8 @@ def ids_of(size: RecipeDict) -> torch.Tensor:
 def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
     """Return a function that runs one training step: forward, backward, AdamW, and the update of routing thresholds.
 
-    ids: token ids, int64 [rows, context], which are also the labels. bf16: whether the forward pass runs under
-    autocast.
+    model: the model, which is changed by the step. ids: token ids, int64 [rows, context], which are also the labels.
+    bf16: whether the forward pass runs under autocast.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -131,8 +131,8 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
     """Return a function that trains for a few steps by `RoutingTrainer`, including its set-up.
 
-    size: a mapping with the keys "rows", "context" and "trainer_steps", the number of steps. folder: for Trainer's
-    output.
+    model: the model to train. size: a mapping with the keys "rows", "context" and "trainer_steps", the number of steps.
+    folder: for Trainer's output.
     """
     arguments = TrainingArguments(
         output_dir=folder,
@@ -173,13 +173,13 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
-    """Return the figures of an arm, a training step of a Mixture-of-Depths model.
+    """Return the figures that are recorded of one timing of a Mixture-of-Depths training step.
 
     decision: name of the router's decision. flops: FLOPs of a step divided by the dense model's. time: seconds of a
     step divided by the dense model's, as {"median", "min", "max"} over rounds. limit: the largest accepted ratio of
     time to FLOPs. syncs: number of times that the host waits for the device in a forward pass. Keys of the result:
-    `flops`, `time`, `limit`, `host_syncs` and `over`, the median time divided by the FLOPs; it is absent for a decision
-    that keeps another number of tokens in every step.
+    `flops`, `time` and `limit` as given, `host_syncs`, and `over`, the median time divided by the FLOPs. `over` is
+    absent for a decision that keeps another number of tokens in every step.
     """
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}

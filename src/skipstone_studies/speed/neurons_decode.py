@@ -37,9 +37,9 @@ PROMPT, STEPS, TURNS = 32, 32, 7
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: for each shape and dtype of the weights, three shares of the neurons.
+    """Return the settings of every timing by its name: three shares of neurons for each model shape and weight dtype.
 
-    scale: not used.
+    Each is a dict that `measured` takes. scale: not used.
     """
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
@@ -51,7 +51,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(shape: str, dtype: str, up: float, down: float) -> str:
-    """Return the name of an arm.
+    """Return the name under which the table shows the timing of decoding with a part of the neurons.
 
     shape: name of the model's shape. dtype: dtype of the weights. up, down: shares of the neurons for which the up and
     the down projection are multiplied.

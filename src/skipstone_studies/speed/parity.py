@@ -285,9 +285,9 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: a small configuration for each case, and a real checkpoint.
+    """Return the settings of every comparison by its name: many small configurations, and a real checkpoint.
 
-    scale: not used.
+    Each is a dict that `measured` takes. The configurations, `CASES`, are of all supported families. scale: not used.
     """
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}

@@ -29,9 +29,9 @@ TAUS = (1.0, 0.1)  # initial and trained
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: training by width, tau, precision and noise; decoding by width.
+    """Return the settings of every timing by its name: training by width, tau, precision and noise; decoding by width.
 
-    scale: not used.
+    Each is a dict that `measured` takes. tau is the temperature of PolyGLU's mixture. scale: not used.
     """
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
@@ -41,7 +41,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
-    """Return the name of a training arm.
+    """Return the name under which the table shows a timing of PolyGLU's MLP in training.
 
     width: width of the residual stream. precision: "fp32" or "bf16". tau: temperature of the mixture, by which the
     logits are divided. noise: whether Gumbel noise is added to the logits.
@@ -50,7 +50,7 @@ def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
 
 
 def decoding_name(width: int) -> str:
-    """Return the name of a decoding arm.
+    """Return the name under which the table shows a timing of a hardened PolyGLU model in decoding.
 
     width: width of the model's residual stream.
     """
@@ -92,8 +92,8 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
     """Return a function that runs forward and backward pass of an MLP on `x_BTD` [rows, tokens, width].
 
-    tokens: slots and positions of these tokens, and whether Gumbel noise is added. bf16: whether the forward pass runs
-    under autocast.
+    mlp: the MLP. tokens: slots and positions of these tokens, and whether Gumbel noise is added. bf16: whether the
+    forward pass runs under autocast.
     """
 
     def run() -> None:
@@ -109,8 +109,8 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
     """Return the bytes of the tensors that an MLP's forward pass on `x_BTD` keeps for the backward pass.
 
-    Parameters and their copies in bf16 do not count. tokens: slots and positions of these tokens, and whether Gumbel
-    noise is added. bf16: whether the pass runs under autocast.
+    mlp: the MLP. Parameters and their copies in bf16 do not count. tokens: slots and positions of these tokens, and
+    whether Gumbel noise is added. bf16: whether the pass runs under autocast.
     """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}
@@ -129,10 +129,10 @@ def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int
 
 @torch.no_grad()
 def as_if_trained(activation: PolyGLU, tau: float) -> None:
-    """Set PolyGLU's router weights and temperature to random values that are typical after training.
+    """Set the router weights and temperature of PolyGLU to random values that are typical after training.
 
-    A token's logits for the activations then differ by about five nats, a neuron's own logits by a third of a nat. tau:
-    the temperature.
+    A token's logits for the activations then differ by about five nats, a neuron's own logits by a third of a nat.
+    activation: the module to change. tau: the temperature.
     """
     for weight, spread in ((activation.context_weight, 0.3), (activation.mix_weight, 1.0)):
         nn.init.normal_(weight, 0.0, spread)
@@ -152,7 +152,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
-    """Return a function that decodes `STEPS` tokens with an empty cache and then empties it again."""
+    """Return a function by which `model` decodes `STEPS` tokens with an empty cache and then empties it again."""
     cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ PROMPT, NEW = 24, 40  # tokens
 
 @torch.no_grad()
 def logits_of(model: SkipstoneForCausalLM | PreTrainedModel, windows: list[Tensor]) -> list[Tensor]:
-    """Return the logits [1, T, V] of each window of token ids [1, T], in fp32."""
+    """Return the logits [1, T, V] that `model` gives each of `windows`, token ids [1, T], in fp32."""
     return [model(window, use_cache=False).logits.float() for window in windows]
 
 

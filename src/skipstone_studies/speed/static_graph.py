@@ -25,9 +25,9 @@ INPUTS, ROWS, CONTEXT = 1000, 2, 128
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, one for each decision of Mixture-of-Depths.
+    """Return the settings of every measurement by its name: one for each decision of Mixture-of-Depths.
 
-    scale: not used.
+    Each is a dict that `measured` takes. scale: not used.
     """
     return {decision: {"decision": decision, "inputs": INPUTS} for decision in (*STATIC, *DYNAMIC)}
 
@@ -70,7 +70,7 @@ class OperationTrace(TorchDispatchMode):
 
 
 def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
-    """Return a function that runs a forward and a backward pass on `ids`."""
+    """Return a function that runs a forward and a backward pass of `model` on the token ids `ids` [rows, tokens]."""
 
     def run() -> None:
         model(ids, labels=ids, use_cache=False).loss.backward()

@@ -21,10 +21,10 @@ SIZE = {"width": 256, "blocks": 8, "vocabulary": 256, "prompt": 64, "steps": 32,
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name, which differ in phase, rows, share of skipped tokens, and `kv`.
+    """Return the settings of every timing by its name: prefill and decoding, several rows and shares of skipped tokens.
 
-    The phase is "prefill" or "decode"; the share is that of tokens that the gates skip; `kv` is "full" if skipped
-    tokens still provide keys and values, else "kept". scale: not used.
+    Each is a dict that `measured` takes. Its "part" is "prefill" or "decode", "skipped" the share of tokens that the
+    gates skip, and "kv" is "full" if skipped tokens still provide keys and values, else "kept". scale: not used.
     """
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
@@ -37,7 +37,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
-    """Return the name of an arm.
+    """Return the name under which the table shows a timing of Token-Selective Attention.
 
     part: the phase, "prefill" or "decode". rows: number of rows. kv: "full" if skipped tokens still provide keys and
     values, else "kept". skipped: share of tokens that gated blocks skip.
@@ -77,7 +77,7 @@ def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Fig
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
-    """Return the share of the tokens `ids` [rows, tokens] that the gates keep, as a mean over gated blocks."""
+    """Return the share of the tokens `ids` [rows, tokens] that the gates of `model` keep, as a mean over blocks."""
     records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 

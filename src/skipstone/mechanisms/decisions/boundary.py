@@ -75,7 +75,7 @@ def byte_boundaries() -> list[int]:
 
 
 def listed_ids(items: Sequence[int | str]) -> list[int]:
-    """Return the token ids in a list of ids and inclusive ranges such as "32-47", ascending and unique.
+    """Return the token ids in `items`, ids and inclusive ranges such as "32-47", ascending and each once.
 
     Raises ValueError for an item that is neither, for a descending range and for ids of 2^24 or more.
     """

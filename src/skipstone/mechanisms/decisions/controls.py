@@ -55,7 +55,10 @@ class Random(Decision):
 
 
 class Positional(Decision):
-    """A control that keeps evenly spaced positions of a document, `capacity` (a share) of all."""
+    """A control that keeps evenly spaced positions of a document, the share `capacity` of all.
+
+    Its constructor is that of `Decision`.
+    """
 
     is_causal = True
     reads_scores = False
@@ -77,7 +80,7 @@ class Positional(Decision):
 class Forced(Decision):
     """A decision that the caller makes in every call, by `forward(routing={layer: mask})` with bool masks [B, T].
 
-    A call without a mask raises ValueError.
+    Its constructor is that of `Decision`. A call without a mask raises ValueError.
     """
 
     is_causal = True

@@ -85,7 +85,7 @@ def family_of(values: PlainMapping) -> Family:
 
 
 def config_of(theirs: PreTrainedConfig) -> SkipstoneConfig:
-    """Translate a configuration of transformers to ours.
+    """Translate `theirs`, a configuration of one of transformers' decoders, to our configuration.
 
     Raises ValueError that names the architecture or the setting if our decoder would compute something else.
     """
@@ -113,7 +113,7 @@ def _refusals(theirs: PreTrainedConfig, family: Family) -> Iterator[str]:
 
 
 def family_config(config: SkipstoneConfig, activation: str) -> PreTrainedConfig:
-    """Translate our configuration to one of a transformers architecture that computes the same dense model.
+    """Translate our `config` to one of a transformers architecture that computes the same dense model.
 
     activation: our name of the activation function of all neurons. The architecture that the model was converted from
     is tried first. One is suitable if its configuration translates back to ours. Raises ValueError if none is.

@@ -73,7 +73,10 @@ class Layout:
     interleaved: tuple[str, ...] = ()
 
     def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Translate a state dict of the family to our names and shapes. config: our configuration of the model."""
+        """Translate `theirs`, a state dict of the family, to our names and shapes.
+
+        config: our configuration of the model.
+        """
         found: Tensors = {}
         for name, tensor in theirs.items():
             value = tensor.t() if self._is_transposed(name) else tensor
@@ -87,7 +90,10 @@ class Layout:
         return {name: self._sorted(name, x, halves(config)).contiguous() for name, x in found.items()}
 
     def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
-        """Translate a state dict of ours to the family's names and shapes. config: our configuration of the model."""
+        """Translate `ours`, a state dict of our model, to the family's names and shapes.
+
+        config: our configuration of the model.
+        """
         back = {new: old for old, new in self.names.items()}
         found: Tensors = {}
         pieces: dict[tuple[str, str], Tensors] = {}
@@ -203,7 +209,10 @@ def shared_back(config: SkipstoneConfig) -> Options:
 
 
 def whole_rope(rope: Options) -> Options:
-    """Return RoPE parameters without `partial_rotary_factor`, for families that rotate whole heads regardless."""
+    """Return RoPE parameters without `partial_rotary_factor`, for families that rotate whole heads regardless.
+
+    rope: the parameters, as in transformers' `rope_parameters`.
+    """
     return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
 
 
@@ -313,5 +322,8 @@ def layer_types(config: SkipstoneConfig) -> list[str]:
 
 
 def window_back(config: SkipstoneConfig) -> int:
-    """Return transformers' `sliding_window` in tokens; the context length if no block has one (it cannot be None)."""
+    """Return transformers' `sliding_window` for our `config`, in tokens.
+
+    If no block has a window, it is the context length, because it cannot be None.
+    """
     return config.attention_window or config.max_position_embeddings

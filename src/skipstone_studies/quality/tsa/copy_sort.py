@@ -50,7 +50,7 @@ POINT = 0.01  # accuracy differences up to this count as none
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: for copy and sort, a dense model, a gated one, and dense models of 1 and 2 blocks.
 
-    scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """
     size = SIZES[scale]
     model = {"max_position_embeddings": 64, **size["model"]}
@@ -84,7 +84,7 @@ def claims(figures: ByArm) -> list[Claim]:
 
     They are: the accuracy of the soft and of the executed pass is within 1 % of the dense model's; at least 90 % of the
     saving by the paper's metric is really skipped; the accuracy is more than 1 % above that of dense models of 1 and 2
-    blocks. figures: the figures of every run, by arm and seed.
+    blocks. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 
@@ -109,7 +109,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts, the paper's figures next to ours, and other ways to execute.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     parts = (
         claims_table("Which claims hold", claims(figures)),

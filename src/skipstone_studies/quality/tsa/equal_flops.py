@@ -96,7 +96,8 @@ def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
 def intervals(figures: ByArm) -> str:
     """Return a Markdown table of loss differences at equal FLOPs, with intervals over seeds and blocks of text.
 
-    figures: the figures of every run, by arm and seed. The table is "" if no arm is compared.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
+    table is "" if no arm is compared.
     """
     rows = []
     for arm, seeds in figures.items():

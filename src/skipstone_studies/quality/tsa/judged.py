@@ -21,8 +21,8 @@ REALLY = 0.9  # share of a claimed saving that must be realised
 def depth_pays(figures: ByArm) -> Headroom | None:
     """Return by how much the dense model's executed loss is below that of the best dense model of fewer blocks.
 
-    figures: the figures of every run, by arm and seed. The result is None if the dense model or all shallower ones are
-    missing.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
+    result is None if the dense model or all shallower ones are missing.
     """
     return headroom(figures, "dense", [arm for arm in figures if arm.startswith("dense-")], EXECUTED)
 
@@ -32,7 +32,7 @@ def language(figures: ByArm) -> list[Claim]:
 
     They are about softly trained gates (savings, losses, and whether gates choose better than chance), about the sweep
     over lambda (the coefficient of the penalty on open gates), and about arms that skip tokens in training. figures:
-    the figures of every run, by arm and seed.
+    the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     gated = [arm for arm in figures if mean(figures, arm, "variants.one") is not None]
     budgets = [arm for arm in figures if arm.startswith("hard=")]

@@ -20,7 +20,8 @@ ENWIK8: dict[str, PlainDict] = {
 def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes on enwik8 by name: dense, gated with two lambdas, early exit, random tokens, and fewer blocks.
 
-    Lambda is the coefficient of the penalty on open gates. scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. Lambda is the coefficient of the penalty on open
+    gates. scale: "laptop" or "paper".
     """
     data = ENWIK8[scale]
     return {
@@ -36,7 +37,8 @@ def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
 def frontier_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes for loss by executed FLOPs: gates trained hard, fewer blocks, early exit, random tokens.
 
-    scale: "laptop" or "paper". Trained hard means with tokens skipped during training.
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". Trained hard means
+    with tokens skipped during training.
     """
     data = ENWIK8["laptop"]
     return {

@@ -37,7 +37,7 @@ NEAR, DEEPER = 0.005, 2.0  # largest relative text loss; least depth of operatio
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: dense models, gates trained soft (scaling updates) or hard (skipping), random tokens.
 
-    scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """
     size = SIZES[scale]
     make = partial(_recipe, size)
@@ -90,7 +90,8 @@ def claims(figures: ByArm) -> list[Claim]:
     """Return two claims for each gated arm with their verdicts, on the cost for text and on where the depth goes.
 
     They are: the loss on text is at most .5 % above the dense model's; operations are at least twice as deep as text,
-    where depth is the mean number of blocks that update a token. figures: the figures of every run, by arm and seed.
+    where depth is the mean number of blocks that update a token. figures: the figures of every run, {arm: {seed: nested
+    dict}}, where an arm is one of the compared recipes.
     """
     found: list[Claim] = []
     for arm in (arm for arm in figures if arm.startswith("tsa")):
@@ -105,7 +106,7 @@ def claims(figures: ByArm) -> list[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: verdicts on the two targets, and whether depth pays on text.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None

@@ -94,7 +94,7 @@ def _drawn(loaded: LoadedRun) -> Iterator[dict[str, Tensor]]:
 def table(figures: ByArm) -> str:
     """Return a Markdown table of each arm's losses at its last and best step; "" if no run kept its best step.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     rows = []
     for arm in figures:
@@ -122,8 +122,8 @@ def table(figures: ByArm) -> str:
 def _risen(figures: ByArm, arm: str) -> str:
     """Return, for each seed, the step from which on the validation loss stays more than .01 nats above its minimum.
 
-    figures: the figures of every run, by arm and seed. The steps are separated by commas; a dash means that there is
-    none.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
+    steps are separated by commas; a dash means that there is none.
     """
     found = []
     for seed in figures[arm].values():

@@ -69,7 +69,9 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
 
 
 def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
-    """Return the `mechanisms` of the paper's gates, which scale updates in training and skip tokens in generation.
+    """Return the `mechanisms` entries of a recipe for the paper's gates: soft in training, skipping in generation.
+
+    Soft gates scale the updates of all tokens.
 
     depth_weight: the paper's lambda, the coefficient of its penalty on open gates. options: further options of the
     entry, such as `start_bias`.
@@ -78,12 +80,12 @@ def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
 
 
 def early_exit() -> Mechanisms:
-    """Return the `mechanisms` of early exit on all blocks but the first."""
+    """Return the `mechanisms` entries of a recipe for early exit on all blocks but the first."""
     return [{"name": "early_exit", "layers": GATED}]
 
 
 def hard(capacity: float) -> Mechanisms:
-    """Return the `mechanisms` of gates that keep the share `capacity` of tokens in each block but the first.
+    """Return the `mechanisms` entries for gates that keep the share `capacity` of tokens in all blocks but the first.
 
     Tokens are skipped in training as in generation.
     """
@@ -91,7 +93,7 @@ def hard(capacity: float) -> Mechanisms:
 
 
 def random(capacity: float) -> Mechanisms:
-    """Return the `mechanisms` of a control that keeps the share `capacity` of tokens at random.
+    """Return the `mechanisms` entries of a control that keeps the share `capacity` of tokens at random.
 
     All blocks but the first are routed. Tokens are skipped in training as in generation, and each block has one learned
     gain.
@@ -100,7 +102,7 @@ def random(capacity: float) -> Mechanisms:
 
 
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
-    """Return the recipes by name of dense models with 2 blocks and more, up to one fewer than the scale's model has.
+    """Return the recipes by name of dense models with fewer blocks than the model of the scale, from 2 on.
 
     scale: "laptop" or "paper". data: the recipe's section `data`.
     """

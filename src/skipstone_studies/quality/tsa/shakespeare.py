@@ -16,7 +16,8 @@ SHAKESPEARE = {"corpus": "tiny-shakespeare:80-10-10", "tokenizer": "char"}
 def claims_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: the paper's table and sweep over lambda, early exit, random tokens, and fewer blocks.
 
-    Lambda is the coefficient of the penalty on open gates. scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. Lambda is the coefficient of the penalty on open
+    gates. scale: "laptop" or "paper".
     """
     data = SHAKESPEARE
     return {
@@ -33,7 +34,7 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 def control_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes of controls by name: gates with other start biases, frozen or constant gates, random tokens.
 
-    scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """
     data = SHAKESPEARE
     return {

@@ -39,8 +39,9 @@ def measured(folder: Path) -> Figures:
 def details(figures: ByArm, published: Published, corpus: str) -> str:
     """Return the Markdown below the table: verdicts, the paper's figures next to ours, and further tables.
 
-    figures: the figures of every run, by arm and seed. published: the figures that the paper publishes, by arm. corpus:
-    name of the corpus that the paper uses; on other texts its figures are left out, because losses cannot be compared.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    published: the figures that the paper publishes, by arm. corpus: name of the corpus that the paper uses; on other
+    texts its figures are left out, because losses cannot be compared.
     """
     room = judged.depth_pays(figures)
     parts = [claims_table("Which claims hold", judged.language(figures)), "" if room is None else room.sentence()]
@@ -81,7 +82,8 @@ def ways_to_execute(figures: ByArm) -> str:
     """Return a Markdown table of losses of the same softly trained weights, executed in four ways; "" without any.
 
     Three skip equally many tokens: kept ones are scaled by their gate or by 1, or are random; the fourth skips none and
-    replaces each gate by its block's mean. figures: the figures of every run, by arm and seed.
+    replaces each gate by its block's mean. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm
+    is one of the compared recipes.
     """
     keys = ("gate", "one", "random", "constant")
     rows = [
@@ -102,7 +104,7 @@ def ways_to_execute(figures: ByArm) -> str:
 def exit_thresholds(figures: ByArm) -> str:
     """Return a Markdown table of the early-exit model's loss and FLOPs by threshold; "" without that arm.
 
-    figures: the figures of every run, by arm and seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     rows = []
     for threshold in gates.EXITS:

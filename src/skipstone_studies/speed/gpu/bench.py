@@ -92,9 +92,9 @@ def one_line(error: BaseException) -> str:
 def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Time several functions in turns, after three untimed calls of each, and return their milliseconds per call.
 
-    The result is {name: {"ms": median over calls, "least": ..., "most": ...}}. runs: the functions by name. rounds:
-    number of timed calls of each. The device is awaited before and after each call, so a time includes launching the
-    kernels.
+    The result is {name: {"ms": median over calls, "least": ..., "most": ...}}. bench: knows the device. runs: the
+    functions by name. rounds: number of timed calls of each. The device is awaited before and after each call, so a
+    time includes launching the kernels.
     """
     for run in runs.values():
         for _ in range(WARM_UP):
@@ -111,7 +111,7 @@ def in_turns(bench: Bench, runs: Mapping[str, Callable[[], object]], rounds: int
 
 
 def captured(bench: Bench, run: Callable[[], object]) -> Callable[[], object]:
-    """Return a function that replays `run` as one CUDA graph; on other devices, `run` itself.
+    """Return a function that replays `run` as one CUDA graph, or `run` itself if `bench` is not on a CUDA device.
 
     Raises RuntimeError if `run` makes the host wait for the device or copies from host memory, which a graph cannot
     contain.

@@ -20,8 +20,9 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 def measure(bench: Bench) -> None:
     """Time decoding steps of a dense and a Mixture-of-Depths model for several numbers of rows.
 
-    bench: stores for each number of rows the figures of `beside` (milliseconds, tokens per second and others), and for
-    some of them those of `fixed` (milliseconds with a cache of fixed size).
+    bench: gives the device and the sizes, and stores the results: for each number of rows the figures of `beside`
+    (milliseconds, tokens per second and others), and for some of them those of `fixed` (milliseconds with a cache of
+    fixed size).
     """
     pair = models(bench)
     for rows in bench.sizes["of_rows"]:
@@ -33,7 +34,7 @@ def measure(bench: Bench) -> None:
 def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
     """Return a dense and a Mixture-of-Depths model in bf16 on the device, by the names "dense" and "routed".
 
-    Routers stay fp32.
+    bench: gives the device and the sizes. The models have random weights, and routers stay fp32.
     """
     with bench.device:
         made = {"dense": model_of(bench.sizes, []), "routed": model_of(bench.sizes, [ROUTED])}
@@ -43,10 +44,10 @@ def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
     """Time decoding steps of a dense and a routed model in turns, with a cache that grows.
 
-    pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of the result: `dense_ms`
-    and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model divided by those of the
-    dense one), `share` (of the rows that a routed block computes, mean over blocks and steps) and `tokens_per_second`
-    (of the routed model).
+    bench: gives the sizes. pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of
+    the result: `dense_ms` and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model
+    divided by those of the dense one), `share` (of the rows that a routed block computes, mean over blocks and steps)
+    and `tokens_per_second` (of the routed model).
     """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])
@@ -64,9 +65,9 @@ def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) ->
 def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
     """Time decoding steps with a cache of fixed size, kernel by kernel ("eager") and as one CUDA graph ("graph").
 
-    Such a step computes every block, so it shows what launching costs and not what skipping saves. pair: the models
-    "dense" and "routed". rows: number of sequences decoded together. Keys of the result: milliseconds per step as
-    `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms` and `routed_graph_ms`.
+    Such a step computes every block, so it shows what launching costs and not what skipping saves. bench: gives the
+    device and the sizes. pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of the
+    result: milliseconds per step as `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms` and `routed_graph_ms`.
     """
     found: PlainDict = {}
     for name, model in pair.items():

@@ -15,7 +15,8 @@ from skipstone_studies.speed.gpu.training import compile_blocks, share_of_peak
 def measure(bench: Bench) -> None:
     """Time training steps for several numbers of rows, the largest also with compiled blocks.
 
-    bench: stores the figures of `steps_of` for each (milliseconds, tokens and FLOPs per second and others).
+    bench: gives the device and the sizes, and stores the figures of `steps_of` for each number of rows (milliseconds,
+    tokens and FLOPs per second and others).
     """
     for rows in bench.sizes["of_rows"]:
         bench.measure(f"{rows} x {bench.sizes['tokens']} tokens, eager", steps_of, rows, False)
@@ -26,9 +27,10 @@ def measure(bench: Bench) -> None:
 def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
     """Time training steps (forward, backward, clipping, AdamW), and return figures of the median one.
 
-    rows: number of rows of a step. compiled: whether to compile the blocks. Keys of the result: `parameters`, `ms`,
-    `tokens_per_second`, `tflops_per_second` (FLOPs by the cost model), `mfu` (these FLOPs divided by the GPU's peak,
-    absent if that is not known), `first_loss` and `last_loss` (nats per token), and on a GPU `peak_gb`.
+    bench: gives the device and the sizes. rows: number of rows of a step. compiled: whether to compile the blocks. Keys
+    of the result: `parameters`, `ms`, `tokens_per_second`, `tflops_per_second` (FLOPs by the cost model), `mfu` (these
+    FLOPs divided by the GPU's peak, absent if that is not known), `first_loss` and `last_loss` (nats per token), and on
+    a GPU `peak_gb`.
     """
     recipe = read_recipe(bench.sizes["recipe"])
     config = setup.model_config(recipe.model, recipe.data.context, {})

@@ -25,8 +25,8 @@ PLACES = ("result", "d gate", "d static", "d dynamic")
 def measure(bench: Bench) -> None:
     """Compare each kernel with its reference, then time PolyGLU's mixture of activations in a large MLP.
 
-    bench: stores for each kernel its largest error, the tolerance and whether they are equal, and the milliseconds of
-    the mixture.
+    bench: gives the device and the sizes, and stores for each kernel its largest error, the tolerance and whether they
+    are equal, and the milliseconds of the mixture.
     """
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
@@ -77,9 +77,9 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
 def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) -> PlainDict:
     """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
 
-    dtype: the dtype of the gate values. per_row: whether static logits differ between rows. per_token: whether dynamic
-    logits differ between tokens. Returns the errors of the result and of every gradient, with the keys `error`,
-    `tolerance`, `equal` and `of`. Raises ValueError without Triton.
+    bench: gives the device and the sizes. dtype: the dtype of the gate values. per_row: whether static logits differ
+    between rows. per_token: whether dynamic logits differ between tokens. Returns the errors of the result and of every
+    gradient, with the keys `error`, `tolerance`, `equal` and `of`. Raises ValueError without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
@@ -91,8 +91,9 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
 def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
     """Compare a mixture of experts by grouped products with the reference.
 
-    Some choices of tokens are no-ops, and one expert is chosen by no token. dtype: the dtype of inputs and matrices.
-    Returns the errors of the result and of every gradient, with the keys `error`, `tolerance`, `equal` and `of`.
+    Some choices of tokens are no-ops, and one expert is chosen by no token. bench: gives the device and the sizes.
+    dtype: the dtype of inputs and matrices. Returns the errors of the result and of every gradient, with the keys
+    `error`, `tolerance`, `equal` and `of`.
     """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
@@ -116,7 +117,8 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 def head(bench: Bench) -> PlainDict:
     """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
 
-    Returns the errors of the loss and of its gradients, with the keys `error`, `tolerance`, `equal` and `of`.
+    bench: gives the device and the sizes. Returns the errors of the loss and of its gradients, with the keys `error`,
+    `tolerance`, `equal` and `of`.
     """
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
@@ -130,7 +132,8 @@ def head(bench: Bench) -> PlainDict:
 def scores(bench: Bench) -> PlainDict:
     """Compare the router's score function that saves less for the backward pass with the reference.
 
-    Returns the errors of the scores and of their gradients, with the keys `error`, `tolerance`, `equal` and `of`.
+    bench: gives the device and the sizes. Returns the errors of the scores and of their gradients, with the keys
+    `error`, `tolerance`, `equal` and `of`.
     """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)
@@ -146,8 +149,8 @@ def scores(bench: Bench) -> PlainDict:
 def times(bench: Bench) -> PlainDict:
     """Time forward and backward pass of PolyGLU's mixture of activations in bf16, in turns.
 
-    Keys of the result: milliseconds as `reference_ms`, `compiled_ms` (torch.compile) and, where Triton's kernels are
-    timed, `triton_ms`.
+    bench: gives the device and the sizes. Keys of the result: milliseconds as `reference_ms`, `compiled_ms`
+    (torch.compile) and, where Triton's kernels are timed, `triton_ms`.
     """
     sizes = {**bench.sizes, **bench.sizes["timed"]}
     given = mixture_inputs(Bench(out=bench.out, device=bench.device, sizes=sizes), torch.bfloat16, False, True)

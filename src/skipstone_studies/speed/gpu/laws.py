@@ -24,9 +24,9 @@ BY_WORKER = re.compile(r"(PASSED|FAILED|ERROR) .*?tests/laws/test_(\w+)\.py::(.*
 def measure(bench: Bench) -> None:
     """Run the tests in `tests/laws` on the device, and count for each file the cases that passed and failed.
 
-    bench: stores {"passed", "failed", "of": names of the first three failed cases} for each file, after every case, so
-    that a part that is stopped keeps its counts. Raises ValueError without the tests or pytest, and with pytest's last
-    output if no case has run.
+    bench: gives the device, and stores {"passed", "failed", "of": names of the first three failed cases} for each file,
+    after every case, so that a part that is stopped keeps its counts. Raises ValueError without the tests or pytest,
+    and with pytest's last output if no case has run.
     """
     if not TESTS.is_dir():
         raise ValueError("tests/laws is not here: run it from a checkout")

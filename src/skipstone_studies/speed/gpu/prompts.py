@@ -36,9 +36,10 @@ ADAPTED: dict[str, PlainDict] = {
 
 
 def measure(bench: Bench) -> None:
-    """Time the prefill of each adapted model in turns with the dense model's.
+    """Time the prefill (pass over a prompt) of models with each mechanism in turns with the dense model's.
 
-    bench: stores for each mechanism, by name, milliseconds and speeds by length of the prompt.
+    bench: gives the device and the sizes, and stores the figures of `prompts_of` for each mechanism by name:
+    milliseconds, and how much faster the model is, by length of the prompt.
     """
     for name, options in ADAPTED.items():
         bench.measure(name, prompts_of, options)
@@ -47,7 +48,8 @@ def measure(bench: Bench) -> None:
 def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
     """Build a model in the shape of a Llama, with random weights in bf16.
 
-    options: fields of SkipstoneConfig that add mechanisms; {} means a dense model.
+    bench: gives the device and the sizes. options: fields of SkipstoneConfig that add mechanisms; {} means a dense
+    model.
     """
     torch.manual_seed(0)
     config = SkipstoneConfig(**bench.sizes["model"], max_position_embeddings=max(bench.sizes["lengths"]), **options)
@@ -59,9 +61,10 @@ def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
 def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
     """Time the prefill of one row by an adapted and a dense model, in turns, for several lengths of prompt.
 
-    options: fields of SkipstoneConfig that add mechanisms, whose thresholds are set to the FLOP budget of the bench.
-    Keys of the result for each length N: `dense_N_ms` and `adapted_N_ms` (milliseconds) and `speed_N` (dense_N_ms /
-    adapted_N_ms; above 1 means that the adapted model is faster); on a GPU also `peak_gb`.
+    bench: gives the device, the sizes and the lengths. options: fields of SkipstoneConfig that add mechanisms, whose
+    thresholds are set to the FLOP budget of the bench. Keys of the result for each length N: `dense_N_ms` and
+    `adapted_N_ms` (milliseconds) and `speed_N` (dense_N_ms / adapted_N_ms; above 1 means that the adapted model is
+    faster); on a GPU also `peak_gb`.
     """
     source, adapted = model_of(bench, {}), model_of(bench, options)
     vocabulary = bench.sizes["model"]["vocab_size"]

@@ -18,8 +18,8 @@ Step = Callable[[], object]
 def measure(bench: Bench) -> None:
     """Time training steps (forward, backward, AdamW) of a dense and a routed model, run in three ways.
 
-    bench: stores the figures of `both` (milliseconds, ratios and others) for "eager", "compiled" and, except on a CPU,
-    "CUDA graph".
+    bench: gives the device and the sizes, and stores the figures of `both` (milliseconds, ratios and others) for
+    "eager", "compiled" and, except on a CPU, "CUDA graph".
     """
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
@@ -30,10 +30,10 @@ def measure(bench: Bench) -> None:
 def both(bench: Bench, way: str) -> PlainDict:
     """Time training steps of the dense and the routed model in turns.
 
-    way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the result: `dense_ms` and `routed_ms`; `time`,
-    the routed milliseconds divided by the dense ones; `flops`, the same ratio of the FLOPs by the cost model;
-    `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs per second divided by the GPU's peak,
-    if it is known; on a GPU `peak_gb`.
+    bench: gives the device and the sizes. way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the
+    result: `dense_ms` and `routed_ms`; `time`, the routed milliseconds divided by the dense ones; `flops`, the same
+    ratio of the FLOPs by the cost model; `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs
+    per second divided by the GPU's peak, if it is known; on a GPU `peak_gb`.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}
@@ -79,7 +79,8 @@ def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
 def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
     """Return a function that runs one training step of a model on random tokens.
 
-    way: how the step is run: "eager", "compiled" or "CUDA graph".
+    bench: gives the device and the sizes. model: the model. way: how the step is run: "eager", "compiled" or "CUDA
+    graph".
     """
     sizes = bench.sizes
     ids = torch.randint(0, sizes["vocabulary"], (sizes["rows"], sizes["context"])).to(bench.device)

@@ -48,8 +48,8 @@ class StopAt(TrainerCallback):
 def measure(bench: Bench) -> None:
     """Train small models in four ways, then evaluate each and generate text with it.
 
-    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: stores for every model the
-    figures of each way, and the validation loss and number of generated pieces.
+    The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: gives the device and the sizes,
+    and stores for every model the figures of each way, and the validation loss and number of generated pieces.
     """
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in fp32, and return `first_loss`, `last_loss` (nats per token) and `tokens_per_second` of the run.
 
-    plain: the recipe. root: the folder in which the run folder `whole` is written.
+    bench: gives the device. plain: the recipe. root: the folder in which the run folder `whole` is written.
     """
     return figures(_train(plain, root, "whole"))
 
@@ -124,7 +124,8 @@ def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in bf16 under autocast, and return `first_loss`, `last_loss` and `tokens_per_second` of the run.
 
-    plain: the recipe. root: the folder in which the run folder `bf16` is written.
+    bench: gives the device. Losses are in nats per token. plain: the recipe. root: the folder in which the run folder
+    `bf16` is written.
     """
     return figures(_train(plain, root, "bf16", precision="bf16"))
 
@@ -132,8 +133,8 @@ def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train under FSDP2, and compare the losses with those of the run that `plainly` made.
 
-    The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. plain: the
-    recipe. root: the folder that holds that run, and in which this one is written.
+    The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. bench: gives
+    the device. plain: the recipe. root: the folder that holds that run, and in which this one is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
@@ -142,8 +143,9 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train, interrupt the training after its first checkpoint, resume it, and compare the losses with a whole run's.
 
     The losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so their order may change the last
-    bits. The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. plain:
-    the recipe. root: the folder that holds the whole run, which `plainly` made, and in which this one is written.
+    bits. The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. bench:
+    gives the device. plain: the recipe. root: the folder that holds the whole run, which `plainly` made, and in which
+    this one is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1
@@ -158,8 +160,8 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def used(bench: Bench, folder: Path) -> PlainDict:
     """Evaluate the run in `folder`, and generate text if its model can decide without later tokens.
 
-    Keys of the result: `evaluated_loss`, the validation loss in nats per token, and `pieces`, the number of pieces of
-    text that were generated.
+    bench: gives the device. Keys of the result: `evaluated_loss`, the validation loss in nats per token, and `pieces`,
+    the number of pieces of text that were generated.
     """
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}

@@ -152,7 +152,7 @@ def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
 
 
 def least_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the least CPU seconds of `repeats` calls, which other processes disturb less than wall time."""
+    """Return the least CPU seconds of `repeats` calls of `run`; other processes hardly disturb CPU time."""
     _free_memory_is(KEPT)
     run()
     taken = []

@@ -1,4 +1,7 @@
-"""What a pass costs beyond the FLOPs of a growth curve, from points of the curves to which no exponent is fitted."""
+"""The time that a pass takes beyond its FLOPs, estimated from points of cost curves that no exponent is fitted to.
+
+A cost curve is the time of a pass over one size of the model or its input, such as the number of rows.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ Points = Sequence[Mapping[str, float]]
 
 
 def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
-    """Return, by arm, measured minus expected exponents of time for the curves whose further cost is known.
+    """Return, for each cost curve that it explains, the measured exponent of time minus the one that is expected.
 
-    In the curves by rows, a pass has a fixed cost, which the first two points show. In the curves by context, PolyGLU
-    mixes activations between its products, and the curves by rows tell how long that takes. lines: the figures of the
-    curves by arm, with `points`, `exponents` and others.
+    A cost curve is the time of a pass over one size; an exponent is its slope in logarithms over the last points.
+    Expected are the FLOPs at a constant rate, plus a cost that other points show: in the curves by rows a fixed time of
+    a pass, by the first two points; in PolyGLU's curve by context, the mixing of activations, by the curves by rows
+    (`mixing`). lines: the figures of the curves by arm, with `points`, `exponents` and others. Other curves are absent
+    from the result.
     """
     found = {}
     for arm, one in lines.items():

@@ -55,7 +55,10 @@ def now() -> float:
 
 
 class Torch:
-    """The engine of a PyTorch model, ours or transformers', which decodes greedily with a cache that grows."""
+    """The engine of a PyTorch model, ours or transformers', which decodes greedily with a cache that grows.
+
+    An engine decodes one row token by token and is timed. model: the model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.eval()
@@ -71,10 +74,11 @@ class Torch:
 
 
 class Drafted:
-    """The engine of our model with speculative decoding.
+    """The engine of our model with speculative decoding: it decodes one row greedily and is timed.
 
-    draft: the source of guesses, such as "lookup", "exit" or "skip"; how many tokens are guessed at a time follows from
-    measured times. guessed: [number of tokens that the draft had proposed, number of all tokens], over all laps so far.
+    model: the model. draft: the source of guesses, such as "lookup", "exit" or "skip"; how many tokens are guessed at a
+    time follows from measured times. guessed: [number of tokens that the draft had proposed, number of all tokens],
+    over all laps so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
@@ -92,7 +96,7 @@ class Drafted:
 class PromptLookup:
     """The engine of transformers' Llama with its own prompt lookup decoding.
 
-    count: number of tokens guessed at a time (`prompt_lookup_num_tokens`).
+    model: the Llama, of transformers. count: number of tokens guessed at a time (`prompt_lookup_num_tokens`).
     """
 
     def __init__(self, model: LlamaForCausalLM, count: int) -> None:

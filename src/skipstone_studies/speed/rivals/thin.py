@@ -28,13 +28,13 @@ Way = tuple[Logits, Callable[[], float]]  # the second is asked after the first 
 
 
 def weights(model: SkipstoneForCausalLM) -> int:
-    """Return the number of weights that decoding one token reads; an untied embedding table does not count."""
+    """Return the number of weights that `model` reads to decode a token; an untied embedding table does not count."""
     table = 0 if model.head_is_tied else model.model.embed_tokens.weight.numel()
     return sum(p.numel() for p in model.parameters()) - table
 
 
 def whole(model: SkipstoneForCausalLM) -> Logits:
-    """Return a function that computes a model's logits [T, V] of token ids, int64 [1, T], without a cache."""
+    """Return a function that computes the logits [T, V] of `model` for token ids, int64 [1, T], without a cache."""
 
     def logits(ids_1T: Tensor) -> Tensor:
         return model(ids_1T, use_cache=False).logits[0]  # type: ignore[no-any-return]
