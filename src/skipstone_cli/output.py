@@ -1,4 +1,4 @@
-"""Output of `eval`, `compare` and `calibrate`: a table on stdout, and the same figures as JSON and Markdown files."""
+"""How commands such as `eval` and `compare` print a table, and write its figures as JSON and Markdown files."""
 
 from __future__ import annotations
 

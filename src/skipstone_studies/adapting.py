@@ -1,4 +1,7 @@
-"""Make the run of an arm that begins with a checkpoint, by adapting the checkpoint or keeping it unchanged."""
+"""Run one recipe of a study that begins with a checkpoint: adapt the checkpoint, or keep it unchanged.
+
+Such a recipe is called an arm of the study.
+"""
 
 from __future__ import annotations
 

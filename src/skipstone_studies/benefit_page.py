@@ -1,4 +1,4 @@
-"""Tables of the benefit of blocks for tokens, from what `benefit.oracle` has measured."""
+"""Markdown tables of how much blocks lower each token's loss, from what `benefit.oracle` has measured."""
 
 from __future__ import annotations
 

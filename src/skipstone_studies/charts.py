@@ -95,9 +95,9 @@ def panel(
 ) -> Drawn:
     """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
 
-    drawn: the arms, with their points, curves and optima. x_title: name of the quantity on the x axis. title: the
-    picture's title, for screen readers. x_range, y_range: smallest and largest value; points outside are cut off.
-    level: a reference line, or None. label: a function that formats a value on the x axis.
+    drawn: the compared recipes (arms), with their points, curves and optima. x_title: name of the quantity on the x
+    axis. title: the picture's title, for screen readers. x_range, y_range: smallest and largest value; points outside
+    are cut off. level: a reference line, or None. label: a function that formats a value on the x axis.
     """
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)

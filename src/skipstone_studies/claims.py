@@ -1,4 +1,4 @@
-"""Published figures beside ours, and verdicts on claims, derived by rules from figures and their intervals."""
+"""Tables of published figures beside ours, and verdicts on claims by rules from figures and their intervals."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ class PublishedColumn:
 
 
 def values(figures: ByArm, arm: str, key: str) -> list[float]:
-    """Return one figure of an arm for every seed that has it.
+    """Return one figure of an arm (a compared recipe) for every seed that has it.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}. key: dotted path of the figure, such as
-    "training.tokens".
+    figures: the figures of every run, {arm: {seed: nested dict}}. arm: name of the arm. key: dotted path of the figure,
+    such as "training.tokens".
     """
     return [value for found in figures.get(arm, {}).values() if (value := lookup(found, key)) is not None]
 
 
 def mean(figures: ByArm, arm: str, key: str) -> float | None:
-    """Return the mean of a figure over the seeds of an arm; None if no seed has it.
+    """Return the mean of a figure over the seeds of `arm`, a compared recipe; None if no seed has it.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}. key: dotted path of the figure.
+    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}. key: dotted path of the figure.
     """
     found = values(figures, arm, key)
     return statistics.fmean(found) if found else None
 
 
 def paired_differences(figures: ByArm, arm: str, other: str, key: str, other_key: str | None = None) -> list[float]:
-    """Return, for every seed that both arms have, the figure of `arm` minus the figure of `other`.
+    """Return, for every seed that two compared recipes have, the figure of `arm` minus the figure of `other`.
 
     The differences are ordered by seed; seeds that lack one of the figures are left out. figures: the figures of every
-    run, {arm: {seed: nested dict}}. key: dotted path of the figure. other_key: dotted path of the figure of `other`;
-    None means the same path.
+    run, {arm (compared recipe): {seed: nested dict}}. key: dotted path of the figure. other_key: dotted path of the
+    figure of `other`; None means the same path.
     """
     seeds = figures.get(arm, {}).keys() & figures.get(other, {}).keys()
     pairs = [
@@ -78,11 +78,11 @@ def judge(
     """Yield the claim that the mean of `found` is below `most`, or above `least`, with its verdict.
 
     The verdict is "yes" or "no" if the confidence interval lies on one side of the limit, else "inconclusive", which is
-    also the verdict on a single seed. arm: name of the arm. text: what is claimed, in words. found: one value per seed,
-    such as paired differences; if empty, nothing is yielded. most, least: the limit; exactly one of them is given.
-    form: a format specification for numbers. told: text that is shown before the interval. blocks: for each seed, the
-    same value on each block of the validation text; the interval then also includes the variation over text. () leaves
-    that out.
+    also the verdict on a single seed. arm: name of the compared recipe. text: what is claimed, in words. found: one
+    value per seed, such as paired differences; if empty, nothing is yielded. most, least: the limit; exactly one of
+    them is given. form: a format specification for numbers. told: text that is shown before the interval. blocks: for
+    each seed, the same value on each block of the validation text; the interval then also includes the variation over
+    text. () leaves that out.
     """
     if not found:
         return
@@ -164,7 +164,7 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
 
 
 def beside(title: str, figures: ByArm, published: Published, shown: Sequence[PublishedColumn], source: str) -> str:
-    """Return a Markdown table with a row per arm, in which a paper's figures stand before ours.
+    """Return a Markdown table with a row per arm (compared recipe), in which a paper's figures stand before ours.
 
     title: its heading. figures: ours, {arm: {seed: nested dict}}; means and spreads over seeds are shown. published:
     the paper's, {arm: {name: value}}. shown: the columns. source: a note below the table.
@@ -184,7 +184,7 @@ def beside(title: str, figures: ByArm, published: Published, shown: Sequence[Pub
 
 
 def claims_table(title: str, claims: Iterable[Claim]) -> str:
-    """Return a Markdown table with a row per claim and a column per arm; "" if there are no claims.
+    """Return a Markdown table with a row per claim and a column per arm (compared recipe); "" without claims.
 
     title: its heading. claims: the claims with their verdicts; claims of equal text share a row.
     """

@@ -1,4 +1,4 @@
-"""A column of a study's table as a picture: the mean of each arm, and its seeds."""
+"""A picture of one column of a study's table: for each compared recipe (arm) its mean and its seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first of several corpora that is available on this machine."""
+"""The choice of the first of several corpora that is available on this machine."""
 
 from __future__ import annotations
 

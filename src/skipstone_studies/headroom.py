@@ -21,9 +21,9 @@ REFUSED = "No headroom: nothing to route."
 class Headroom:
     """The headroom of a model: by how much its loss is lower than the best shallower model's.
 
-    Routing, which lets tokens skip blocks, could win no more than this. full: name of the arm of the full model. rival:
-    name of the arm of the best shallower model. gain: mean loss of the shallower one minus the mean loss of the full
-    one, in nats. interval: confidence interval of this difference over seeds; None for one seed.
+    Routing, which lets tokens skip blocks, could win no more than this. full: name of the full model in the study.
+    rival: name of the best shallower model. gain: mean loss of the shallower one minus the mean loss of the full one,
+    in nats. interval: confidence interval of this difference over seeds; None for one seed.
     """
 
     full: str
@@ -49,9 +49,10 @@ class Headroom:
 def headroom(figures: ByArm, full: str, shallower: Sequence[str], key: str) -> Headroom | None:
     """Return the headroom: by how much the full model's loss is below that of the best shallower one.
 
-    The best shallower model is the one with the lowest mean loss. figures: the figures of every run, {arm: {seed:
-    nested dict}}. full: name of the full model's arm. shallower: names of the arms with fewer blocks. key: dotted path
-    of a loss in nats. The result is None if the full model and the best shallower one have no seed in common.
+    The best shallower model is the one with the lowest mean loss. figures: the figures of every run, {arm (compared
+    recipe): {seed: nested dict}}. full: name of the full model's arm. shallower: names of the arms with fewer blocks.
+    key: dotted path of a loss in nats. The result is None if the full model and the best shallower one have no seed in
+    common.
     """
     losses = {arm: loss for arm in shallower if (loss := mean(figures, arm, key)) is not None}
     if not losses or mean(figures, full, key) is None:

@@ -1,4 +1,4 @@
-"""Pictures of the ledger: verdicts and hours by study, and the intervals of a claim beside its limit."""
+"""Pictures of the ledger, the costs and claims of all studies: verdicts and hours by study, and intervals."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
-    """Draw one claim with a row per arm: the estimate with its confidence interval, beside the limit for it.
+    """Draw one claim with a row per compared recipe: the estimate with its confidence interval, and the limit.
 
-    claims: claims of the same text about different arms. title: the picture's title, for screen readers.
+    claims: claims of the same text about different recipes. title: the picture's title, for screen readers.
     """
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]

@@ -1,4 +1,4 @@
-"""Measurements of a run while it trains, of a finished run, and of all runs of a seed in one timing session."""
+"""Measurements of training runs: while one trains, of a finished one, and of several in one timing session."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm. The result has for each arm: `training_speed`, a dict with its training tokens per
-    second and their spread; `comparison`, the figures that `skipstone compare --json` writes of it.
+    runs: the run folder of each arm (compared recipe). The result has for each arm: `training_speed`, a dict with its
+    training tokens per second and their spread; `comparison`, the figures that `skipstone compare --json` writes of it.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]

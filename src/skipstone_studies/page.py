@@ -1,4 +1,7 @@
-"""Render records as Markdown. Pages depend on nothing but the records, so equal records give equal bytes."""
+"""Renders the page of a study as Markdown, from its records (one JSON file per run) alone.
+
+Equal records give equal bytes.
+"""
 
 from __future__ import annotations
 
@@ -130,9 +133,9 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Return {arm: {seed: figures}}: the figures of the records, and those that the study derives from several arms.
+    """Return the figures of records, {arm: {seed: figures}}, with those that the study derives from several arms.
 
-    records: records of one scale and corpus.
+    An arm is a compared recipe. study: the study. records: its records of one scale and corpus.
     """
     found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
@@ -157,10 +160,10 @@ def lookup(figures: PlainMapping, key: str) -> float | None:
 
 
 def column_values(column: Column, seeds: Mapping[int, PlainMapping]) -> list[float]:
-    """Return an arm's figure in a column for every seed that has it, divided by the column's unit.
+    """Return the figure of a compared recipe in a column for every seed that has it, divided by the column's unit.
 
-    column: the column, with the path of its figure and its unit. seeds: the arm's figures by seed. For a column with a
-    spread, the figure is the median.
+    column: the column, with the path of its figure and its unit. seeds: the recipe's figures by seed. For a column with
+    a spread, the figure is the median.
     """
     key = f"{column.key}.median" if column.spread else column.key
     return [value / column.unit for figures in seeds.values() if (value := lookup(figures, key)) is not None]

@@ -148,10 +148,10 @@ def data_of(values: PlainMapping, split: str = "validation", training: bool = Fa
 
 
 class SharedStart(TrainerCallback):
-    """A trainer callback that gives all arms of a seed the same initial weights where they have the same parameters.
+    """A trainer callback by which all recipes of a study start from the same weights where they share parameters.
 
-    These are the weights of the arm's model without mechanisms and with `blocks` blocks, built from `seed`. A resumed
-    training is left alone.
+    These are the weights of the recipe's model without mechanisms and with `blocks` blocks, built from `seed`. A
+    resumed training is left alone.
     """
 
     def __init__(self, seed: int, blocks: int) -> None:

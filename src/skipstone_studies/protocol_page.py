@@ -1,4 +1,4 @@
-"""Sections of the pages of studies that follow the protocol: headroom, differences, rates, lengths and FLOPs."""
+"""Sections of the pages of studies that train models at equal FLOPs (`protocol.py`): differences, rates, lengths."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ COLUMNS_NOTE = (
 def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
     """Return by how much the full model's test loss is below that of the best shallower model; None if one has not run.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}. full: name of the full model's arm. rivals: names of
-    the arms with fewer blocks.
+    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}. full: name of the full model.
+    rivals: names of the models with fewer blocks.
     """
     return headroom(figures, full, rivals, LOSS)
 
 
 def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
-    """Return a sentence on the headroom, without which no verdict on routing is given.
+    """Return a sentence on the headroom: by how much the full model's loss is below the best shallower model's.
 
-    room: the headroom; if it is None, the sentence says which arms have not run. full: name of the full model's arm.
-    rivals: names of the arms with fewer blocks.
+    Without it, no verdict on routing is given. room: the headroom; if it is None, the sentence says which models have
+    not run. full: name of the full model. rivals: names of the models with fewer blocks.
     """
     if room is not None:
         return room.sentence()

@@ -1,4 +1,4 @@
-"""`reproduce`: run what is missing of a study and render its table."""
+"""`reproduce`: run what a study has not yet recorded, and render its page."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _run(
 
 
 def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
-    """Join words that were split at commas to names of arms, because such names may contain commas.
+    """Join words that were split at commas to names of arms (compared recipes), which may contain commas.
 
     words: the parts, in order. known: all names of arms. A part that belongs to no known name is returned by itself.
     """

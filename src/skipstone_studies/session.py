@@ -61,16 +61,19 @@ class Session:
         return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
-        """Return the run folder of an arm and seed."""
+        """Return the run folder of an arm (compared recipe) and seed."""
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
-        """Return the record of an arm and seed, made with the arm's current recipe; None if there is none."""
+        """Return the record of an arm (compared recipe) and seed; None if there is none.
+
+        A record that was made with another recipe of this arm counts as none.
+        """
         record = records.find(self.out, self.study.name, self.scale, arm, seed)
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
-        """Return how many runs, of all arms with each of these seeds, are recorded."""
+        """Return the number of runs, of all compared recipes with each of `seeds`, that have a record already."""
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:

@@ -1,4 +1,6 @@
-"""Run several arms of a study at a time, each in a process of its own: for a GPU that one small model leaves idle.
+"""Run several arms (compared recipes) of a study at a time, each in a process of its own.
+
+This is for a GPU that one small model leaves idle.
 
 Nothing is timed here: the parent process measures what compares arms when all have ended.
 """
@@ -30,7 +32,7 @@ LAST_WORDS = 300  # characters of a process's output that are kept
 
 @dataclass(kw_only=True)
 class Worker:
-    """A process that runs one arm with one seed.
+    """A process that runs one arm (compared recipe) of a study with one seed.
 
     arm, seed: the arm that it runs, and the seed. process: the process. log: the file of its output. began: its start
     on the clock of `time.perf_counter`, in seconds.

@@ -1,4 +1,4 @@
-"""The definition of a study: arms, seeds, measurements and columns of the table."""
+"""The definition of a study: compared recipes (arms), seeds, measurements, and columns of its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of the executed pass on rows that are evenly spaced over a split, in blocks of neighbouring rows."""
+"""The loss on rows that are evenly spaced over a split, in the pass that really skips, by blocks of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time training steps and forward passes of several models interleaved, so that machine noise affects all equally."""
+"""Timing of training steps and forward passes of several models in turns, so that noise affects all equally."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ROUNDS = 7  # timed steps of each model, after one warm-up step
 def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str, PlainDict]:
     """Time training steps of each run's model on the rows of its own recipe, in turns; return speeds by arm.
 
-    runs: the run folder of each arm. rounds: number of timed steps of each. A step is forward, backward, clipping and
-    optimizer. The result has for each arm: `tokens_per_second`, the median over steps; `spread`, half of the range over
-    steps divided by the median; `rounds`, their number.
+    runs: the run folder of each arm (compared recipe). rounds: number of timed steps of each. A step is forward,
+    backward, clipping and optimizer. The result has for each arm: `tokens_per_second`, the median over steps; `spread`,
+    half of the range over steps divided by the median; `rounds`, their number.
     """
     rates = take_turns({arm: training_step(Run(folder)) for arm, folder in runs.items()}, rounds)
     return {
@@ -36,9 +36,9 @@ def training_speeds(runs: Mapping[str, Path], rounds: int = ROUNDS) -> dict[str,
 def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUNDS) -> dict[str, PlainDict]:
     """Time forward passes over `rows` validation rows without a cache, taking turns; return speeds by arm.
 
-    runs: the run folder of each arm. rounds: number of timed passes of each. The result is {arm: {"forward":
-    {"tokens_per_second": median over passes, "spread": half of the range divided by the median, "rounds": their
-    number}}}.
+    runs: the run folder of each arm (compared recipe). rounds: number of timed passes of each. The result is {arm:
+    {"forward": {"tokens_per_second": median over passes, "spread": half of the range divided by the median, "rounds":
+    their number}}}.
     """
     rates = take_turns({arm: forward_pass(load_run(folder), rows) for arm, folder in runs.items()}, rounds)
     return {

@@ -1,4 +1,4 @@
-"""`adapt`: from a dense checkpoint and a recipe to a finished run folder."""
+"""`adapt`: change a dense checkpoint into a model that computes less, by a recipe, and write a run folder."""
 
 from __future__ import annotations
 

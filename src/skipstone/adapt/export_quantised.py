@@ -1,4 +1,4 @@
-"""Export of a model with weights in 16, 8 or 4 bits."""
+"""`export_quantised`: write a model folder with weights in 16, 8 or 4 bits."""
 
 from __future__ import annotations
 

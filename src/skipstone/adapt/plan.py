@@ -1,4 +1,4 @@
-"""Preparation of an adaptation: everything before the first step, measured and checked."""
+"""The preparation of an adaptation: everything that is measured and checked before the first training step."""
 
 from __future__ import annotations
 

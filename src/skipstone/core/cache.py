@@ -22,7 +22,7 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of `entries` a row keeps; with a `window`, a row above window + 128 is cut to window + 64."""
+    """Return how many of a row's `entries` a cache keeps: all, or `window` + 64 if they exceed `window` + 128."""
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 

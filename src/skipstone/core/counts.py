@@ -1,4 +1,4 @@
-"""Token counts of a block: how many tokens of a row it works on. Mechanisms reduce them, the cost model uses them."""
+"""`TokenCounts`: how many tokens of a row a block works on, which the cost model turns into FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`placeholders`: import modules of this package without the heavy libraries that they import, and forget them again.
+"""`placeholders`: import modules of this package for a moment without the heavy libraries that they need.
 
 The options of a mechanism are a dataclass in the file of the mechanism, which imports torch. Parsing them needs no
 tensor, but loading torch and transformers takes seconds. With placeholders for both, the command checks a recipe with

@@ -1,4 +1,6 @@
-"""`RowSubset`: some rows of a batch, known to host and device. Decoding computes these where rows decide differently.
+"""`RowSubset`: some rows of a batch, as indices on both CPU and device.
+
+A decoding step computes only the rows whose token is kept.
 
 Shape letters: B rows of the batch, R rows of the subset.
 """

@@ -1,4 +1,4 @@
-"""The interface to a mechanism's threshold on scores, for code that calibrates a model.
+"""`ScoreThreshold`: access to the threshold by which a mechanism keeps tokens, for code that calibrates a model.
 
 Shape letters: B rows, T tokens.
 """

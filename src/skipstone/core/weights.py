@@ -1,4 +1,4 @@
-"""Whether the weight of a linear layer may be used without calling the layer, and what adapters beside it add."""
+"""Checks of whether a linear layer's weight may be used without calling the layer, and counts of its weights."""
 
 from __future__ import annotations
 

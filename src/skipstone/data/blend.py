@@ -88,7 +88,7 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """The index of the source of each of N rows, and the row's place in its reading order: two int arrays [N]."""
+        """For each of N rows, the index of its source, and its place in that source's order: two int arrays [N]."""
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)

@@ -1,4 +1,4 @@
-"""Arrays of token ids, in memory or concatenated from files on disk."""
+"""`Stitched`: several arrays of token ids, in memory or on disk, as one long array."""
 
 from __future__ import annotations
 

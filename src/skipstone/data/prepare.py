@@ -1,4 +1,4 @@
-"""`prepare`: build the datasets that a trainer and an evaluator read from a `DataConfig`."""
+"""`prepare`: build the datasets of training and evaluation rows that a `DataConfig` describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compare`: runs side by side, measured on the same machine within minutes."""
+"""`compare`: measure several runs on the same machine within minutes, and show them side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: losses, accuracy, mechanisms and FLOPs of a trained model in all passes that it supports."""
+"""`evaluate`: measure losses, accuracy, mechanisms and FLOPs of a trained model in every pass that it supports."""
 
 from __future__ import annotations
 

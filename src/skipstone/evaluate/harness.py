@@ -1,4 +1,4 @@
-"""`evaluate_tasks`: lm-evaluation-harness on a run or a saved model, by the pass that generation executes."""
+"""`evaluate_tasks`: score a run or a saved model on tasks of lm-evaluation-harness, deciding as in generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as a rich table and as Markdown, from the same sections."""
+"""`Section`: a table of strings that can be rendered for a terminal (by rich) and as Markdown."""
 
 from __future__ import annotations
 

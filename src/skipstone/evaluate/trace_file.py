@@ -1,4 +1,4 @@
-"""`write_trace`: which blocks update each token of a text, as a file for pandas, polars or a spreadsheet."""
+"""`write_trace`: write which blocks update each token of a text, as a file for pandas, polars or a spreadsheet."""
 
 from __future__ import annotations
 

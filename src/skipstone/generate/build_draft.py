@@ -1,4 +1,4 @@
-"""Building of drafts from the names that users write."""
+"""Builds the drafts (sources of guesses for speculative decoding) that users name."""
 
 from __future__ import annotations
 

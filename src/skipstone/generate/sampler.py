@@ -1,4 +1,4 @@
-"""Drawing tokens from logits.
+"""`Sampler`: draws the next tokens from logits.
 
 Shape letters: B rows, V vocabulary, K candidates.
 """

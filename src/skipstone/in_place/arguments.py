@@ -1,4 +1,4 @@
-"""The arguments that a decoder block is called with, by name, and the same arguments for some of its tokens.
+"""The arguments of a decoder block's call by name, and the same arguments for only some of its tokens.
 
 Shape letters: B rows, T tokens of the call, S tokens of keys, K tokens of a selection, R rows of a selection.
 """

@@ -1,4 +1,4 @@
-"""`route`: mechanisms around the blocks of a transformers decoder."""
+"""`route`: put depth mechanisms around the blocks of a transformers decoder that is already built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of mechanisms in training passes, for the log.
+"""`RecordMeter`: averages figures of mechanisms over training passes, for the log.
 
 Shape letters: B rows, T tokens.
 """

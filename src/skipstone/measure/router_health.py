@@ -1,4 +1,4 @@
-"""Whether routers decide anything: figures of training passes from which a router that is dead or saturated shows.
+"""Checks, on training passes, of whether routers decide anything: which are dead, constant or saturated.
 
 Shape letters: B rows, T tokens, X experts, G groups of neurons.
 """

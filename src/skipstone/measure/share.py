@@ -1,4 +1,4 @@
-"""Decisions of causal passes, and the FLOPs that they need as a share of the dense model's.
+"""Decisions of passes that look at no later token, and their FLOPs as a share of the dense model's.
 
 FLOPs are those of one row at a time; in a batch, rows that keep fewer tokens are padded to the fullest. Shape letters:
 N tokens that reached a block.

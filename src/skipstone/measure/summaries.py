@@ -99,8 +99,8 @@ class Reader(Generic[AnyModule, AnyRecord]):
 class Summaries:
     """Accumulates the figures of every mechanism in every layer of a model.
 
-    activation_rows: number of rows from which figures of activation mechanisms (PolyGLU) are taken, because they take
-    as long as the MLPs themselves; 0 leaves them out.
+    model: the model whose records are added. activation_rows: number of rows from which figures of activation
+    mechanisms (PolyGLU) are taken, because they take as long as the MLPs themselves; 0 leaves them out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:

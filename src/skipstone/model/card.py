@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights, in the form that the Hugging Face hub reads."""
+"""Writes the model card: README.md beside the weights, in the form that the Hugging Face hub reads."""
 
 from __future__ import annotations
 

@@ -72,9 +72,9 @@ class CausalLMOutput(ModelOutput):
 class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
     """A causal language model whose blocks may skip tokens and whose neurons may choose their activation.
 
-    It is a model class of transformers. It consists of a decoder (`SkipstoneModel`) and an output head, and supports
-    `generate`, `save_pretrained` and `Trainer` unchanged. Without mechanisms in the configuration it is an ordinary
-    dense decoder.
+    config: the model's configuration. It is a model class of transformers. It consists of a decoder (`SkipstoneModel`)
+    and an output head, and supports `generate`, `save_pretrained` and `Trainer` unchanged. Without mechanisms in the
+    configuration it is an ordinary dense decoder.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

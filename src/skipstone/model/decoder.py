@@ -157,8 +157,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Change the number of tokens in the vocabulary to `new_num_tokens`, as transformers does.
 
-        Returns the token embedding. Raises ValueError for models with quantised weights or `head_candidates`, which
-        cannot be resized.
+        Raises ValueError for models with quantised weights or `head_candidates`, which cannot be resized.
         """
         small = self.config.weight_format != "float"
         if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):
@@ -175,7 +174,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks):
 
 
 class SkipstoneModel(SkipstonePreTrainedModel):
-    """The decoder without an output head: embeddings, blocks with their mechanisms, and final norm."""
+    """The decoder for `config` without an output head: embeddings, blocks with their mechanisms, and final norm."""
 
     def __init__(self, config: SkipstoneConfig) -> None:
         super().__init__(config)

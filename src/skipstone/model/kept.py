@@ -1,4 +1,4 @@
-"""How many tokens each mechanism of a model kept in a pass, for the cost model.
+"""Counts how many tokens each mechanism of a model kept in a pass, for the cost model.
 
 Shape letters: B rows, T tokens.
 """

@@ -1,4 +1,4 @@
-"""Layer patterns, which name the blocks that carry a mechanism."""
+"""Layer patterns such as "1::2", which name the blocks that carry a mechanism."""
 
 from __future__ import annotations
 

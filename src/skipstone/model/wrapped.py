@@ -1,4 +1,4 @@
-"""Whether a model that a user hands in can be measured and decoded as one of ours."""
+"""A check of whether a model that a user passes in can be measured and decoded as one of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token embeddings."""
+"""A token embedding with a constant factor on its output."""
 
 from __future__ import annotations
 

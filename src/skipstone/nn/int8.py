@@ -35,7 +35,7 @@ class Int8Weights(StoredWeights):
         return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
-        """Return the scales, which must be finite for the weight to be finite."""
+        """Return the scales, fp32 [O] or [O, I / group], which must be finite for the weight to be finite."""
         return self.weight_scale
 
     def _add_scales(self, rows: int, columns: int, group: int | None) -> None:

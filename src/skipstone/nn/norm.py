@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalisation layers: root-mean-square norms, layer norms, and a norm for each attention head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss against budget, from the files that `skipstone eval RUN --budget ... --json FILE` wrote."""
+"""A chart of loss against FLOP budget, from the files of `skipstone eval RUN --budget ... --json FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`write_report`: run folders in, one HTML file out."""
+"""`write_report`: write one self-contained HTML file about one or more run folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures and files of a run that a report shows, read once."""
+"""`RunView`: what a report shows of one run, its figures and files, read once."""
 
 from __future__ import annotations
 

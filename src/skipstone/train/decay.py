@@ -1,4 +1,4 @@
-"""Parameters that weight decay leaves out, by kind."""
+"""Which parameters weight decay applies to, by kind, and a learning rate of their own for routers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment of a run: versions, commit, machine."""
+"""The environment in which a run was trained: versions, commit and machine, for its environment.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FiniteGuard`: numbers that are not finite stop a training before they change a weight."""
+"""`FiniteGuard`: a training stops before a loss, gradient or score that is not finite changes a weight."""
 
 from __future__ import annotations
 

@@ -138,7 +138,10 @@ def _targets(inputs: PlainDict) -> Tensor | None:
 
 
 class RoutingTrainer(RoutingMixin, Trainer):
-    """A `transformers.Trainer` that also advances routing thresholds and schedules once per optimizer step."""
+    """A `transformers.Trainer` that also advances routing thresholds and schedules once per optimizer step.
+
+    Its constructor takes the arguments of `Trainer`.
+    """
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
         """Return the loss of a micro-batch, a scalar tensor, and show its routing records to the callback.

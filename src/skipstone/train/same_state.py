@@ -1,4 +1,4 @@
-"""`SameState` compares what every process holds whole, and stops a training whose processes hold different values."""
+"""`SameState` stops a training whose processes hold different values of a tensor that each holds whole."""
 
 from __future__ import annotations
 

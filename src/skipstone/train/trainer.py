@@ -1,4 +1,4 @@
-"""The trainer of `skipstone train`."""
+"""`RunTrainer`: the trainer of `skipstone train`, a subclass of transformers' Trainer."""
 
 from __future__ import annotations
 

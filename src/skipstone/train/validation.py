@@ -1,4 +1,4 @@
-"""Validation during training: the losses of oracle passes and of causal passes."""
+"""Validation during training: losses as routed in training (oracle), and decided without later tokens (causal)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callbacks of a run: metrics.jsonl, the progress bar, stop signals."""
+"""Callbacks of a training run: they write metrics.jsonl, show progress, and react to stop signals."""
 
 from __future__ import annotations
 

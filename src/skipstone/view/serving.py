@@ -1,4 +1,4 @@
-"""The server of the live page on loopback."""
+"""`serve`: run the server of the live page on the loopback address until it is stopped."""
 
 from __future__ import annotations
 

@@ -154,8 +154,8 @@ Lookup = Callable[[GridCell, int], Record | None]
 def lookup(out: Path, name: str) -> Lookup:
     """Return a function that finds the record of a run of an isoFLOP grid, given its cell and seed.
 
-    The function returns None if there is no record, or only one that was made with another recipe than the cell's. A
-    cell is a run whatever its seed. out: the folder of records. name: the name of the grid.
+    A cell is a run without its seed. The function returns None if there is no record, or only one that was made with
+    another recipe than the cell's. out: the folder of records. name: the name of the grid.
     """
     return partial(_find, out, name)
 
@@ -169,7 +169,8 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 class GridPoint:
     """A run of an isoFLOP grid (arm, budget, size, learning rate) with the records of all its seeds.
 
-    cell: the run, whatever its seed. records: one for each seed, of which that with the grid's first seed comes first.
+    An arm is a compared recipe, a budget a number of training FLOPs. cell: the run without its seed. records: one for
+    each seed, of which that with the grid's first seed comes first.
     """
 
     cell: GridCell
@@ -205,9 +206,10 @@ class GridPoint:
 class GridRecords:
     """All records of an isoFLOP grid that exist so far.
 
-    grid: the runs that its specification describes. sweep: losses of the runs that try learning rates, {arm: {rate:
-    loss}}. chosen: the best learning rate of each arm. curves: the points in order of size, by (arm, budget in training
-    FLOPs). speeds: training tokens per second by (arm, size), measured while the arms of a size took turns.
+    grid: the runs that its specification describes. An arm is a compared recipe. sweep: losses of the runs that try
+    learning rates, {arm: {rate: loss}}, in nats. chosen: the best learning rate of each arm. curves: the points in
+    order of size, by (arm, budget in training FLOPs). speeds: training tokens per second by (arm, size), measured while
+    the arms of a size took turns.
     """
 
     grid: Grid
@@ -218,7 +220,7 @@ class GridRecords:
 
     @property
     def records(self) -> list[Record]:
-        """The records of all points of the curves."""
+        """The result records of all runs that are points of curves, not of those that only try learning rates."""
         return [record for points in self.curves.values() for point in points for record in point.records]
 
     def __iter__(self) -> Iterator[GridPoint]:
@@ -228,8 +230,8 @@ class GridRecords:
 def collect(grid: Grid, find: Lookup) -> GridRecords:
     """Collect the records of an isoFLOP grid that exist so far.
 
-    grid: the runs that its specification describes. find: a function that returns the record of a run, given its cell
-    and seed, or None if there is none.
+    grid: the runs that its specification describes. find: a function that returns the record of a run, given the run
+    without its seed (a `GridCell`) and the seed, or None if there is none.
     """
     sweep = {arm: _sweep(grid, arm, find) for arm in grid.spec.arms}
     chosen = {arm: min(losses, key=losses.__getitem__) for arm, losses in sweep.items() if losses}
@@ -255,9 +257,10 @@ def _sweep(grid: Grid, arm: str, find: Lookup) -> dict[float, float]:
 
 
 def nearest_optimum(points: list[GridPoint]) -> GridCell:
-    """Return the run, whatever its seed, whose model size is nearest to the optimum of loss over size.
+    """Return the run (without its seed) whose model size is nearest to the optimum of loss over size.
 
-    points: the points of one arm and budget, through which a parabola is fitted; only the first seed of each is used.
+    points: the points of one arm (compared recipe) and budget (training FLOPs), through which a parabola is fitted;
+    only the first seed of each is used.
     """
     xs, ys = [point.parameters for point in points], [point.losses[0] for point in points]
     best = fit(xs, ys).optimum.x
@@ -266,7 +269,7 @@ def nearest_optimum(points: list[GridPoint]) -> GridCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Loss over model size for one arm, at one budget or after one training time.
+    """Loss over model size for one arm (compared recipe), at one budget of FLOPs or after one training time.
 
     arm: name of the arm. parameters: the sizes, in number of parameters. forward_flops: executed forward FLOPs per
     token at each size. losses: mean over seeds, in nats. seeds: number of seeds of each loss (for interpolated losses,
@@ -287,7 +290,7 @@ class Curve:
 
 
 def curve(points: Sequence[GridPoint]) -> Curve:
-    """Return the curve through points of one arm and budget."""
+    """Return the curve of loss over model size through `points` of one arm (compared recipe) and FLOP budget."""
     return make_curve(
         points[0].cell.arm,
         [point.parameters for point in points],
@@ -300,10 +303,10 @@ def curve(points: Sequence[GridPoint]) -> Curve:
 def make_curve(
     arm: str, xs: Sequence[float], forward: Sequence[float], losses: Sequence[float], seeds: Sequence[float]
 ) -> Curve:
-    """Build a curve and fit its parabola.
+    """Build a curve of loss over model size, and fit its parabola.
 
-    arm: name of the arm. xs: sizes in number of parameters. forward, losses, seeds: for each size, executed forward
-    FLOPs per token, loss in nats, and number of seeds of the loss.
+    arm: name of the compared recipe. xs: sizes in number of parameters. forward, losses, seeds: for each size, executed
+    forward FLOPs per token, loss in nats, and number of seeds of the loss.
     """
     return Curve(
         arm=arm,
@@ -318,8 +321,8 @@ def make_curve(
 def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
     """Return by how many nats a deeper model beats the best shallower one of the same width.
 
-    points: the points of one arm and budget. The largest gain over all widths is returned; None if no width was run
-    with two numbers of blocks.
+    points: the points of one arm (compared recipe) and budget (training FLOPs). The largest gain over all widths is
+    returned; None if no width was run with two numbers of blocks.
     """
     found = []
     for width in {point.cell.size.width for point in points}:

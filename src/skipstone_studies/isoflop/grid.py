@@ -49,7 +49,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class GridCell:
-    """A run of the grid, whatever its seed: an arm at one size, budget and learning rate.
+    """A run of an isoFLOP grid without its seed: an arm (compared recipe) at one size, budget and learning rate.
 
     shape: arm and size with their costs. budget: training FLOPs that the run may use. rate: peak learning rate. steps:
     optimizer steps that the budget allows. recipe: the recipe of the run, without a seed.
@@ -63,7 +63,7 @@ class GridCell:
 
     @property
     def arm(self) -> str:
-        """The name of the arm."""
+        """The name of the arm, the compared recipe that the run belongs to."""
         return self.shape.arm
 
     @property
@@ -78,7 +78,7 @@ class GridCell:
 
     @property
     def label(self) -> str:
-        """The name of the cell in run folders and records."""
+        """The name of this run, without its seed, in run folders and records."""
         return f"{self.arm}-{compact(self.budget)}-{self.size}-lr{self.rate:g}"
 
 
@@ -104,19 +104,20 @@ class Grid:
         self.budgets = sorted(spec.budgets)
 
     def shape(self, arm: str, size: GridSize) -> ModelShape:
-        """Return the model of an arm at a size, with its costs.
+        """Return the model of an arm (a compared recipe) at a size, with its costs.
 
-        Raises ValueError for a width that does not fit the size of the heads, and for an arm that cannot decide without
-        later tokens.
+        arm: name of the arm. size: width and number of blocks. Raises ValueError for a width that does not fit the size
+        of the heads, and for an arm that cannot decide without later tokens.
         """
         if (arm, size) not in self._shapes:
             self._shapes[arm, size] = _shape(self.base, arm, size, self.spec.known[arm])
         return self._shapes[arm, size]
 
     def cell(self, arm: str, budget: float, size: GridSize, rate: float) -> GridCell:
-        """Return the cell of an arm, budget (training FLOPs), size and learning rate.
+        """Return the run, without its seed, of an arm (compared recipe) at a budget, size and learning rate.
 
-        Raises ValueError for a budget of less than one step.
+        arm: name of the arm. budget: training FLOPs. size: width and number of blocks. rate: peak learning rate. Raises
+        ValueError for a budget of less than one step.
         """
         shape = self.shape(arm, size)
         steps = round(budget / shape.step_flops)
@@ -135,7 +136,7 @@ class Grid:
     def sweep(self, arm: str) -> list[GridCell]:
         """Return the runs of `arm` that try the learning rates, at the smallest budget and the middle size.
 
-        The list is empty if the specification has only one rate.
+        arm: name of a compared recipe. The list is empty if the specification has only one rate.
         """
         if len(self.spec.rates) == 1:
             return []
@@ -153,16 +154,16 @@ class Grid:
         return float(f"{chosen * self.middle.width / size.width:.3g}")
 
     def cells(self, arm: str, chosen: float) -> list[GridCell]:
-        """Return all cells of an arm, for every budget and size.
+        """Return all runs of an arm (compared recipe), without their seeds: one for every budget and size.
 
-        chosen: the arm's best learning rate at the middle size.
+        arm: name of the arm. chosen: its best learning rate at the middle size.
         """
         return [self.cell(arm, budget, size, self.rate(chosen, size)) for budget in self.budgets for size in self.sizes]
 
     def everything(self) -> list[GridCell]:
-        """Return all cells of the grid with the first learning rate, in the order in which they run.
+        """Return all runs of the grid at the first learning rate, without their seeds, in the order in which they run.
 
-        The arms of a size are adjacent.
+        Runs of one size are adjacent.
         """
         rate = self.spec.rates[0]
         return [
@@ -316,7 +317,7 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
     """Return how many times a run reads the corpus (1 means once); None if it is unlimited or its size is not known.
 
-    grid: the grid that the run belongs to. cell: the run. facts: what is known of the corpus.
+    grid: the grid that the run belongs to. cell: the run without its seed. facts: what is known of the corpus.
     """
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 

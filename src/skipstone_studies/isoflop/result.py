@@ -23,7 +23,7 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """The losses of all arms after the same number of seconds of training.
+    """The losses of all arms (compared recipes) after the same number of seconds of training.
 
     seconds: this number of seconds. curves: loss over model size, by arm; losses are interpolated between runs of
     different budgets. stretched: for each arm, the sizes (numbers of parameters) whose loss is extrapolated beyond the
@@ -52,10 +52,11 @@ STRETCH = 0.3  # largest extrapolation, as a share of the distance between the o
 
 
 def seconds_of(collected: GridRecords, point: GridPoint) -> float:
-    """Return how many seconds the training of a grid's point takes.
+    """Return how many seconds the training of `point`, a run of an isoFLOP grid, takes.
 
-    They are the tokens of the training divided by the speed that was measured while arms took turns; without such a
-    speed, they are the seconds that the runs took, mean over seeds. collected: all records of the grid.
+    They are the tokens of the training divided by the speed that was measured while the arms (compared recipes) took
+    turns; without such a speed, they are the seconds that the runs took, mean over seeds. collected: all records of the
+    grid.
     """
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
@@ -63,7 +64,7 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
 
 
 def equal_times(collected: GridRecords) -> list[EqualTime]:
-    """Return the losses of all arms after equal training times, one entry between each two adjacent budgets.
+    """Return the losses of all compared recipes after equal training times, one entry between adjacent budgets.
 
     collected: all records of the grid. A time is the geometric mean of the times at both budgets, each the median over
     the base arm's sizes. There most losses can be interpolated: the loss of a size is read off a straight line between
@@ -196,7 +197,7 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Compare every arm with the base arm at one budget of training FLOPs.
+    """Compare every arm (compared recipe) with the base arm at one budget of training FLOPs.
 
     curves: loss over model size, by arm. name: the name of the base arm. spread: the noise of one run's loss; None
     means no intervals. The result is empty without a curve of the base.
@@ -300,7 +301,7 @@ class IsoFlopResult:
 
     @property
     def base(self) -> str:
-        """The name of the arm with which the others are compared."""
+        """The name of the base arm: the recipe with which all others are compared."""
         return self.collected.grid.spec.base
 
 

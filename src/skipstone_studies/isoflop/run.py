@@ -1,4 +1,4 @@
-"""`isoflop`: run what is missing of an isoFLOP grid and render its Markdown and HTML page."""
+"""`isoflop`: train the runs of an isoFLOP grid that are missing, and render its Markdown and HTML page."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path
 class Stages:
     """The stages in which an isoFLOP grid is run; finished runs are recorded, and interrupted ones resumed.
 
-    The stages are: trying learning rates, training the grid itself, measuring training speeds with the arms of a size
-    in turns, and training further seeds at the optima. grid: all runs. facts: the corpus with its rows. out: folder for
-    records. runs: folder for run folders. command: the shell command, which is noted in records. console: for messages.
-    failures: one message for each failed run. use: use of processor cores by run folder, for runs trained in this
-    process.
+    An arm is a compared recipe. The stages are: trying learning rates, training the grid itself, measuring training
+    speeds with the arms of a size in turns, and training further seeds at the optima. grid: all runs. facts: the corpus
+    with its rows. out: folder for records. runs: folder for run folders. command: the shell command, which is noted in
+    records. console: for messages. failures: one message for each failed run. use: use of processor cores by run
+    folder, for runs trained in this process.
     """
 
     grid: Grid
@@ -113,7 +113,7 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run cells with each of `seeds`, unless they are recorded, then render the pages.
+        """Run everything in `cells` with each of `seeds`, unless it is recorded, then render the pages.
 
         name: the name of the stage, for messages. cells: the runs, without seeds. timed: whether to measure the
         training speeds of all cells in turns as well.
@@ -248,7 +248,7 @@ def _render_if_any(out: Path, name: str) -> list[Path]:
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
     """Return the figures of a finished run of an isoFLOP grid, for its record.
 
-    cell: the run, whatever its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
+    cell: the run without its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
     cores during the training. Keys: `cell`, arm, budget, size, rate, steps and parameters; `loss` on the whole
     validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`; `capacity`,
     the share of tokens kept, {block: {mechanism: share}}; `forward_flops`, counted per token, `forward_flops_needed`,

@@ -1,4 +1,4 @@
-"""The tables and sentences of an isoFLOP grid's result."""
+"""The tables and sentences with which the result of an isoFLOP grid is shown."""
 
 from __future__ import annotations
 
@@ -91,9 +91,10 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 
 
 def claims(collected: GridRecords) -> list[Claim]:
-    """Return, for each arm and budget, the claim that its best loss is below the base arm's, with its verdict.
+    """Return, for each compared recipe and budget, the claim that its best loss is below the base's, with verdict.
 
-    collected: all records of the grid.
+    collected: all records of the isoFLOP grid. The base is the recipe with which the others are compared, a budget a
+    number of training FLOPs.
     """
     result = find(collected)
     words: dict[str, Verdict] = {"better": "yes", "worse": "no", "no headroom": "no headroom"}

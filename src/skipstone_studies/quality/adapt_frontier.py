@@ -85,7 +85,7 @@ def arms(
 
 
 def moved(kind: str, budget: float) -> str:
-    """Return the name of an arm whose thresholds are set to another budget than it was adapted for.
+    """Return the name of an adapted model whose thresholds are set to another budget than it was adapted for.
 
     kind: the name of the method, such as "mixture of depths". budget: the new one, as a share of the source's FLOPs.
     """
@@ -189,11 +189,11 @@ def greedy(folder: Path) -> str:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return the FLOPs and the speed of decoding one row by each arm, as ratios to the source's.
+    """Return the FLOPs and the speed of decoding one row by each compared model, as ratios to the source's.
 
-    runs: run folders by arm. The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted while steps run,
-    "speed": ratio of the tokens per second, as {"median", "min", "max"} over turns}}}. Steps follow a prompt from the
-    first text, because what is skipped depends on the text. Arms are timed in turns.
+    runs: run folders by name of the model (arm). The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted
+    while steps run, "speed": ratio of the tokens per second, as {"median", "min", "max"} over turns}}}. Steps follow a
+    prompt from the first text, because what is skipped depends on the text. Arms are timed in turns.
     """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data
@@ -229,7 +229,7 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
     The result is {arm: {"by_text": {text: {"share": FLOPs divided by the source's, "perplexity": the perplexity of the
     arm, "over": the arm's perplexity divided by that of the source trained further (or of the source, if no arm trains
-    it further), minus 1}}}}. figures: the figures of all arms with one seed, by arm.
+    it further), minus 1}}}}. figures: the figures of each arm (compared recipe) with one seed, by arm.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)
@@ -303,7 +303,7 @@ COMPARED = tuple(
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: comparisons with the source and its further training, and samples.
+    """Return the Markdown below the study's table: comparisons with the source and its further training, and samples.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     Comparisons need more than one seed.

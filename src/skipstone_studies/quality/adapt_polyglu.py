@@ -104,8 +104,8 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
 
     flops: the arm's training FLOPs divided by the checkpoint's, including the checkpoint's own training where an arm
     starts from it. over: the arm's loss minus that of the checkpoint trained further as it is, in nats per character.
-    figures: what `measured` returned for all arms with one seed, by arm. The result is {} if the checkpoint or its
-    further training is missing.
+    figures: what `measured` returned for each arm (compared recipe) with one seed, by arm. The result is {} if the
+    checkpoint or its further training is missing.
     """
     source, tuned = figures.get(SOURCE), figures.get(TUNED)
     if source is None or tuned is None:

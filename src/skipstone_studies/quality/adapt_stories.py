@@ -87,7 +87,8 @@ def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return for each arm `share`, its FLOPs divided by those of the arm "source", and `perplexity`, on the stories.
 
     The FLOPs are forward FLOPs per token of stories, as counted by `measured`. figures: what `measured` returned for
-    all arms with one seed, by arm. The result is {} without the arm "source", which is the model before it is adapted.
+    each arm (compared recipe) with one seed, by arm. The result is {} without the arm "source", which is the model
+    before it is adapted.
     """
     if "source" not in figures:
         return {}

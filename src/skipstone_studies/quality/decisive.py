@@ -1,7 +1,9 @@
-"""Does routing win on text where depth pays? Dense models, learned routers, and choices that nothing learns.
+"""The studies `decisive`: whether routing lowers the loss on text where depth does.
 
-All have equal training FLOPs. `DECISIVE` has models of width 128, `DECISIVE_NARROW` models so narrow that a quarter of
-an hour of one core trains them on more than a hundred bytes a parameter.
+They compare dense models, learned routers, and tokens that are chosen without learning.
+
+All models have equal training FLOPs. `DECISIVE` has models of width 128, `DECISIVE_NARROW` models so narrow that a
+quarter of an hour of one core trains them on more than a hundred bytes a parameter.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: headroom of depth, differences between arms, and learning rates.
+    """Return the Markdown below the study's table: headroom of depth, differences between arms, and learning rates.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
@@ -169,9 +171,9 @@ def details(figures: ByArm) -> str:
 
 
 def narrow_details(figures: ByArm) -> str:
-    """Return the Markdown below the table of narrow models: the same as `details`, without the paragraph `GOES_ON`.
+    """Return the Markdown below the table of the study of narrow models: as `details`, without its first paragraph.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
     """
     return "\n\n".join(_sections(figures))
 

@@ -1,4 +1,4 @@
-"""The demonstration: five models of one size on real text, each trained for seconds (quick) or minutes."""
+"""The study `demo`: five models of one size on real text, each trained for seconds (quick) or minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""When does depth pay? Models of 8 and of 5 blocks at equal training FLOPs, by width and by length of training."""
+"""The study `depth`: models of 8 and of 5 blocks at equal training FLOPs, by width and length of training.
+
+It shows when depth pays, that is, lowers the loss.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,9 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def name_of(blocks: int, width: int, budget: float) -> str:
-    """Return the name of an arm.
+    """Return the name under which the study's table shows a model.
 
-    blocks: number of blocks of its model. width: width of its residual stream. budget: its training FLOPs.
+    blocks: its number of blocks. width: width of its residual stream. budget: its training FLOPs.
     """
     return f"dense-{blocks}-width-{width}-{budget:.0e}".replace("e+", "e")
 
@@ -111,7 +114,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: what 3 more blocks gain in each setting, and the learning rates.
+    """Return the Markdown below the study's table: what 3 more blocks gain in each setting, and the learning rates.
 
     A setting is a width and a training budget.
 

@@ -1,6 +1,6 @@
-"""Exact zeros after ReLU: the loss of models that read fewer bytes of their MLPs for a decoded token, without error.
+"""A study of exact zeros after ReLU: the loss of models that read fewer bytes of their MLPs, without error.
 
-The weights of a neuron whose activation is exactly 0 need not be read.
+To decode a token, the weights of a neuron whose activation is exactly 0 need not be read.
 """
 
 from __future__ import annotations

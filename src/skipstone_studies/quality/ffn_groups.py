@@ -1,4 +1,4 @@
-"""Neuron groups compared with narrower MLPs of equal FLOPs, and with TEAL."""
+"""A study of neuron groups: their loss compared with narrower MLPs of equal FLOPs, and with TEAL."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
     """Return for each arm `loss_ratio` and `mlp_ratio`, which compare it with the arm "dense" (SwiGLU).
 
     loss_ratio: the loss of the executed pass divided by that of "dense", minus 1. mlp_ratio: the MLPs' forward FLOPs
-    per token divided by those of "dense". figures: what `measured` returned for all arms with one seed, by arm. The
-    result is {} without the arm "dense".
+    per token divided by those of "dense". figures: what `measured` returned for each arm (compared recipe) with one
+    seed, by arm. The result is {} without the arm "dense".
     """
     if DENSE not in figures:
         return {}
@@ -126,7 +126,7 @@ def _loss(figures: Figures) -> float:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
+    """Return the Markdown below the study's table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

@@ -1,4 +1,7 @@
-"""Is there anything to route? Depth at equal FLOPs and at equal data, and the benefit of each block for each token."""
+"""Studies of whether there is anything to route: the gain by depth, and the benefit of each block for tokens.
+
+Depth is compared at equal FLOPs and at equal data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All decisions of Mixture-of-Depths on the same text, with losses of training's decisions and of generation's."""
+"""A study of all decisions of Mixture-of-Depths on one text: losses as decided in training and in generation."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: whether depth pays, and comparisons with dense and with random.
+    """Return the Markdown below the study's table: whether depth pays, and comparisons with dense and with random.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

@@ -1,4 +1,4 @@
-"""The routing that PolyGLU learns: entropies, diversity of neurons, and the cost of fixing one activation for each."""
+"""A study of the routing that PolyGLU learns: entropies, diversity, and the cost of one activation per neuron."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def arms(scale: str, runs: Iterable[tuple[str, str]], text: PlainDict, group: in
 
 
 def name_of(arm: str, weights: str) -> str:
-    """Return the name of the arm that measures the model `arm` with weights "as trained", in "int8" or in "int4"."""
+    """Return the name under which the table shows the model `arm` with weights "as trained", in "int8" or "int4"."""
     return f"{arm}, {weights}"
 
 
@@ -134,10 +134,10 @@ def measured(folder: Path, rows: int) -> Figures:
 
 
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
-    """Return by arm the tokens per second of decoding one row, and their spread.
+    """Return the tokens per second of decoding one row, and their spread, for each compared model.
 
-    runs: model folders by arm, which are timed in turns. The result is {arm: {"tokens_per_second": median over turns,
-    "spread": half of the range over turns, as a share of the median}}.
+    runs: model folders by name (arm), which are timed in turns. The result is {arm: {"tokens_per_second": median over
+    turns, "spread": half of the range over turns, as a share of the median}}.
     """
     tasks = {}
     for arm, folder in runs.items():
@@ -151,7 +151,8 @@ def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
     """Return for each arm `perplexity`, and for arms that both skip and are quantised `interaction`, in nats.
 
     The interaction is the loss that skipping and quantisation add together, minus the sum of the losses that each adds
-    alone. figures: what `measured` returned for all arms with one seed, by arm. first: name of the dense arm.
+    alone. figures: what `measured` returned for each arm (compared recipe) with one seed, by arm. first: name of the
+    dense arm.
     """
     found: dict[str, Figures] = {}
     for name, of_arm in figures.items():

@@ -1,4 +1,4 @@
-"""Reset-S3, the task in which the tokens that need depth are known: whether a learned router finds them.
+"""A study of Reset-S3, a task in which it is known which tokens need depth: whether a learned router finds them.
 
 The first two blocks of the routed models are dense (`ROUTED`), because tokens differ only after some mixing.
 """
@@ -132,9 +132,9 @@ def captured(
     """Return where each judged arm's accuracy lies between a dense model's (0) and that of known decisions (1).
 
     The result is {arm: {"headroom": {bin of difficulty: value}}}. Dense accuracies are interpolated at the arm's
-    executed FLOPs. figures: what `measured` returned for all arms with one seed, by arm. judged: names of the arms to
-    judge. knowing: name of the arm that keeps exactly the tokens known to need depth. The result is {} if that arm or
-    the dense arms are missing.
+    executed FLOPs. figures: what `measured` returned for each arm (compared recipe) with one seed, by arm. judged:
+    names of the arms to judge. knowing: name of the arm that keeps exactly the tokens known to need depth. The result
+    is {} if that arm or the dense arms are missing.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)

@@ -1,4 +1,7 @@
-"""Several ways to decode one row on a CPU: their speed, and how far their predictions are from the source model's."""
+"""Studies of ways to decode one row on a CPU: their speed, and the distance of their predictions from the source's.
+
+The source is the checkpoint as it is, whose decoding they make cheaper.
+"""
 
 from __future__ import annotations
 

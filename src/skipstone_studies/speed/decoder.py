@@ -1,4 +1,4 @@
-"""The speed of our dense decoder relative to transformers' Llama, and the start-up time of the command line."""
+"""A study of the speed of our dense decoder relative to transformers' Llama, and of the command's start-up time."""
 
 from __future__ import annotations
 

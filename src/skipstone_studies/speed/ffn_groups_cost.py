@@ -1,4 +1,4 @@
-"""An MLP with neuron groups compared with a SwiGLU of the same matrices, and with a narrower one of equal FLOPs."""
+"""A study of the time of an MLP with neuron groups, compared with whole and with narrower SwiGLU MLPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a large vocabulary with all logits at once, in chunks, and by PyTorch's own chunked function."""
+"""A study of the loss over a large vocabulary: with all logits at once, in chunks, and by PyTorch's function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time several calls interleaved, so that machine noise affects all of them equally."""
+"""Timing of several calls in turns, so that noise of the machine affects all of them equally."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Decoding one row with a part of the neurons, compared with the dense model: rows read in place, and rows copied."""
+"""A study of decoding one row with a part of the neurons, whose weights are read in place or copied first.
+
+It is compared with the dense model.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausal
 
 
 def copied(task: Task) -> Task:
-    """Return a function that runs `task` without loops compiled by numba, which copies the chosen rows of weights."""
+    """Return a function that runs `task` without loops compiled by numba: chosen weight rows are copied first."""
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None), patch.object(decode_stack, "MOST_TOKENS", 0):

@@ -1,4 +1,4 @@
-"""Whether a routed model runs the same operations with the same shapes for all inputs of one shape.
+"""A study of whether a routed model runs the same operations, with the same shapes, for all inputs of one shape.
 
 FLOPs, and the graphs of torch.compile, are compared as well.
 """

@@ -1,4 +1,4 @@
-"""How many FLOPs a second a small model trains at, by width, rows of a micro-batch, precision and compilation."""
+"""A study of the FLOPs per second at which small models train, by width, rows, precision and compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token-Selective Attention compared with the dense model of its size: sparse prefill and decoding steps."""
+"""A study of the speed of Token-Selective Attention in prefill and decoding, beside the dense model of its size."""
 
 from __future__ import annotations
 

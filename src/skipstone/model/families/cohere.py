@@ -1,4 +1,6 @@
-"""Cohere's Command R, Aya and Command A: attention and MLP in parallel after one norm, scaled logits.
+"""How checkpoints of Cohere's Command R, Aya and Command A are translated to our configuration and names.
+
+Attention and MLP are in parallel after one norm, and logits are scaled.
 
 RoPE turns neighbouring features. Command R+ has a norm of queries and keys with a weight for each head; in Command R7B
 and Command A (`cohere2`), the blocks with a window have RoPE and the others have no positions.

@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3.
+"""How checkpoints of Gemma 2 and of Gemma 3's text model are translated to our configuration and tensor names.
 
 Norms stand before and after each sub-layer and scale by 1 + w; embeddings are scaled, scores and logits have soft caps.
 Blocks with and without a window alternate; in Gemma 3 each kind has RoPE parameters of its own.

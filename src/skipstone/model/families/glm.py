@@ -1,4 +1,6 @@
-"""GLM-4: RoPE that turns neighbouring features of a part of each head, gate and up projection as one matrix.
+"""How GLM-4 checkpoints are translated to our configuration and tensor names.
+
+RoPE turns neighbouring features of a part of each head; gate and up projection are one matrix.
 
 The models of 2024 (`glm`) have norms before the sub-layers, those of 2025 (`glm4`) before and after.
 """

@@ -1,4 +1,6 @@
-"""GPT-2: LayerNorm, learned positions, a plain MLP and biases.
+"""How GPT-2 checkpoints are translated to our configuration and tensor names.
+
+GPT-2 has LayerNorm, learned positions, a plain MLP and biases.
 
 Weights are [in, out]; queries, keys and values are one projection.
 """

@@ -1,4 +1,6 @@
-"""GPT-NeoX and Pythia: attention and MLP in parallel, rotary positions on a part of each head, LayerNorm, biases.
+"""How checkpoints of GPT-NeoX and Pythia are translated to our configuration and tensor names.
+
+They have attention and MLP in parallel, rotary positions on a part of each head, LayerNorm and biases.
 
 Queries, keys and values are one projection, in which those of each head are adjacent.
 """

@@ -1,4 +1,7 @@
-"""Llama, and families that differ from it in single options: Mistral, Qwen2, Qwen3, SmolLM3, Granite."""
+"""How checkpoints of Llama and of families like it are translated to our configuration and tensor names.
+
+Mistral, Qwen2, Qwen3, SmolLM3 and Granite differ from Llama in single options.
+"""
 
 from __future__ import annotations
 

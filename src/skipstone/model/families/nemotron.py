@@ -1,4 +1,7 @@
-"""Nemotron and Minitron: LayerNorm times 1 + w, a plain MLP with a squared ReLU, RoPE on part of each head."""
+"""How checkpoints of Nemotron and Minitron are translated to our configuration and tensor names.
+
+They have LayerNorm times 1 + w, a plain MLP with a squared ReLU, and RoPE on part of each head.
+"""
 
 from __future__ import annotations
 

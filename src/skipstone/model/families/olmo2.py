@@ -1,4 +1,6 @@
-"""OLMo 2 and 3: norms after the sub-layers, not before them, and one norm over all heads of queries and of keys.
+"""How checkpoints of OLMo 2 and 3 are translated to our configuration and tensor names.
+
+They have norms after the sub-layers, not before them, and one norm over all heads of queries and of keys.
 
 OLMo 3 has a window in three of four blocks, and RoPE parameters of its own in each kind of block.
 """

@@ -1,4 +1,7 @@
-"""Phi-3 and Phi-4: Llama with fused projections, partial rotary embedding, a sliding window, and longrope."""
+"""How checkpoints of Phi-3 and Phi-4 are translated to our configuration and tensor names.
+
+They are Llama with fused projections, partial rotary embedding, a sliding window, and longrope.
+"""
 
 from __future__ import annotations
 

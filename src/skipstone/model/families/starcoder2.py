@@ -1,4 +1,7 @@
-"""StarCoder2: LayerNorm, biases, a plain MLP, RoPE, grouped heads and a sliding window."""
+"""How StarCoder2 checkpoints are translated to our configuration and tensor names.
+
+StarCoder2 has LayerNorm, biases, a plain MLP, RoPE, grouped heads and a sliding window.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The paper's synthetic tasks, copy and sort: accuracy of soft and executed passes.
+"""Copy and sort, the synthetic tasks of the Token-Selective Attention paper (arXiv 2605.05222): accuracies.
 
-The paper does not state n; its released code uses 20 symbols, hence 42 tokens in 64 positions, and 390 steps where the
-text says 10,000. Rows are drawn anew at every step; the paper has 10,000, read ten times. `accuracy` is the share of
-correct tokens in the answer.
+They are measured in soft passes, which only scale updates, and in executed ones, which skip. The paper does not state
+n, the number of symbols of a row; its released code uses 20 symbols, hence 42 tokens in 64 positions, and 390 steps
+where the text says 10,000. Rows are drawn anew at every step; the paper has 10,000, read ten times. `accuracy` is the
+share of correct tokens in the answer.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ def claims(figures: ByArm) -> list[Claim]:
     """Return the claims about both tasks with their verdicts, on the gated models.
 
     They are: the accuracy of the soft and of the executed pass is within 1 % of the dense model's; at least 90 % of the
-    saving by the paper's metric is really skipped; the accuracy is more than 1 % above that of dense models of 1 and 2
-    blocks. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    saving by the metric of arXiv 2605.05222 is really skipped; the accuracy is more than 1 % above that of dense models
+    of 1 and 2 blocks. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the
+    compared recipes.
     """
     return [claim for task in TASKS for claim in _of_task(figures, task)]
 
@@ -107,7 +109,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: verdicts, the paper's figures next to ours, and other ways to execute.
+    """Return the Markdown below the study's table: verdicts, published figures next to ours, and other ways to execute.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

@@ -1,4 +1,7 @@
-"""By how much a routed arm's executed loss is lower than that of rivals at equal executed FLOPs, with intervals."""
+"""By how much a routed model's executed loss is lower than that of rivals at equal executed FLOPs, with intervals.
+
+The models are those of the studies of Token-Selective Attention.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,11 @@ class Point:
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return for each arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
 
-    figures: the figures of all arms with one seed, by arm. The keys of an arm are `over_dense`, `over_random` and
-    `over_exit` for the whole text, and the same with "_by_block" appended for lists over blocks of the text. Rivals are
-    interpolated linearly between dense models of several depths, between shares of random tokens, and between
-    thresholds of early exit. An arm with more FLOPs than the largest rival is compared with that one; an arm with fewer
-    than all rivals is not compared.
+    figures: the figures of each arm (compared recipe) with one seed, by arm. The keys of an arm are `over_dense`,
+    `over_random` and `over_exit` for the whole text, and the same with "_by_block" appended for lists over blocks of
+    the text. Rivals are interpolated linearly between dense models of several depths, between shares of random tokens,
+    and between thresholds of early exit. An arm with more FLOPs than the largest rival is compared with that one; an
+    arm with fewer than all rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]
@@ -85,9 +88,9 @@ def _exit_points(figures: Figures) -> list[Point]:
 
 
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
-    """Return an arm's losses minus a rival's on each block of the text, one list for each seed.
+    """Return a routed model's losses minus a rival's on each block of the text, one list for each seed.
 
-    seeds: the arm's figures by seed, with those of `at_equal_flops`. rival: the kind of rival, "over_dense",
+    seeds: the model's figures by seed, with those of `at_equal_flops`. rival: the kind of rival, "over_dense",
     "over_random" or "over_exit".
     """
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]

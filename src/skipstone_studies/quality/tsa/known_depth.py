@@ -1,4 +1,7 @@
-"""Token-Selective Attention on a task in which the tokens that need depth are known, trained soft and hard."""
+"""A study of Token-Selective Attention on a task in which it is known which tokens need depth.
+
+Gates are trained soft (they scale updates) or hard (they skip tokens).
+"""
 
 from __future__ import annotations
 

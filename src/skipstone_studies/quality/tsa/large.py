@@ -1,4 +1,7 @@
-"""Token-Selective Attention on large corpora read once: the paper's enwik8, and several budgets of hard training."""
+"""Studies of Token-Selective Attention on large corpora that are read once.
+
+One is on enwik8, as in the paper (arXiv 2605.05222); one compares several FLOP budgets of gates that skip in training.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def enwik8_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def frontier_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes for loss by executed FLOPs: gates trained hard, fewer blocks, early exit, random tokens.
+    """Return the recipes by name: gates trained hard for several FLOP budgets, fewer blocks, early exit, random tokens.
 
     Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". Trained hard means
     with tokens skipped during training.

@@ -1,4 +1,7 @@
-"""Text with spans of operations: whether depth goes to the operations, and what that costs on the text."""
+"""A study of text with spans of operations: whether depth goes to the operations, and what the text loses.
+
+It is a study of Token-Selective Attention.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def measured(folder: Path) -> Figures:
 def text_cost(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     """Return for each arm `text_cost`: its loss on text divided by that of the deepest dense arm, minus 1.
 
-    figures: the figures of all arms with one seed, by arm. The result is {} without dense arms.
+    figures: the figures of each arm (compared recipe) with one seed, by arm. The result is {} without dense arms.
     """
     dense = next((found for arm, found in figures.items() if arm.startswith("dense-")), None)
     if dense is None:
@@ -104,7 +107,7 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: verdicts on the two targets, and whether depth pays on text.
+    """Return the Markdown below the study's table: verdicts on the two targets, and whether depth pays on text.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

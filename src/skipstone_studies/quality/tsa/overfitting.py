@@ -36,10 +36,10 @@ def measured(folder: Path) -> PlainDict:
     """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
     folder: the run folder. Keys: `curve`, [step, loss with the decisions of training, loss of the causal pass or None]
-    at each validation; `random_batches`, the last step's loss as the paper measures it, on windows at random places;
-    `test`, the last step's losses on the test split; `best`, the `step` of the lowest validation loss, and its losses
-    on the splits `validation` and `test`. Losses on a split are `soft`, with the decisions of training, `executed`, in
-    the pass that really skips, and the counted `flops` per token of that pass.
+    at each validation; `random_batches`, the last step's loss on windows at random places, as arXiv 2605.05222 measures
+    it; `test`, the last step's losses on the test split; `best`, the `step` of the lowest validation loss, and its
+    losses on the splits `validation` and `test`. Losses on a split are `soft`, with the decisions of training,
+    `executed`, in the pass that really skips, and the counted `flops` per token of that pass.
     """
     run = Run(folder)
     best = run.best()
@@ -72,7 +72,9 @@ def _losses(folder: Path, split: str, corpus: str | None = None, context: int | 
 
 
 def random_batches(loaded: LoadedRun) -> PlainDict:
-    """Return the loss over 20 batches of 64 windows at random places of the validation split, as the paper measures it.
+    """Return the loss over 20 batches of 64 windows at random places of the validation split.
+
+    The paper on Token-Selective Attention (arXiv 2605.05222) measures it so.
 
     loaded: the run. The windows are the same for all runs of a text. The result is {"loss": with the decisions of
     training, mean over batches, "deviation": standard deviation of the batches' losses}, in nats per token.

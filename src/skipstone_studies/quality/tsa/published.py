@@ -16,7 +16,7 @@ JITTER = 0.01  # nats between two of its runs of one setting (1.4482 and 1.4391 
 
 
 def saved(alpha: float, blocks: int = BLOCKS) -> float:
-    """Return the saving by the paper's metric, 1 - (1 + (L - 1) alpha) / L, in [0, 1].
+    """Return the saving by the metric of arXiv 2605.05222, 1 - (1 + (L - 1) alpha) / L, in [0, 1].
 
     alpha: mean soft gate of the gated blocks. blocks: L, all but the first of which are gated.
     """

@@ -44,7 +44,7 @@ LANGUAGE: dict[str, PlainDict] = {
 
 
 def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | None = None) -> RecipeDict:
-    """Return the recipe of one arm that is trained on text with the paper's decoder.
+    """Return the recipe of a model that is trained on text with the decoder of arXiv 2605.05222.
 
     scale: "laptop" or "paper", for sizes and training. data: the recipe's section `data`. mechanisms: entries of the
     model's `mechanisms`; [] means dense. blocks: number of blocks; None means the scale's.
@@ -55,7 +55,7 @@ def language(scale: str, data: PlainDict, mechanisms: Mechanisms, blocks: int | 
 
 
 def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mechanisms) -> RecipeDict:
-    """Return the recipe of the paper's decoder with these mechanisms instead of the paper's gates.
+    """Return the recipe of the decoder of arXiv 2605.05222 with `mechanisms` instead of the gates of that paper.
 
     model: fields of SkipstoneConfig that replace the paper's. data, train: sections of the recipe. mechanisms: entries
     of the model's `mechanisms`; [] means dense.
@@ -69,7 +69,7 @@ def recipe(model: PlainDict, data: PlainDict, train: PlainDict, mechanisms: Mech
 
 
 def gated(depth_weight: float = tsa.LANGUAGE, **options: object) -> Mechanisms:
-    """Return the `mechanisms` entries of a recipe for the paper's gates: soft in training, skipping in generation.
+    """Return the `mechanisms` entries for the gates of arXiv 2605.05222: soft in training, skipping in generation.
 
     Soft gates scale the updates of all tokens.
 

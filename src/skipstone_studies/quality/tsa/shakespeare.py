@@ -1,4 +1,4 @@
-"""Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep beside ours, with additional controls."""
+"""Studies of Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep beside ours, and controls."""
 
 from __future__ import annotations
 

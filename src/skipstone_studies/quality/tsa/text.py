@@ -1,4 +1,4 @@
-"""Measurements and page sections shared by the studies of Token-Selective Attention on text."""
+"""Measurements and page sections that all studies of Token-Selective Attention on text share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measured(folder: Path) -> Figures:
 
 
 def details(figures: ByArm, published: Published, corpus: str) -> str:
-    """Return the Markdown below the table: verdicts, the paper's figures next to ours, and further tables.
+    """Return the Markdown below the study's table: verdicts, published figures next to ours, and further tables.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     published: the figures that the paper publishes, by arm. corpus: name of the corpus that the paper uses; on other

@@ -1,4 +1,7 @@
-"""The study of a GPU in parts of a minute each, run by `make gpu`; on a CPU it is rehearsed with tiny sizes."""
+"""A study of the library on a GPU, in parts of a minute each, run by `make gpu`.
+
+On a CPU it is rehearsed with tiny sizes.
+"""
 
 from __future__ import annotations
 

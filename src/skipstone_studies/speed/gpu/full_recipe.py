@@ -1,4 +1,4 @@
-"""Whole training steps of the PolyGLU model with 597 million parameters: tokens/s and share of the GPU's peak."""
+"""Part of the GPU study: training steps of the PolyGLU model with 597 million parameters, in tokens per second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels that a CUDA device uses, compared with their references in results and every gradient, and timed."""
+"""Part of the GPU study: the device's kernels compared with their references in results and gradients, and timed."""
 
 from __future__ import annotations
 

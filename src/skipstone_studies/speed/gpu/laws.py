@@ -1,4 +1,7 @@
-"""The tests of `tests/laws` on the device: one run of pytest, whose outcomes are stored as they are printed."""
+"""Part of the GPU study: the tests of `tests/laws` on the device, as one run of pytest.
+
+Outcomes are stored as they are printed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of PolyGLU's MLP and of a SwiGLU with the same matrices, in bf16: time and memory."""
+"""Part of the GPU study: time and memory of training PolyGLU's MLP and a SwiGLU with the same matrices, in bf16."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Prefill by models with the mechanisms that `skipstone adapt` adds, compared with the dense model, in bf16.
+"""Part of the GPU study: prefill by models with the mechanisms that `skipstone adapt` adds, and by a dense model.
 
-All weights are random.
+All weights are random, and in bf16.
 """
 
 from __future__ import annotations

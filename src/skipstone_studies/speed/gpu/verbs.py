@@ -1,4 +1,4 @@
-"""Training, resuming, evaluating and generating on the device, by the functions behind the commands of these names."""
+"""Part of the GPU study: train, resume, evaluate and generate by the functions behind the commands of these names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How time and memory grow with context, rows, blocks, vocabulary, processes; loading a large checkpoint; imports."""
+"""A study of how time and memory grow with context, rows, blocks, vocabulary and processes.
+
+Loading a large checkpoint and imports are measured, too.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def details(figures: ByArm) -> str:
-    """Return the text and tables below the main table: every curve in seconds, and imports.
+    """Return the text and tables below the study's main table: every cost curve in seconds, and imports.
 
-    The text says how many curves grow in time with the exponent of their FLOPs. figures: the figures of each arm by
-    seed.
+    The text says how many curves grow in time with the exponent of their FLOPs. figures: {arm (a curve or another
+    measurement): {seed: what `measured` returned}}.
     """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     lines = {arm: one for arm, one in found.items() if "points" in one}

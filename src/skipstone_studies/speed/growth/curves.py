@@ -1,4 +1,4 @@
-"""Cost curves: CPU seconds and peak memory of a pass as one size of a model or of its input grows."""
+"""Part of the study of growth: CPU seconds and peak memory of a pass as one size of model or input grows."""
 
 from __future__ import annotations
 

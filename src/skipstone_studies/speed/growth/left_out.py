@@ -42,11 +42,11 @@ def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
 
 
 def mixing(lines: Mapping[str, Figures]) -> float | None:
-    """Return the seconds that PolyGLU's mixture takes for a neuron and token, from the curves by rows.
+    """Return the seconds that PolyGLU's mixture takes for a neuron and token, from the cost curves by rows.
 
     They are measured at the largest number of rows: PolyGLU's seconds minus the dense model's, minus the time that
     PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: the
-    figures of the curves by arm, with `points` and others.
+    figures of the cost curves (time over one size) by arm, with `points` and others.
     """
     if not {"rows, polyglu", "rows, dense"} <= set(lines):
         return None
@@ -57,10 +57,10 @@ def mixing(lines: Mapping[str, Figures]) -> float | None:
 
 
 def text(lines: Mapping[str, Figures], within: float) -> str:
-    """Return a section of the page on what the FLOPs leave out; "" if no curve tells it.
+    """Return a section of the page on the time of passes that their FLOPs do not explain; "" if no curve shows it.
 
-    lines: the figures of the curves by arm, with `points`, `exponents` and others. within: largest difference of
-    exponents that counts as agreement.
+    lines: the figures of the cost curves (time over one size) by arm, with `points`, `exponents` and others. within:
+    largest difference between measured and expected exponent that counts as agreement.
     """
     found, parts = apart(lines), []
     if rows := [value for arm, value in found.items() if arm.startswith("rows,")]:

@@ -1,4 +1,7 @@
-"""Memory of loading and converting a large checkpoint, and CPU seconds of imports, each in a process of its own."""
+"""Part of the study of growth: memory of loading and converting a large checkpoint, and CPU seconds of imports.
+
+Each is measured in a process of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost curves over processes: what a training step costs each of several processes that divide its rows."""
+"""Part of the study of growth: what a training step costs each of several processes that divide its rows."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""Ways to decode a checkpoint with less work, ours and others', measured beside the checkpoint itself (the source)."""
+"""Ways to decode a checkpoint with less work, ours and others', for the study `decode_rivals`.
+
+The checkpoint itself is called the source.
+"""

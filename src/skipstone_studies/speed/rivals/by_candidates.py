@@ -1,4 +1,7 @@
-"""Our model with a head that computes exact logits of a few candidates only; and transformers' model of any source."""
+"""One way to decode: our model with a head that computes exact logits of a few candidate tokens only.
+
+Also transformers' model with the weights of any source.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source checkpoint, the texts on which ways to decode it are judged, and the measure of their distance from it."""
+"""The checkpoint that is decoded (the source), the texts on which ways to decode it are judged, and their distance."""
 
 from __future__ import annotations
 
