@@ -31,7 +31,7 @@ HUB = {
 
 
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Make the run of an arm that begins with a checkpoint: adapt the checkpoint, or store it unchanged.
+    """Run one recipe of a study (an arm) that begins with a checkpoint: adapt the checkpoint, or store it unchanged.
 
     recipe: a dict with the sections model, data, train and adapt, and two more keys. `source`: the name of a
     checkpoint, or {"arm": NAME} for the run of another arm of the same study and seed; without this key, a model is
@@ -56,8 +56,8 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 def source_of(recipe: RecipeDict, folder: Path) -> str:
     """Return the path or Hub name of the checkpoint with which a recipe begins.
 
-    recipe: a recipe whose key `source` is the name of a checkpoint or {"arm": NAME}. folder: the run folder of the arm;
-    other arms' run folders lie beside it. Raises FileNotFoundError if the checkpoint does not exist.
+    recipe: a recipe whose key `source` is the name of a checkpoint or {"arm": NAME}. folder: the run folder of the arm
+    (compared recipe); other arms' run folders lie beside it. Raises FileNotFoundError if the checkpoint does not exist.
     """
     source = recipe["source"]
     return source_path(source) if isinstance(source, str) else str(run_beside(folder, source["arm"]).model_folder())
@@ -81,7 +81,7 @@ def source_path(name: str) -> str:
 
 
 def run_beside(folder: Path, arm: str) -> Run:
-    """Return the run of another arm of the same study, scale and seed.
+    """Return the run of another arm (compared recipe) of the same study, scale and seed.
 
     folder: the run folder of this arm. arm: the name of the other. Raises FileNotFoundError if it has not been run.
     """
@@ -92,10 +92,10 @@ def run_beside(folder: Path, arm: str) -> Run:
 
 
 def text_folder(folder: Path, options: PlainDict) -> Path:
-    """Return the folder in which text that a checkpoint generated with these options is kept for all arms and seeds.
+    """Return the folder of the text that a checkpoint generates with these options for all runs of a study.
 
-    folder: the run folder of any arm of the study. options: the options of the text by name, such as `tokens`; another
-    option gives another folder.
+    folder: any run folder of the study. options: the options of the text by name, such as `tokens`; another option
+    gives another folder.
     """
     return folder.with_name(f"text-{digest(options)}")
 

@@ -109,11 +109,12 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ArmComparison:
-    """A comparison of one figure between several arms and a reference arm, by differences between runs of equal seed.
+    """A comparison of one figure between several recipes and a reference, by differences of runs of equal seed.
 
-    key: dotted path of the figure in a record's figures. title: name of the figure. against: name of the reference arm,
-    whose figure is subtracted. arms: names of the arms to compare; () means all arms that have the figure. format: a
-    format specification for the differences. better: whether "low" or "high" values are better.
+    key: dotted path of the figure in a record's figures. title: name of the figure. The recipes are the arms of a
+    study. against: name of the reference, whose figure is subtracted. arms: names of the arms to compare; () means all
+    arms that have the figure. format: a format specification for the differences. better: whether "low" or "high"
+    values are better.
     """
 
     key: str

@@ -14,11 +14,11 @@ from skipstone_studies.study import Column
 
 
 def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
-    """Draw a column of a study's table: for each arm a dot at its mean over seeds and a short line at every seed.
+    """Draw a column of a study's table: for each compared recipe a dot at its mean, a short line at every seed.
 
-    values: for each arm its values by seed, at least one. title: the picture's title, for screen readers. If the column
-    says whether low or high values are better, the best mean is drawn as a square. column: the column, with its title
-    and format.
+    values: for each recipe (arm) its values by seed, at least one. title: the picture's title, for screen readers. If
+    the column says whether low or high values are better, the best mean is drawn as a square. column: the column, with
+    its title and format.
     """
     means = {arm: statistics.fmean(found) for arm, found in values.items()}
     best = None if column.better is None else (min if column.better == "low" else max)(means.values())

@@ -1,4 +1,4 @@
-"""Confidence intervals of paired differences between arms, and the smallest difference that a study could detect.
+"""Confidence intervals of paired differences between compared recipes, and the smallest difference to be detected.
 
 Differences are taken between two runs with the same seed, which share data and initial weights; their mean over seeds
 has Student's t interval. If the differences are also known for each block of the validation text, the interval includes
@@ -88,7 +88,7 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim about one arm of a study, with its verdict.
+    """A claim about one arm (compared recipe) of a study, with its verdict.
 
     arm: name of the arm. text: the claim in words, which state the rule for the verdict. found: our measurement as
     text. verdict: "yes", "no" or "inconclusive" by the rule; "no headroom" if routing is not judged. estimate: the

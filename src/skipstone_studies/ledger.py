@@ -135,14 +135,18 @@ class Judged:
 
 
 def claims(out: Path) -> str:
-    """Return a Markdown table of every claim of all studies in `out`: verdicts by arm, and what could change them."""
+    """Return a Markdown table of every claim of all studies in `out`, with verdicts for each compared recipe.
+
+    Its last column says what could change the verdict.
+    """
     return without_title(claims_section(judged(out)))
 
 
 def claims_section(found: Iterable[Judged]) -> Section:
-    """Return a table with a row for each claim: verdicts by arm, seeds, model size, FLOPs, and what could change it.
+    """Return a table with a row for each claim: verdicts by compared recipe, seeds, model size and FLOPs.
 
-    found: the claims of all studies, one entry for each table of a study.
+    The last column says what could change the verdict. found: the claims of all studies, one entry for each table of a
+    study.
     """
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])

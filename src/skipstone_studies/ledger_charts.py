@@ -19,7 +19,7 @@ LONGEST = 34  # characters of a name
 
 
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
-    """Draw, for each study, a bar with the number of its claims about arms by verdict.
+    """Draw, for each study, a bar with the number of its claims about arms (compared recipes) by verdict.
 
     found: the claims by name of the study.
     """
@@ -98,7 +98,7 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Return pairs (text, picture), one for each claim of a study; a picture has a row per arm.
+    """Return pairs (text, picture), one for each claim of a study; a picture has a row per arm (compared recipe).
 
     study: the name of the study, for titles. claims: the claims about all of its arms; those of one text share a
     picture.

@@ -55,7 +55,7 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 
 
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
-    """Return the records that belong to the arms' current recipes, in the order of arms and seeds.
+    """Return the records that belong to the arms' current recipes, in the order of arms (compared recipes) and seeds.
 
     arms: the recipe of each arm, by name, without seeds. Records that were converted from the output of earlier scripts
     have no recipe and are included.
@@ -114,10 +114,10 @@ def block(study: Study, records: Sequence[Record]) -> str:
 
 
 def terminal(study: Study, records: Sequence[Record]) -> Section:
-    """Return the table of one scale and corpus for a terminal, with arms as columns and figures as rows.
+    """Return the table of one scale and corpus for a terminal: compared recipes as columns, figures as rows.
 
-    study: the study. records: its records of one scale and corpus, at least one. Ratios to the first arm are on rows of
-    their own.
+    study: the study. records: its records of one scale and corpus, at least one. Ratios to the first recipe are on rows
+    of their own.
     """
     rows = []
     for column in study.columns:
@@ -185,8 +185,8 @@ def _range(column: Column, seeds: Mapping[int, PlainMapping]) -> str:
 class Cell:
     """A cell of a study's table.
 
-    text: mean and spread. ratio: the ratio of the mean to the first arm's; "" if the column shows none. best: whether
-    it is the best of its column.
+    text: mean and spread. ratio: the ratio of the mean to that of the first of the compared recipes; "" if the column
+    shows none. best: whether it is the best of its column.
     """
 
     text: str

@@ -1,10 +1,10 @@
 """The protocol of studies that compare models at equal training FLOPs: planning, tuning, training and measuring.
 
-Every arm gets the same training FLOPs, so an arm that skips takes more steps. The learning rate falls to 0, the weights
-of the last tenth of the steps are averaged, and a step has at least 8,192 tokens. All arms of a seed start from the
-same weights where they share parameters. The learning rate is tuned for each arm on runs of a quarter of the length, by
-the loss on validation text, until the best rate has two worse ones on either side. Figures come from the test split. A
-recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
+Every arm (compared recipe) gets the same training FLOPs, so an arm that skips takes more steps. The learning rate falls
+to 0, the weights of the last tenth of the steps are averaged, and a step has at least 8,192 tokens. All arms of a seed
+start from the same weights where they share parameters. The learning rate is tuned for each arm on runs of a quarter of
+the length, by the loss on validation text, until the best rate has two worse ones on either side. Figures come from the
+test split. A recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ProtocolConfig:
 
 
 def planned(model: PlainDict, data: PlainDict, train: PlainDict, protocol: PlainDict) -> RecipeDict:
-    """Return the recipe of an arm, with as many training steps as its FLOP budget allows.
+    """Return the recipe of a compared model, with as many training steps as its FLOP budget allows.
 
     model, data, train, protocol: sections of the recipe, of which `train` needs no steps; protocol holds fields of
     `ProtocolConfig`, and optionally `least_tokens`. Raises ValueError if a step has fewer than `least_tokens` tokens
@@ -185,7 +185,7 @@ def reference_weights(config: SkipstoneConfig, seed: int, blocks: int) -> dict[s
 def tuned_run(
     recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback], blocks: int = 8
 ) -> None:
-    """Train an arm at its best learning rate, which is tuned first unless a run with another seed has done so.
+    """Train a recipe at its best learning rate, which is tuned first unless a run with another seed has done so.
 
     If another study has finished a run of the same recipe, its folder is copied instead. The rates are stored in the
     folder `rates/` beside the run folders. recipe: the sections `model`, `data`, `train` and `protocol` of `planned`,
@@ -244,7 +244,7 @@ def _runnable(recipe: RecipeDict, rate: float, steps: int) -> RecipeDict:
 def rates_file(folder: Path, recipe: RecipeDict) -> Path:
     """Return the path of the file that holds an arm's tuned learning rates, which all seeds of a recipe share.
 
-    folder: the run folder of the arm. recipe: its recipe; seeds in it are ignored.
+    folder: the run folder of the arm (compared recipe). recipe: its recipe; seeds in it are ignored.
     """
     unseeded = {name: {k: v for k, v in part.items() if k != "seed"} for name, part in recipe.items()}
     arm = folder.name.rpartition("-seed")[0]
@@ -252,11 +252,11 @@ def rates_file(folder: Path, recipe: RecipeDict) -> Path:
 
 
 def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
-    """Tune the learning rate of an arm; return {rate: validation loss in nats per token} of every rate tried.
+    """Tune the learning rate of a recipe; return {rate: validation loss in nats per token} of every rate tried.
 
-    Rates are tried until the best has two worse ones on either side; those not in the arm's file on short runs with
-    seed 0. recipe: the arm's recipe. folder: its run folder. config: its section `protocol`. blocks: blocks of the
-    model that provides initial weights. A rate at which training diverged has an infinite loss.
+    Rates are tried until the best has two worse ones on either side; those not in the recipe's file (`rates_file`) on
+    short runs with seed 0. recipe: the recipe. folder: its run folder. config: its section `protocol`. blocks: blocks
+    of the model that provides initial weights. A rate at which training diverged has an infinite loss.
     """
     path = rates_file(folder, recipe)
     known = known_rates(path)

@@ -23,7 +23,7 @@ ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of field
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The result of one run of one arm of a study, stored as a JSON file.
+    """The result of one run of one arm (compared recipe) of a study, stored as a JSON file.
 
     study, scale, arm, seed: names of study, scale and arm, and the seed of the run to which the result belongs. config:
     the arm's recipe, without the seed. digest: hash of that recipe. environment: versions, commit and machine, as
@@ -65,7 +65,8 @@ def folder(out: Path, name: str) -> Path:
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
     """Return the path of the file of a run's record.
 
-    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm and seed of the run.
+    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm (compared recipe) and seed of
+    the run.
     """
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
@@ -100,13 +101,14 @@ def read(path: Path) -> Record:
 def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
     """Return the record of a run; None if there is none.
 
-    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm and seed of the run.
+    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm (compared recipe) and seed of
+    the run.
     """
     path = path_of(out, name, scale, arm, seed)
     return read(path) if path.is_file() else None
 
 
 def read_all(out: Path, name: str) -> list[Record]:
-    """Return every record of the study `name` below `out`, ordered by scale, arm and seed."""
+    """Return every record of the study `name` below `out`, ordered by scale, compared recipe (arm) and seed."""
     paths: Iterable[Path] = folder(out, name).glob("*/*.json")
     return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

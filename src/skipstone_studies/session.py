@@ -34,12 +34,12 @@ USER_ERRORS = (ValueError, OSError)
 class Session:
     """One study at one scale, with its run folders and records; it runs what is missing.
 
-    Several processes may share its folders: each arm of a seed is locked while it runs. study, scale: the study, and
-    the name of its scale. arms: recipes by name, without seeds. runs: parent folder of the run folders. out: parent
-    folder of the records. console: where messages are printed. only: names of the arms to run; None means all. jobs:
-    number of arms that run at a time. made_by: the shell command that makes the records; "" means `skipstone reproduce
-    ...`. failures: one message for each arm that failed. busy: arms that were left out because another process runs
-    them. spent: for each arm that was run in this process, its seconds.
+    Several processes may share its folders: each arm (compared recipe) of a seed is locked while it runs. study, scale:
+    the study, and the name of its scale. arms: recipes by name, without seeds. runs: parent folder of the run folders.
+    out: parent folder of the records. console: where messages are printed. only: names of the arms to run; None means
+    all. jobs: number of arms that run at a time. made_by: the shell command that makes the records; "" means `skipstone
+    reproduce ...`. failures: one message for each arm that failed. busy: arms that were left out because another
+    process runs them. spent: for each arm that was run in this process, its seconds.
     """
 
     study: Study
@@ -77,9 +77,9 @@ class Session:
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
-        """Run all arms with these seeds that are not recorded, then measure what compares the arms of each seed.
+        """Run all compared recipes (arms) with these seeds that have no record, then measure them together by seed.
 
-        Arms that fail are noted in `failures` and passed over.
+        seeds: the seeds. Arms that fail are noted in `failures` and passed over.
         """
         for at, seed in enumerate(seeds):
             self.run_arms([seed], then=seeds[at + 1 :])
@@ -87,9 +87,9 @@ class Session:
                 self.measure_together(seed)
 
     def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Run the arms with these seeds that are not recorded, without measurements that compare arms.
+        """Run the recipes (arms) with these seeds that have no record, without measurements that compare arms.
 
-        then: seeds that will be run afterwards, which count for the estimate of the time left.
+        seeds: the seeds. then: seeds that will be run afterwards, which count for the estimate of the time left.
         """
         wanted = list(self.arms) if self.only is None else list(self.only)
         left = [(arm, seed) for seed in (*seeds, *then) for arm in wanted if self.recorded(arm, seed) is None]
@@ -169,7 +169,7 @@ class Session:
         return Run(folder).environment() if trained else describe(seed)
 
     def measure_together(self, seed: int) -> None:
-        """Take the measurements that compare the arms of a seed, if the record of any arm lacks them.
+        """Take the measurements that compare the recipes (arms) of a seed, if the record of any arm lacks them.
 
         All arms whose run folders exist take part.
         """

@@ -38,8 +38,8 @@ class Column:
 
     key: dotted path of the figure in a record's figures, such as "training.tokens". title: the heading. format: a
     format specification, as for Python's format(). unit: the number by which the figure is divided. better: which end,
-    "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the first arm.
-    spread: whether the figure is {median, min, max} of several measurements, all of which are shown.
+    "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the first arm
+    (compared recipe). spread: whether the figure is {median, min, max} of several measurements, all of which are shown.
     """
 
     key: str
@@ -95,7 +95,7 @@ class Study:
     pictures: Callable[[Mapping[str, Mapping[int, Figures]]], Mapping[str, str]] | None = None
 
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
-        """Return the recipes of all arms at a scale, by name.
+        """Return the recipes that the study compares (its arms) at a scale, by name.
 
         corpus: name of a corpus that replaces the recipes' own; None means that it stays. Raises ValueError for a scale
         that the study does not have.
@@ -107,7 +107,7 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """Return the recipes of all arms at a scale, a dict by name for every corpus on which they may run."""
+        """Return the compared recipes at a scale, one dict by name for every corpus on which they may run."""
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 

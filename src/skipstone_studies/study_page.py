@@ -1,6 +1,6 @@
 """A study's page as HTML by the parts of `skipstone report`: the text and tables of its Markdown page, and pictures.
 
-Every column of the table is drawn by arm, and every claim as the intervals that decide it.
+Every column of the table is drawn by arm (compared recipe), and every claim as the intervals that decide it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Curves of an isoFLOP grid: collect records as points and fit a parabola of loss over the logarithm of model size.
 
-Also whether deeper models have a lower loss in a grid, without which an arm that routes tokens gets no verdict.
-Everything follows from the specification and the records.
+Also whether deeper models have a lower loss in a grid, without which an arm (compared recipe) that routes tokens gets
+no verdict. Everything follows from the specification and the records.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ class StepTime:
 def step_times(grid: Grid) -> dict[ModelShape, StepTime]:
     """Time training steps of every model of an isoFLOP grid on this machine.
 
-    A model that is too large to be timed is assumed to reach the FLOPs per second of the arm's largest timed one. grid:
-    the runs. Raises ValueError if an arm's smallest size is already too large.
+    A model that is too large to be timed is assumed to reach the FLOPs per second of the largest timed model of the
+    same recipe. grid: the runs. Returns the times by model. Raises ValueError if the smallest size of a recipe is
+    already too large.
     """
     found: dict[ModelShape, StepTime] = {}
     batch, device = grid.base.train.batch_size, _device(grid.base)

@@ -32,7 +32,7 @@ LOG_LINES = 60  # approximate number of log lines per run
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The model of an arm at one size, with its costs by the cost model.
+    """The model of an arm (compared recipe) at one size, with its costs by the cost model.
 
     arm: name of the arm. size: width and number of blocks. model: the recipe's section `model` at this size.
     parameters: number of parameters. step_flops: training FLOPs of one optimizer step. forward_flops: FLOPs per token
@@ -90,9 +90,10 @@ def compact(value: float) -> str:
 class Grid:
     """All runs that an isoFLOP specification describes, with their costs; nothing is trained or read from disk.
 
-    spec: arms, sizes, budgets and learning rates. Attributes: `base`, the parsed recipe; `once`, whether each window of
-    text is read at most once; `sizes`, the sizes in ascending order of the first arm's parameters; `budgets`, the
-    training FLOPs of a run in ascending order. Models are built without memory, on the meta device.
+    spec: arms (compared recipes), sizes, budgets and learning rates. Attributes: `base`, the parsed recipe; `once`,
+    whether each window of text is read at most once; `sizes`, the sizes in ascending order of the first arm's
+    parameters; `budgets`, the training FLOPs of a run in ascending order. Models are built without memory, on the meta
+    device.
     """
 
     def __init__(self, spec: GridSpec) -> None:
@@ -220,7 +221,7 @@ def model_mistakes(spec: GridSpec) -> list[str]:
     """Return one message per mistake in the models of an isoFLOP grid, at each of its sizes.
 
     spec: the specification, whose recipe may be wrong in other sections. The message about a mistake that not all arms
-    share begins with the name of the arm.
+    (compared recipes) share begins with the name of the arm.
     """
     base = recipe_mistakes(spec.recipe)
     if base:
@@ -241,8 +242,9 @@ def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> P
     """Return a recipe's section `model` at another size.
 
     model: the section. context: tokens per row. size: width and number of blocks; heads keep their size, so their
-    number changes, and MLPs scale with the width. changes: options in which the arm differs from the recipe. Raises
-    ValueError unless the width is a multiple of the size of a head times the query heads per key-value head.
+    number changes, and MLPs scale with the width. changes: options in which the compared variant (arm) differs from the
+    recipe. Raises ValueError unless the width is a multiple of the size of a head times the query heads per key-value
+    head.
     """
     was = model_config(model, context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)

@@ -137,7 +137,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """A comparison of an arm with the best model of the base arm at the same budget of training FLOPs.
+    """A comparison of an arm (compared recipe) with the base arm's best model at equal training FLOPs.
 
     arm: its name. parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share:
     forward FLOPs per token at that size, divided by those of the base's best model. at_most: whether even the smallest
@@ -288,8 +288,8 @@ class IsoFlopResult:
     """The result of an isoFLOP grid, as far as it was run.
 
     collected: the records. curves: loss over model size, {budget in training FLOPs: {arm: curve}}. noise: the noise of
-    one run's loss; None if not known. same: comparisons of the arms with the base arm, by budget. times: losses after
-    equal training times. same_times: comparisons with the base arm at each of these times.
+    one run's loss; None if not known. same: comparisons of the arms (compared recipes) with the base arm, by budget.
+    times: losses after equal training times. same_times: comparisons with the base arm at each of these times.
     """
 
     collected: GridRecords

@@ -249,13 +249,13 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
     """Return the figures of a finished run of an isoFLOP grid, for its record.
 
     cell: the run without its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
-    cores during the training. Keys: `cell`, arm, budget, size, rate, steps and parameters; `loss` on the whole
-    validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`; `capacity`,
-    the share of tokens kept, {block: {mechanism: share}}; `forward_flops`, counted per token, `forward_flops_needed`,
-    without the padding of rows that keep fewer tokens than others, and `forward_flops_dense`, without mechanisms;
-    `training_flops`, as `planned` and as `executed` with the capacities that were logged; `training`, the summary of
-    the training; `sharing`, the fields of `clock`; `corpus`, its tokens and hash, and as `seen` how many times it was
-    read.
+    cores during the training. Keys: `cell`, arm (compared recipe), budget, size, rate, steps and parameters; `loss` on
+    the whole validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`;
+    `capacity`, the share of tokens kept, {block: {mechanism: share}}; `forward_flops`, counted per token,
+    `forward_flops_needed`, without the padding of rows that keep fewer tokens than others, and `forward_flops_dense`,
+    without mechanisms; `training_flops`, as `planned` and as `executed` with the capacities that were logged;
+    `training`, the summary of the training; `sharing`, the fields of `clock`; `corpus`, its tokens and hash, and as
+    `seen` how many times it was read.
     """
     assert facts.data is not None
     run = Run(folder)

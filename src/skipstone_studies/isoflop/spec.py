@@ -1,4 +1,4 @@
-"""The specification of an isoFLOP study: its recipe, budgets, sizes, learning rates and arms.
+"""The specification of an isoFLOP study: its recipe, budgets, sizes, learning rates and arms (compared recipes).
 
 Nothing here loads torch, so that mistakes are reported at once.
 """
@@ -60,7 +60,7 @@ def parse_size(word: object, blocks: int) -> GridSize:
 
 
 def arms_of(recipe: PlainDict) -> dict[str, Changes]:
-    """Return the default arms of a recipe, {name of the arm: its changes of the section `model`}.
+    """Return the variants of a recipe (arms) that are compared by default, {name: changes of the section `model`}.
 
     They are "dense" (no mechanisms); "mod", or "routed" if not all mechanisms are Mixture-of-Depths (the recipe's
     mechanisms); and, if the recipe has Mixture-of-Depths, "random" (the same with tokens chosen at random). A recipe
@@ -133,7 +133,7 @@ class GridSpec:
 
     @property
     def known(self) -> dict[str, Changes]:
-        """All arms that could run, {arm: its changes of the recipe's section `model`}."""
+        """All variants of the recipe (arms) that could run, {name: its changes of the recipe's section `model`}."""
         return arms_of(self.recipe) if self.changes is None else self.changes
 
     @property
@@ -170,7 +170,7 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 
     recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
     "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; those that
-    are None count as not given. Raises ValueError for invalid sizes, arms and numbers.
+    are None count as not given. Raises ValueError for invalid sizes, arms (compared recipes) and numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
@@ -199,7 +199,7 @@ def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -
     recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
     "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; None
     counts as not given. Raises ValueError with one line for each mistake in the recipe and in the models of all arms
-    and sizes, without loading torch. Whether the corpus exists is not checked.
+    (compared recipes) and sizes, without loading torch. Whether the corpus exists is not checked.
     """
     lines: list[str] = []
     own = {key: value for key, value in recipe.items() if key != "arms"}

@@ -24,7 +24,7 @@ PLACES = {
 
 
 def about(result: IsoFlopResult) -> str:
-    """Return the paragraph above the tables of `result`: arms, corpus, budgets, how losses and optima are measured."""
+    """Return the paragraph above the tables of `result`: compared recipes, corpus, budgets, how losses are measured."""
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -45,7 +45,7 @@ def _router(grid: Grid) -> str:
 
 
 def own(grid: Grid, arm: str) -> str:
-    """Return in words the options in which the model of an arm differs from that of the recipe.
+    """Return in words the options in which the model of a compared variant (arm) differs from the recipe's.
 
     grid: the runs, with their specification. arm: name of the arm.
     """
@@ -136,7 +136,10 @@ def sections(result: IsoFlopResult) -> list[Section]:
 
 
 def same(result: IsoFlopResult) -> Section:
-    """Return the table of forward FLOPs with which each arm reaches the base arm's best loss, by budget of `result`."""
+    """Return the table of forward FLOPs with which each recipe reaches the base's best loss, by budget of `result`.
+
+    result: the result of an isoFLOP grid, whose recipes (arms) are compared with one of them, the base.
+    """
     spread = result.noise
     told = [] if spread is None else [f"Intervals are 90 % intervals over {DRAWS} draws of the noise. {DETECTABLE}"]
     return Section(
@@ -187,7 +190,7 @@ def _interval(low: float | None, high: float | None, shown: object) -> str:
 
 
 def optima(result: IsoFlopResult) -> Section:
-    """Return the table of the best size of each arm and training budget of `result`, with its loss."""
+    """Return the table of the best size of each compared recipe and training budget of `result`, with its loss."""
     rows = []
     for budget, curves in result.curves.items():
         for arm, curve in curves.items():
@@ -247,7 +250,7 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
-    """Return the table of training tokens per second by size and arm in `result`, measured while arms took turns."""
+    """Return the table of training tokens per second in `result`, by size and compared recipe, measured in turns."""
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:
@@ -269,7 +272,7 @@ def speeds(result: IsoFlopResult) -> Section:
 
 
 def rates(result: IsoFlopResult) -> Section:
-    """Return the table of the losses at the learning rates that each arm of `result` tried."""
+    """Return the table of the losses at the learning rates that each arm (compared recipe) of `result` tried."""
     collected = result.collected
     tried = sorted({rate for losses in collected.sweep.values() for rate in losses})
     rows = []

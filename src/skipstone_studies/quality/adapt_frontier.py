@@ -1,9 +1,9 @@
 """The loss of a pretrained model that is adapted to compute less, by four methods at equal FLOPs.
 
 The methods are Mixture-of-Depths, random skipping, fewer blocks, and neurons by magnitude, at the FLOPs of the
-checkpoint (the source) without six of its 30 blocks. All arms are trained on the same rows, with cross-entropy and
-distillation from the source, or with distillation alone, and are evaluated by the executed pass on the first rows of
-three texts, two of which no arm is trained on.
+checkpoint (the source) without six of its 30 blocks. All arms (compared recipes) are trained on the same rows, with
+cross-entropy and distillation from the source, or with distillation alone, and are evaluated by the executed pass on
+the first rows of three texts, two of which no arm is trained on.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def _recipe(
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
     """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
 
-    recipe: the arm's recipe; if it has the key `at_budget`, the model of the arm that `source` names is saved with the
-    thresholds of this budget. folder: the run folder. resume: whether to continue an interrupted training. callbacks:
-    further callbacks of the trainer.
+    recipe: the arm's recipe; if it has the key `at_budget`, the model of the arm (compared recipe) that `source` names
+    is saved with the thresholds of this budget. folder: the run folder. resume: whether to continue an interrupted
+    training. callbacks: further callbacks of the trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)

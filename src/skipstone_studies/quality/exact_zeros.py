@@ -95,9 +95,9 @@ def _recipe(scale: str, corpus: str, neurons: int, activation: object, price: fl
 
 
 def made(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[object]) -> None:
-    """Train the model of an arm; all arms of a seed start from the weights of one dense model where shapes agree.
+    """Train one of the compared models; all of a seed start from the weights of one dense model where shapes agree.
 
-    recipe: the arm's recipe. folder: the run folder. resume: whether to continue an interrupted training. callbacks:
+    recipe: the model's recipe. folder: the run folder. resume: whether to continue an interrupted training. callbacks:
     further callbacks of the trainer.
     """
     protocol.tuned_run(recipe, folder, resume, callbacks, blocks=BLOCKS)  # type: ignore[arg-type]
@@ -108,10 +108,11 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split) and
     `training_flops`; `on`, by block the share of neurons that are not 0, None if all are read; `mlp_read` and `read`,
-    the bytes of the MLPs' and of all matrices that a decoded token reads, divided by those of the arm "swiglu". Only
-    that arm has `teal`, by the share of small inputs of the MLPs that are set to 0 after training: `loss`, the increase
-    of the loss in nats, and `mlp_read`, the share of bytes left. PolyGLU is measured with one fixed activation per
-    neuron; `mixed_loss` is its loss before that, and `relu` by block the share of neurons with ReLU.
+    the bytes of the MLPs' and of all matrices that a decoded token reads, divided by those of the arm (compared recipe)
+    "swiglu". Only that arm has `teal`, by the share of small inputs of the MLPs that are set to 0 after training:
+    `loss`, the increase of the loss in nats, and `mlp_read`, the share of bytes left. PolyGLU is measured with one
+    fixed activation per neuron; `mixed_loss` is its loss before that, and `relu` by block the share of neurons with
+    ReLU.
     """
     figures = protocol.measured(folder)
     recipe, model = protocol.recipe_of(folder), Run(folder).load_model().eval()

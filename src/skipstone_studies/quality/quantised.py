@@ -170,8 +170,9 @@ def quantised(
 ) -> Study:
     """Build the study of quantised weights of one family of models.
 
-    name, purpose, about: name, purpose and description of the study. runs: pairs (study, arm) of the measured runs, the
-    first of a dense model. rows: number of evaluated rows. options: `text` and `group`, arguments of `arms`.
+    name, purpose, about: name, purpose and description of the study. runs: pairs (study, arm (compared recipe)) of the
+    measured runs, the first of a dense model. rows: number of evaluated rows. options: `text` and `group`, arguments of
+    `arms`.
     """
     return Study(
         name=name,

@@ -85,7 +85,7 @@ def recipe(
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:
-    """Return the recipe of one arm on a synthetic task.
+    """Return the recipe of a model that is trained on a synthetic task and compared with others.
 
     size: hidden_size, num_attention_heads, steps, batch_size and rate (the learning rate). blocks: number of blocks.
     mechanisms: entries of the model's `mechanisms`; None means dense. corpus: name of the task. train: further training

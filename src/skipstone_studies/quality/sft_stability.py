@@ -78,10 +78,10 @@ def _recipe(options: PlainDict) -> RecipeDict:
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train the base model of an arm into `folder`, with a tokenizer that is trained on the chats first.
+    """Train the base model of a recipe into `folder`, with a tokenizer that is trained on the chats first.
 
-    recipe: the arm's recipe. resume: whether to continue an interrupted training. callbacks: further callbacks of the
-    trainer.
+    recipe: an entry of `arms` with a seed. resume: whether to continue an interrupted training. callbacks: further
+    callbacks of the trainer.
     """
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.is_dir():

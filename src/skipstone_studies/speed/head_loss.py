@@ -92,7 +92,7 @@ def _loss(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def memory_of(recipe: RecipeDict) -> float:
-    """Return the GiB by which one forward and backward pass raises the peak memory of this process (Linux only).
+    """Return the GiB by which computing the loss, forward and backward, raises this process's peak memory (Linux).
 
     recipe: an entry of `arms`, whose "kind" says how the loss is computed.
     """

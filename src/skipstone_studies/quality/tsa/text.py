@@ -158,8 +158,8 @@ EQUAL = (
 def on_text(*, published: Published, corpus: str = "", **options: Any) -> Study:
     """Build a study of Token-Selective Attention on text.
 
-    published: the figures that the paper publishes, by arm. corpus: name of the corpus that the paper uses. options:
-    further fields of `Study`, such as `name` and `arms`.
+    published: the figures that the paper publishes, by arm (compared recipe). corpus: name of the corpus that the paper
+    uses. options: further fields of `Study`, such as `name` and `arms`.
     """
     return Study(
         seeds=SEEDS,

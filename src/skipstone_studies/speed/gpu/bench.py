@@ -66,7 +66,7 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the part computes on a CUDA device."""
+        """Whether measurements run on a CUDA device."""
         return self.device.type == "cuda"
 
     def wait(self) -> None:

@@ -21,8 +21,8 @@ def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
     A cost curve is the time of a pass over one size; an exponent is its slope in logarithms over the last points.
     Expected are the FLOPs at a constant rate, plus a cost that other points show: in the curves by rows a fixed time of
     a pass, by the first two points; in PolyGLU's curve by context, the mixing of activations, by the curves by rows
-    (`mixing`). lines: the figures of the curves by arm, with `points`, `exponents` and others. Other curves are absent
-    from the result.
+    (`mixing`). lines: the figures of the curves by arm (compared recipe), with `points`, `exponents` and others. Other
+    curves are absent from the result.
     """
     found = {}
     for arm, one in lines.items():
@@ -46,7 +46,7 @@ def mixing(lines: Mapping[str, Figures]) -> float | None:
 
     They are measured at the largest number of rows: PolyGLU's seconds minus the dense model's, minus the time that
     PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: the
-    figures of the cost curves (time over one size) by arm, with `points` and others.
+    figures of the cost curves (time over one size) by arm (compared recipe), with `points` and others.
     """
     if not {"rows, polyglu", "rows, dense"} <= set(lines):
         return None
@@ -59,8 +59,8 @@ def mixing(lines: Mapping[str, Figures]) -> float | None:
 def text(lines: Mapping[str, Figures], within: float) -> str:
     """Return a section of the page on the time of passes that their FLOPs do not explain; "" if no curve shows it.
 
-    lines: the figures of the cost curves (time over one size) by arm, with `points`, `exponents` and others. within:
-    largest difference between measured and expected exponent that counts as agreement.
+    lines: the figures of the cost curves (time over one size) by arm (compared recipe), with `points`, `exponents` and
+    others. within: largest difference between measured and expected exponent that counts as agreement.
     """
     found, parts = apart(lines), []
     if rows := [value for arm, value in found.items() if arm.startswith("rows,")]:
