@@ -142,7 +142,7 @@ class AdaptRecipe(Recipe):
     model: may only set mechanisms, activation, neuron_groups and drop_layers; everything else is taken from the source.
     In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream
     least. `drop_layers` accepts the same forms as `layers` and removes whole blocks, which is a baseline that routing
-    has to beat. adapt: budget, stages, losses and initial routers.
+    has to beat. adapt: budget of FLOPs, stages, losses and initial routers.
     """
 
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

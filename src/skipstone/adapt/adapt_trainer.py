@@ -1,4 +1,4 @@
-"""The trainer of `skipstone adapt`: the trainer of `skipstone train` with stages, a teacher and a budget for gates."""
+"""The trainer of `skipstone adapt`: that of `skipstone train` with stages, a teacher, and a FLOP budget for gates."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class AdaptTrainer(RunTrainer):
         """Return the weighted sum of the loss terms; all but the cross-entropy are logged as auxiliary loss.
 
         The result is a scalar tensor. loss: the model's own loss. outputs: the model's output, with logits, losses and
-        records. inputs: the micro-batch, by name. items: number of predicted tokens in the whole optimizer step, by
-        which sums are divided; None means the number in this micro-batch.
+        records (decisions of mechanisms). inputs: the micro-batch, by name. items: number of predicted tokens in the
+        whole optimizer step, by which sums are divided; None means the number in this micro-batch.
         """
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it

@@ -65,7 +65,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Ad
 
     source: folder or Hub name of the dense checkpoint. recipe: the adaptation's recipe. run: the run that is resumed,
     whose tokenizer is used; None means a new run. Measurements are printed to stderr. Raises ValueError if the source,
-    the data or the budget do not fit the recipe, or if the largest difference of logits, divided by the source's
+    the data or the FLOP budget do not fit the recipe, or if the largest difference of logits, divided by the source's
     largest, exceeds adapt.tolerance; FileNotFoundError for a source or corpus that does not exist.
     """
     dense = load_dense(source)

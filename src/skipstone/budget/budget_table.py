@@ -1,4 +1,4 @@
-"""`BudgetTable`: the thresholds of a model for every budget in its range."""
+"""`BudgetTable`: the thresholds of a model for every FLOP budget in its range."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class BudgetTable:
 
     @classmethod
     def of(cls, model: SkipstoneForCausalLM) -> BudgetTable:
-        """Read the budget table from the folder that a model was loaded from (`model.name_or_path`).
+        """Read the table of thresholds by FLOP budget from the folder that `model` was loaded from.
 
         Warns if adapters were added to the model, because the table was measured without them. Raises FileNotFoundError
         if the folder has no table, `Damaged` (a ValueError) if the table's text does not have the hash that it names,

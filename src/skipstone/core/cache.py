@@ -153,7 +153,7 @@ class RaggedStore:
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return the used columns of tensor `name`, [B, C, ...]; those beyond a row's end have the slot EMPTY (2^62).
+        """Return the used columns of tensor `name`, [B, C, ...]; those beyond a row's end have slot EMPTY (2^62).
 
         newest: return at most this many of the newest entries of each row; they are copied if rows differ in length.
         """
@@ -206,7 +206,7 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop tokens in slot `slots` or later; ValueError if a window of `window` slots needs entries already gone."""
+        """Drop tokens with an index in the row of `slots` or more; ValueError if `window` needs dropped entries."""
         if not self.entries:
             return
         stays = self.entries["slot"] < slots
@@ -237,7 +237,7 @@ class RaggedStore:
         return self.entries["slot"].shape[0] * self.width if self.lengths is None else sum(self.lengths)
 
     def bytes(self, allocated: bool = False) -> int:
-        """Return the bytes of all entries with their slots; if `allocated`, of all memory with unused columns."""
+        """Return the bytes of all entries and their tokens' indices; if `allocated`, of all memory, used or not."""
         if allocated:
             return sum(x.numel() * x.element_size() for x in self.entries.values())
         return self.stored() * sum(x[0, 0].numel() * x.element_size() for x in self.entries.values())
@@ -359,7 +359,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of key slots, including this call's `query_length` tokens, and their offset, 0."""
+        """Return the length of rows with this call's `query_length` tokens, skipped ones included, and the offset 0."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:

@@ -32,7 +32,7 @@ class DepthRecord(NamedTuple):
     carry: Mapping[str, Tensor] = {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> DepthRecord:
-        """Convert this record of some selected tokens into one for all tokens that they were selected from.
+        """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
         In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. part:
         the selection. state: `Tokens.state` of all tokens, tensors by name; in the result's `carry`, tokens that were
@@ -67,7 +67,7 @@ class ActivationRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
-        """Convert this record of some selected tokens into one for all tokens that they were selected from.
+        """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
         In the result, tokens that were not selected have NaN logits, False in `reached_BT`, and a loss of 0. part: the
         selection. state: not used.
@@ -98,7 +98,7 @@ class ExpertsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
-        """Convert this record of some selected tokens into one for all tokens that they were selected from.
+        """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
         In the result, tokens that were not selected have NaN logits, False in both masks, and a loss of 0. part: the
         selection. state: not used.
@@ -132,7 +132,7 @@ class NeuronGroupsRecord(NamedTuple):
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
-        """Convert this record of some selected tokens into one for all tokens that they were selected from.
+        """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
         In the result, tokens that were not selected have NaN scores, False in the masks, and a loss of 0. part: the
         selection. state: not used.
@@ -153,7 +153,7 @@ Records: TypeAlias = dict[str, Record]
 
 
 def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
-    """Return the record unchanged, typed as `kind`. Raises AssertionError if it is of another class."""
+    """Return `record`, one mechanism's decisions, typed as `kind`. Raises AssertionError if it is of another class."""
     assert isinstance(record, kind), f"a {kind.__name__} is expected, got a {type(record).__name__}"
     return record
 
@@ -191,7 +191,7 @@ def decisions_only(record: Record) -> DepthRecord:
 
 
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
-    """Return the new values [B, T] of all tensors that these records carry to the next block, by name."""
+    """Return the new values [B, T] of all tensors that these records carry to the next block, by tensor name."""
     return {name: value for record in records for name, value in record.carry.items()}
 
 

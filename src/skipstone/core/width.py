@@ -238,7 +238,7 @@ class FeedForward(nn.Module):
         """Return how much of this MLP a forward pass computed, by record name, for the argument `kept` of `passes`.
 
         What is measured is, for example, the share of neuron groups that were on, or the number of choices of experts
-        in a row of tokens. The dict is empty for a dense MLP. records: the records of that pass, by name.
+        in a row of tokens. The dict is empty for a dense MLP. records: the decisions recorded in that pass, by name.
         """
         return {}
 
@@ -246,8 +246,8 @@ class FeedForward(nn.Module):
         """Return the passes that each token makes through the MLP, [B, T] on the CPU; [1, 1] if all are equal.
 
         A pass is one token through the MLP's matrices, or through those of one expert; it counts in part if only a
-        share of the weights is multiplied. records: the records of the forward pass, by name. Tokens whose update was
-        not computed have no meaningful value.
+        share of the weights is multiplied. records: the decisions recorded in the forward pass, by name. Tokens whose
+        update was not computed have no meaningful value.
         """
         return torch.ones(1, 1)
 

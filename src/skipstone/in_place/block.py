@@ -37,7 +37,7 @@ class Owner(Protocol):
     """The interface of the object that holds all routed blocks (`RoutedDecoder`), as a `RoutedBlock` uses it.
 
     verifying: whether each block compares its result with the result of computing all tokens. tokens_at: returns the
-    tokens of a block's call. note: stores the records of a block.
+    tokens of a block's call. note: stores the records of a block, which say what its mechanisms decided.
     """
 
     @property
@@ -197,7 +197,7 @@ class BlockCall:
         self.stored = False  # whether keys and values of all tokens were stored in the cache
 
     def update(self, x_BLD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return what the block adds to the residual stream, [B, L, D], and an empty dict, as it makes no records.
+        """Return what the block adds to the residual stream, [B, L, D], and an empty dict, as it decides nothing.
 
         x_BLD: hidden states of the L tokens per row that reach the block. tokens: these tokens; the update is computed
         for `tokens.queries`, and 0 for all others.

@@ -1,4 +1,4 @@
-"""Statistics of a mix of activations in a pass without noise, computed from its record.
+"""Statistics of a mix of activations in a pass without noise, computed from the logits that it recorded.
 
 The mix is softmax_k((preference + dynamic) / tau), the share of each activation in each neuron. Shape letters: B rows,
 T tokens, F neurons, A activations.
@@ -34,16 +34,16 @@ class MixFigures(RoutingModule):
     def shares(self, record: ActivationRecord) -> Tensor:
         """Return the weight of each of A functions in the mix, averaged over the neurons, fp32 [B, T or 1, A].
 
-        record: this module's record of a forward pass without noise. The second axis has size 1 if all tokens of a row
-        share their logits.
+        record: this module's recorded logits of a forward pass without noise. The second axis has size 1 if all tokens
+        of a row share their logits.
         """
         return self._mix(record, self.tau).mean(2)
 
     def neurons(self, record: ActivationRecord) -> Tensor:
         """Return for each of A functions the share of neurons in which it is the strongest, fp32 [B, T or 1, A].
 
-        record: this module's record of a forward pass without noise. The second axis has size 1 if all tokens of a row
-        share their logits.
+        record: this module's recorded logits of a forward pass without noise. The second axis has size 1 if all tokens
+        of a row share their logits.
         """
         logits_BTFA = self._logits(record)
         best_BTFA = torch.nn.functional.one_hot(logits_BTFA.argmax(-1), logits_BTFA.shape[-1])
@@ -53,16 +53,16 @@ class MixFigures(RoutingModule):
     def diversity(self, record: ActivationRecord) -> Tensor:
         """Return the share of neurons whose strongest function is not the layer's most common one, fp32 [B, T or 1].
 
-        It is 0 if all neurons of the layer prefer the same function. record: this module's record of a forward pass
-        without noise. The second axis has size 1 if all tokens of a row share their logits.
+        It is 0 if all neurons of the layer prefer the same function. record: this module's recorded logits of a forward
+        pass without noise. The second axis has size 1 if all tokens of a row share their logits.
         """
         return 1 - self.neurons(record).amax(-1)
 
     def entropy(self, record: ActivationRecord) -> Tensor:
         """Return the mean entropy of the neurons' mixes of A functions, divided by ln A, fp32 [B, T or 1].
 
-        record: this module's record of a forward pass without noise. The second axis has size 1 if all tokens of a row
-        share their logits.
+        record: this module's recorded logits of a forward pass without noise. The second axis has size 1 if all tokens
+        of a row share their logits.
         """
         mix_BTFA = self._mix(record, self.tau)
         return torch.special.entr(mix_BTFA).sum(-1).mean(2) / math.log(mix_BTFA.shape[-1])
@@ -71,8 +71,8 @@ class MixFigures(RoutingModule):
         """Return the "dynamic entropy" of the PolyGLU paper (arXiv 2603.13347) in nats, fp32 [B, T or 1].
 
         It is the mean entropy over neurons of softmax(preference + dynamic logits), without division by the temperature
-        tau, and therefore larger than the entropy of the mix at tau < 1. record: this module's record of a forward pass
-        without noise. The second axis has size 1 if all tokens of a row share their logits.
+        tau, and therefore larger than the entropy of the mix at tau < 1. record: this module's recorded logits of a
+        forward pass without noise. The second axis has size 1 if all tokens of a row share their logits.
         """
         return torch.special.entr(self._mix(record, 1.0)).sum(-1).mean(2)
 

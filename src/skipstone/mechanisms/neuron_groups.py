@@ -140,7 +140,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Return the groups that are on for each token, the factor of each one's output, and a record.
+        """Return the groups that are on for each token, the factor of each one's output, and a record of the decision.
 
         x_BTD: the MLP's input [B, T, D], padding included. tokens: the tokens' positions and documents. cache: the
         layer's KV cache, which also stores the sums over earlier tokens of the input's projections, from which the
@@ -178,7 +178,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
     def share(self, record: NeuronGroupsRecord) -> Tensor:
         """Return the share of the tokens in `record` for which each of G groups is on, fp32 [G]; NaN without tokens.
 
-        record: the router's record of a forward pass; tokens that did not reach the MLP do not count.
+        record: the router's decisions in a forward pass; tokens that did not reach the MLP do not count.
         """
         return record.kept_BTG.sum((0, 1)) / record.reached_BT.sum()
 
@@ -186,7 +186,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         """Return the share of tokens for which each of G groups is on, [G], for updating the balancing bias.
 
         The bias, added to scores when groups are ranked, is updated in `advance`. None if `balance_rate` is 0, because
-        there is no bias then. record: the router's record of one micro-batch.
+        there is no bias then. record: the router's decisions in one micro-batch.
         """
         record = expect(record, NeuronGroupsRecord)
         return self.share(record) if self.config.balance_rate else None

@@ -1,4 +1,4 @@
-"""Build `Tokens` from the arguments of a Hugging Face call: slots, positions, documents, padding.
+"""Build `Tokens` from the arguments of a Hugging Face call: slots (indices in the row), positions, documents, padding.
 
 Shape letters: B rows, T tokens of this call, S tokens seen before.
 """

@@ -106,7 +106,7 @@ class Block(GradientCheckpointingLayer):
         return self.mechanisms[name] if name in self.mechanisms else self._around[0].mechanisms[name]
 
     def segment_start(self) -> int | None:
-        """Return the index of the first block of the segment to which this block belongs.
+        """Return the index of the first block of this block's segment, neighbouring blocks that share one decision.
 
         Returns None if there is no segment or this block is its first.
         """
@@ -130,10 +130,10 @@ class Block(GradientCheckpointingLayer):
         return [name for prefix, module in named for name in fp32_names(prefix, module)]
 
     def complete(self, records: Records, x_BTD: Tensor) -> Records:
-        """Return `records`, completed by an empty record for each mechanism of this block that no token reached.
+        """Return `records` (decisions by name) with an empty record for each mechanism that no token reached.
 
-        Every call of the block thus returns records of the same names. records: the records by name. x_BTD: the stream,
-        from which empty records take [B, T] and the device.
+        Every call of the block thus returns records of the same names. x_BTD: the stream, from which empty records take
+        [B, T] and the device.
         """
         if len(records) == len(self._inside_names):
             return records

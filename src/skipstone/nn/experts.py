@@ -315,8 +315,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def measured(self, records: Records) -> dict[str, Fraction]:
         """Return {name of the MLP's record: number of evaluations of an expert in a pass, as a mean over its rows}.
 
-        Choices of no-ops and of padding are not counted. records: the records of the pass. The dict is empty if they
-        contain none of this MLP.
+        Choices of no-ops and of padding are not counted. records: the decisions recorded in the pass, by name. The dict
+        is empty if they contain none of this MLP.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -339,7 +339,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def entropy(self, record: ExpertsRecord) -> Tensor:
         """Return the entropy of each token's router probabilities divided by the largest possible, ln X, fp32 [B, T].
 
-        X: the number of experts and no-ops. record: the record of a pass. The entropy is NaN for tokens that did not
-        reach the MLP.
+        X: the number of experts and no-ops. record: the router's logits and choices in a pass. The entropy is NaN for
+        tokens that did not reach the MLP.
         """
         return torch.special.entr(record.logits_BTX.softmax(-1)).sum(-1) / math.log(max(self.config.total, 2))

@@ -104,7 +104,7 @@ class DivisibleMLP(FeedForward):
 
         The share is a mean over the tokens that reached the MLP; the dict is empty if none did. Where more groups are
         tried (multiplied by the up projection) than kept (by the down projection), it is the mean of both shares.
-        records: the records of the pass, by name.
+        records: the decisions recorded in the pass, by name.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)

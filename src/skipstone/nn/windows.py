@@ -62,9 +62,9 @@ def pairs(length: float, window: int | None) -> float:
 def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: int) -> tuple[Tensor, ...]:
     """Split rows into chunks of `window` queries, each with the keys of its own and of the previous chunk.
 
-    query: [B, H, T, E], all tokens; key, value: the same with key/value heads. tokens: their slots, padding and
-    documents. window: W. Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], for N chunks of a row, and
-    the mask, bool [B N, 1, W, 2 W]. The last chunk is filled up with padding, which sees itself.
+    query: [B, H, T, E], all tokens; key, value: the same with key/value heads. tokens: their slots (indices in the
+    row), padding and documents. window: W. Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], for N
+    chunks of a row, and the mask, bool [B N, 1, W, 2 W]. The last chunk is filled up with padding, which sees itself.
     """
     B, T = query.shape[0], query.shape[2]
     chunks = -(-T // window)

@@ -61,11 +61,11 @@ def attention(frame_at: int) -> None:
 
 @unit(3)
 def turn(frame_at: int, given: int, count: int) -> None:
-    """Normalise and rotate queries and keys, and store keys, values and slots in the cache; compiled by numba.
+    """Normalise and rotate queries and keys, and store keys, values and the tokens' indices in the row in the cache.
 
-    Of P threads, thread p computes heads p, p + P, p + 2P and so on. frame_at: address of the thread's frame, its int64
-    array of addresses and sizes (`decode_frame.py`). given: number of tokens with keys and values. count: number of
-    tokens with queries.
+    Compiled by numba. Norms are applied if the block has them (QK-norm). Of P threads, thread p computes heads p, p +
+    P, p + 2P and so on. frame_at: address of the thread's frame, its int64 array of addresses and sizes
+    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)

@@ -120,9 +120,9 @@ def run(
     """Run all blocks of a program for T tokens of one row, in one compiled call.
 
     x_1TD: the stream before the blocks, fp32. program: the description of the blocks. memory_LM: int64, for each block
-    the addresses and lengths of its cache, in the order of `decode_frame.py`. slot_1T: int64, slots of the tokens.
-    state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None if there are none.
-    recorded: whether the decisions of mechanisms and mixtures are returned.
+    the addresses and lengths of its cache, in the order of `decode_frame.py`. slot_1T: int64, slots of the tokens
+    (indices in the row). state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None if
+    there are none. recorded: whether the decisions of mechanisms and mixtures are returned.
     """
     native, T, s = _native(), x_1TD.shape[1], program.sizes
     x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))

@@ -40,12 +40,12 @@ def rms_norm(x_at: int, weight_at: int, y_at: int, rows: int, width: int, eps: f
 
 @compiled
 def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
-    """Rotate one token's query and key, store key, value and slot, and attend to all stored keys; compiled by numba.
+    """Rotate one token's query and key, store key, value and index in the row (slot), and attend to all stored keys.
 
-    addresses: the addresses of query [H, E], key and value [G, E], cos, sin [E] (0 means no rotation), slot, stored
-    keys and values [C, G, E], stored slots [C], and output [H, E]; slots are int64, all others fp32. sizes: H query
-    heads, G key/value heads, head size E, columns C of the store, and the column to write, up to which keys are read.
-    scaling: factor on scores.
+    Compiled by numba. addresses: the addresses of query [H, E], key and value [G, E], cos, sin [E] (0 means no
+    rotation), slot, stored keys and values [C, G, E], stored slots [C], and output [H, E]; slots are int64, all others
+    fp32. sizes: H query heads, G key/value heads, head size E, columns C of the store, and the column to write, up to
+    which keys are read. scaling: factor on scores.
     """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
     H, G, E, C, column = sizes

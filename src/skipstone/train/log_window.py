@@ -48,7 +48,7 @@ class LogWindow:
         self.total_tokens += tokens
 
     def begin_step(self) -> None:
-        """Remember the sums before the first micro-batch of a step, so that `skip_step` can restore them."""
+        """Remember the sums of losses and tokens before the first micro-batch of a step, for `skip_step` to restore."""
         self._before = (self.sums.clone(), self.tokens, self.total_tokens)
 
     def skip_step(self) -> None:

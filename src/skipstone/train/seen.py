@@ -1,4 +1,4 @@
-"""The records of the passes of a training step, collected by hooks.
+"""The records (decisions of mechanisms) of the passes of a training step, collected by hooks.
 
 Trainers of other libraries call the decoder and the head themselves (TRL), so that the model's own `forward`, which
 returns records and adds auxiliary losses, never runs. The decoder does, and hooks on it see every pass, once.

@@ -108,9 +108,9 @@ def _teal(folder: Path, loaded: LoadedRun, sparsity: float) -> Figures:
 def derive(figures: Mapping[str, Figures]) -> Mapping[str, Figures]:
     """Return for each arm `loss_ratio` and `mlp_ratio`, which compare it with the arm "dense" (SwiGLU).
 
-    loss_ratio: the loss of the executed pass divided by that of "dense", minus 1. mlp_ratio: the MLPs' forward FLOPs
-    per token divided by those of "dense". figures: what `measured` returned for each arm (compared recipe) with one
-    seed, by arm. The result is {} without the arm "dense".
+    loss_ratio: the loss of the pass that really leaves out neurons (executed) divided by that of "dense", minus 1.
+    mlp_ratio: the MLPs' forward FLOPs per token divided by those of "dense". figures: what `measured` returned for each
+    arm (compared recipe) with one seed, by arm. The result is {} without the arm "dense".
     """
     if DENSE not in figures:
         return {}

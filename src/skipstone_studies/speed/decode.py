@@ -130,8 +130,8 @@ class Decoding:
     def memory(self) -> dict[str, int]:
         """Return the size of a new cache that holds the prompts and the tokens of one turn.
 
-        Keys: `entries` (stored tokens, summed over rows and blocks), `bytes` (of their keys, values and slots) and
-        `allocated` (bytes that the cache has reserved).
+        Keys: `entries` (stored tokens, summed over rows and blocks), `bytes` (of their keys, values and int64 indices)
+        and `allocated` (bytes that the cache has reserved).
         """
         cache = DynamicCache(config=self.model.config)
         self.model(self.prompts, past_key_values=cache)

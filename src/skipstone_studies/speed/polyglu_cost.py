@@ -92,8 +92,8 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
     """Return a function that runs forward and backward pass of an MLP on `x_BTD` [rows, tokens, width].
 
-    mlp: the MLP. tokens: slots and positions of these tokens, and whether Gumbel noise is added. bf16: whether the
-    forward pass runs under autocast.
+    mlp: the MLP. tokens: indices in the row and positions of these tokens, and whether Gumbel noise is added. bf16:
+    whether the forward pass runs under autocast.
     """
 
     def run() -> None:
@@ -109,8 +109,8 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
     """Return the bytes of the tensors that an MLP's forward pass on `x_BTD` keeps for the backward pass.
 
-    mlp: the MLP. Parameters and their copies in bf16 do not count. tokens: slots and positions of these tokens, and
-    whether Gumbel noise is added. bf16: whether the pass runs under autocast.
+    mlp: the MLP. Parameters and their copies in bf16 do not count. tokens: indices in the row and positions of these
+    tokens, and whether Gumbel noise is added. bf16: whether the pass runs under autocast.
     """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}

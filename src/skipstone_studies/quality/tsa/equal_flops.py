@@ -1,6 +1,7 @@
-"""By how much a routed model's executed loss is lower than that of rivals at equal executed FLOPs, with intervals.
+"""By how much a routed model's loss is lower than that of rivals at equal executed FLOPs, with intervals.
 
-The models are those of the studies of Token-Selective Attention.
+Losses and FLOPs are those of the pass that really skips (executed). The models are those of the studies of
+Token-Selective Attention.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ BY_BLOCK = "_by_block"
 class Point:
     """A model as a point in a diagram of loss by FLOPs.
 
-    flops: executed FLOPs per token. losses: losses of the executed pass in nats, first on the whole text and then on
-    each block of it.
+    flops: executed FLOPs per token. losses: losses of the pass that really skips, in nats, first on the whole text and
+    then on each block of it.
     """
 
     flops: float
@@ -36,13 +37,13 @@ class Point:
 
 
 def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return for each arm its executed loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
+    """Return each arm's loss minus that of each kind of rival at the arm's executed FLOPs, in nats.
 
-    figures: the figures of each arm (compared recipe) with one seed, by arm. The keys of an arm are `over_dense`,
-    `over_random` and `over_exit` for the whole text, and the same with "_by_block" appended for lists over blocks of
-    the text. Rivals are interpolated linearly between dense models of several depths, between shares of random tokens,
-    and between thresholds of early exit. An arm with more FLOPs than the largest rival is compared with that one; an
-    arm with fewer than all rivals is not compared.
+    Both losses are those of the pass that really skips. figures: the figures of each arm (compared recipe) with one
+    seed, by arm. The keys of an arm are `over_dense`, `over_random` and `over_exit` for the whole text, and the same
+    with "_by_block" appended for lists over blocks of the text. Rivals are interpolated linearly between dense models
+    of several depths, between shares of random tokens, and between thresholds of early exit. An arm with more FLOPs
+    than the largest rival is compared with that one; an arm with fewer than all rivals is not compared.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]

@@ -19,7 +19,7 @@ REALLY = 0.9  # share of a claimed saving that must be realised
 
 
 def depth_pays(figures: ByArm) -> Headroom | None:
-    """Return by how much the dense model's executed loss is below that of the best dense model of fewer blocks.
+    """Return by how much the dense model's loss is below that of the best dense model of fewer blocks.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
     result is None if the dense model or all shallower ones are missing.
