@@ -140,7 +140,7 @@ def as_claims(figures: ByArm, compared: Sequence[ArmComparison]) -> Iterator[Cla
 
 
 def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool = False) -> str:
-    """Return Markdown with a table for each comparison: every arm's difference from the reference, and the verdict.
+    """Return Markdown with a table for each comparison: every recipe's difference from the reference, and the verdict.
 
     Differences are paired by seed and have a confidence interval; arms that share fewer than two seeds with the
     reference are left out. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the

@@ -213,7 +213,7 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
 
 def choice_row(block: Block) -> list[int]:
-    """Return the numbers that tell a compiled step how the block's MLP leaves out neurons; zeros if it computes all.
+    """Return the numbers by which a compiled decoding step leaves out neurons of a block's MLP; zeros if it does not.
 
     In order: the index of the rule in `decode_stack.DECISIONS`, the number of neuron groups multiplied by the up
     projection, the number multiplied by the down projection, the neurons per group, the address of a factor for each

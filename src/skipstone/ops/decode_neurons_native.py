@@ -184,7 +184,7 @@ def note(frame: Array, choice: Array, tokens: Array, on: Array, scores: Array, w
 
     Compiled by numba. frame: the addresses and sizes with which a thread computes its part (`ops/decode_frame.py`); its
     address of scores is 0 if no records are wanted. choice: numbers that say how neurons are chosen, by the indices
-    `DECISION` to `BY_NEURON`. tokens: positions of the K tokens among those of the call. on: whether each of the F
+    `DECISION` to `BY_NEURON`. tokens: indices of the K tokens among those of the call. on: whether each of the F
     neurons is on, bool [K, F], equal within a group. scores: scores of the G groups, fp32 [K, G]. which: 0 for the
     groups that are tried, 1 for those that are kept.
     """

@@ -166,7 +166,7 @@ def _check_list(field: str, values: Sequence[object]) -> None:
 
 
 def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """Build a specification from a recipe and the values that the user gave.
+    """Build the specification of an isoFLOP grid from a recipe and the values that the user gave.
 
     recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
     "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; those that
@@ -194,7 +194,7 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 
 
 def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
-    """Build a specification from a recipe and the values that the user gave, after checking all of its models.
+    """Build the specification of an isoFLOP grid from a recipe and the user's values, and check all of its models.
 
     recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
     "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; None

@@ -87,7 +87,8 @@ def arms(
 def moved(kind: str, budget: float) -> str:
     """Return the name of an adapted model whose thresholds are set to another budget than it was adapted for.
 
-    kind: the name of the method, such as "mixture of depths". budget: the new one, as a share of the source's FLOPs.
+    kind: the name of the method, such as "mixture of depths". budget: the new one, as a share of the FLOPs of the
+    source, the checkpoint before it is adapted.
     """
     return f"{kind} at {BUDGET:.0%}, set to {budget:.0%}"
 
@@ -121,11 +122,11 @@ def _recipe(
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Make the run folder of an arm: adapt the source, or save another arm's model with thresholds of another budget.
+    """Make the run folder of a compared model: adapt the checkpoint, or save another model with other thresholds.
 
-    recipe: the arm's recipe; if it has the key `at_budget`, the model of the arm (compared recipe) that `source` names
-    is saved with the thresholds of this budget. folder: the run folder. resume: whether to continue an interrupted
-    training. callbacks: further callbacks of the trainer.
+    recipe: the model's recipe; if it has the key `at_budget`, a share of the checkpoint's FLOPs, the model of the
+    recipe that `source` names is saved with the thresholds of this budget. folder: the run folder. resume: whether to
+    continue an interrupted training. callbacks: further callbacks of the trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
@@ -147,7 +148,8 @@ def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> Abstract
     """Set the routing thresholds of a model to a budget inside a `with` block.
 
     model: changed until the block ends. run: the model's run, which is calibrated first if it has no budget table.
-    budget: share of the source's FLOPs. A model with neurons by magnitude has no thresholds and stays as it is.
+    budget: share of the FLOPs of the source, the checkpoint before it is adapted. A model with neurons by magnitude has
+    no thresholds and stays as it is.
     """
     if model.config.neuron_groups is not None:
         return nullcontext()
@@ -225,11 +227,12 @@ def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return figures of each arm and text that follow from all arms of a seed; {} without the source.
+    """Return figures by compared model and text that follow from all models of a seed; {} without the source.
 
     The result is {arm: {"by_text": {text: {"share": FLOPs divided by the source's, "perplexity": the perplexity of the
     arm, "over": the arm's perplexity divided by that of the source trained further (or of the source, if no arm trains
-    it further), minus 1}}}}. figures: the figures of each arm (compared recipe) with one seed, by arm.
+    it further), minus 1}}}}. The source is the checkpoint before it is adapted. figures: the figures of each arm
+    (compared recipe) with one seed, by arm.
     """
     source = figures.get("source")
     base = figures.get(TUNED, source)

@@ -1,7 +1,7 @@
 """The loss of a small pretrained model that is adapted to compute less, compared with other uses of the same FLOPs.
 
-The checkpoint generates stories at temperature 1; every arm is adapted on the same ones, learning from the text and
-from the source's distribution. All arms that skip execute the FLOPs of the model without one block.
+The checkpoint generates stories at temperature 1; every compared model is adapted on the same ones, learning from the
+text and from the checkpoint's distribution. All models that skip execute the FLOPs of the model without one block.
 """
 
 from __future__ import annotations

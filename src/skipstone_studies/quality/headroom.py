@@ -151,9 +151,9 @@ def checkpoints(scale: str) -> dict[str, RecipeDict]:
 
 
 def of_checkpoint(recipe: RecipeDict) -> Figures:
-    """Return the benefit of a pretrained checkpoint's blocks, under the key `benefit`.
+    """Return by how much a pretrained checkpoint's blocks lower each token's loss, under the key `benefit`.
 
-    It is the dict of `benefit.oracle`. recipe: an entry of `checkpoints` with a seed, whose `source` names the
+    The value is the dict of `benefit.oracle`. recipe: an entry of `checkpoints` with a seed, whose `source` names the
     checkpoint. The text is a corpus, or stories that the checkpoint generates. Raises FileNotFoundError for a
     checkpoint that does not exist.
     """
@@ -179,7 +179,7 @@ def _path(name: str) -> str:
 
 
 def checkpoint_details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the Markdown tables of blocks' benefits for each checkpoint's first seed.
+    """Return Markdown tables of how much blocks lower each token's loss, for each checkpoint's first seed.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

@@ -1,4 +1,4 @@
-"""Training steps of the full model with 597,153,888 parameters: memory, seconds, FLOPs.
+"""A study of training steps of the PolyGLU model with 597,153,888 parameters: memory, seconds, FLOPs.
 
 Model, optimizer, its groups, clipping, autocast and chunked loss are those of recipes/polychromatic-0.6b.yaml, at the
 learning rate after its warm-up. The first step allocates memory, so times are those of the last. Weights, gradients and
