@@ -183,7 +183,7 @@ class LowerBudget(OwnDraft):
         self.table, self.budget = table, budget
 
     def cheaper(self) -> AbstractContextManager[None]:
-        """Set the model to the lower budget inside a `with` block."""
+        """Set the model's thresholds to the lower FLOP budget inside a `with` block."""
         return self.table.at(self.model, self.budget)
 
 

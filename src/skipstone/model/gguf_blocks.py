@@ -50,7 +50,7 @@ class FourBitRows:
         self.any = bool(self._tensors)
 
     def find(self, weight_OI: Tensor) -> Tensor | None:
-        """Return a matrix as the file holds it, or None if not all of its rows are four-bit rows there.
+        """Return a matrix in four bits, as the file has it, or None if not all of its rows are four-bit rows there.
 
         weight_OI: fp32, as loaded from the file. Returns uint8 [O, P], where P is the number of bytes of a row in our
         four-bit format (`ops/int4.py`).

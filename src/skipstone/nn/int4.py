@@ -28,7 +28,7 @@ class Int4Linear(StoredLinear):
         return int4.restore(self.weight, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
-        """Return the scales and offsets, which must be finite for the weight to be finite."""
+        """Return the offsets and scales, fp16 [O, 2 G], which must be finite for the weight to be finite."""
         return int4.factors(self.weight)
 
     def product(self, x: Tensor) -> Tensor:

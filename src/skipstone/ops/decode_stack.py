@@ -160,7 +160,8 @@ def prepare(program: Program) -> tuple[int, ...]:
     """Compile the functions that a program's calls need, unless they are on disk, and return their addresses.
 
     The addresses are in the order of `decode_stack_native.UNITS`; a function that the program does not need has the
-    address 0. What has been compiled is kept in the folder `kept`. program: the description of the blocks.
+    address 0. What has been compiled stays in the folder that the function `kept` returns. program: the description of
+    the blocks.
     """
     return _units(program.int8, program.int4, program.mixes, program.chooses, len(program.gate_GC) > 0)
 

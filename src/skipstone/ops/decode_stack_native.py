@@ -43,7 +43,7 @@ UNITS = (*ALWAYS, *INT8, *INT4, *ROUNDS, *MIXES, *CHOOSES, *GATES)  # in the ord
 
 
 def units(int8: bool, int4: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
-    """Compile the functions of a step that a model needs, and return the addresses of all, 0 for those not needed.
+    """Compile the functions of a decoding step that a model needs; return the addresses of all, 0 for the others.
 
     The addresses are in the order of `UNITS`. int8, int4: whether any weights are int8, and whether any have four bits.
     mixes: whether any activation is a mixture. chooses: whether any MLP chooses its neurons. gated: whether there are

@@ -160,7 +160,7 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals during a `with` block.
+        """Handle SIGINT and SIGTERM, as the class describes, during a `with` block.
 
         Does nothing outside of the main thread, where Python cannot handle signals.
         """
