@@ -68,9 +68,17 @@ def on_a_grid(weight_OI: Tensor) -> bool:
     spread = torch.linspace(0, len(group_GI) - 1, LOOKED_AT, dtype=torch.float64)  # fp32 would round large indices up
     some_GI = group_GI[spread.long().to(weight_OI.device)].float()
     largest_G = some_GI.abs().amax(1)
+    if bool(largest_G[0]) and not _has_step(some_GI[0]):  # one group tells of most matrices
+        return False
     scale_G = torch.zeros_like(largest_G)
     _steps(some_GI, largest_G, scale_G)
     return bool(((scale_G > 0) | (largest_G == 0)).all())
+
+
+def _has_step(weight_I: Tensor) -> bool:
+    """Return whether all weights of a group, fp32 [I], are multiples of one number by factors up to 127."""
+    step_F1 = weight_I.abs().amax() / torch.arange(1, LARGEST + 1, device=weight_I.device)[:, None]
+    return bool(((weight_I / step_F1).round() * step_F1 == weight_I).all(1).any())
 
 
 def _steps(weight_GI: Tensor, largest_G: Tensor, scale_G: Tensor) -> None:
