@@ -27,9 +27,12 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 SERVER = f"""
-import importlib, io, json, os, sys
+import gc, importlib, io, json, os, sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
+from importlib.machinery import SourceFileLoader
 import skipstone_cli.main as command
+from skipstone.core.placeholders import checked_lightly
 for name in (  # light, and what an answer spends its time on
     "omegaconf._impl", "pydantic.plugin._loader", "typer._adapters", "importlib.metadata",
     "skipstone.train.early", "skipstone.runs", "skipstone_cli.recipes", "skipstone_cli.overrides",
@@ -37,7 +40,10 @@ for name in (  # light, and what an answer spends its time on
 ):
     with suppress(ImportError):
         importlib.import_module(name)
+SourceFileLoader.get_code = cache(SourceFileLoader.get_code)  # each command imports the same modules by itself
+checked_lightly("skipstone.train.setup", "model_mistakes", {{"model": {{}}}})
 assert not [name for name in {HEAVY!r} if name in sys.modules]
+gc.disable()
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         sys.argv = ["skipstone", *json.loads(line)]
@@ -104,18 +110,21 @@ def test_nothing_heavy_is_imported(words: list[str], command: Command) -> None:
                 "did you mean 'hidden_size'?",
             ],
         ),
-        (
+        pytest.param(
             ["model.mechanisms.0.capacity=1.5", "model.mechanisms.0.decision=treshold", "train.batch_size=ten"],
             ["capacity must be in (0, 1], got 1.5", "did you mean 'threshold'?", "batch_size must be int, got 'ten'"],
+            marks=pytest.mark.slow,
         ),
         (
             ["model.mechanisms.0.layers=9:", "train.stpes=4"],
             ["mechanisms[0].layers '9:' matches none of the model's 6 blocks", "did you mean 'steps'?"],
         ),
-        (["model.mechanisms.0.name=mixture_of_depth"], ["did you mean 'mixture_of_depths'?"]),
+        pytest.param(
+            ["model.mechanisms.0.name=mixture_of_depth"], ["did you mean 'mixture_of_depths'?"], marks=pytest.mark.slow
+        ),
         (["model.neuron_groups={decision: zeros}"], ["needs an activation that is exactly 0"]),
         (["model.activation={name: polyglu, tau_end: -1}", "model.norm=rms"], ["tau_end must be in", "'rmsnorm'"]),
-        (["model.preset=gpt3"], ["unknown preset 'gpt3'; did you mean 'gpt2'?"]),
+        pytest.param(["model.preset=gpt3"], ["unknown preset 'gpt3'; did you mean 'gpt2'?"], marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says: list[str], command: Command) -> None:
@@ -130,8 +139,14 @@ def test_a_mistake_in_a_recipe_is_answered_without_torch(words: list[str], says:
     ("words", "says"),
     [
         (["data.contxt=4", "model.hiden_size=4"], ["did you mean 'context'?", "did you mean 'hidden_size'?"]),
-        (["train.beta1=2", "--budgets=-1"], ["got 2.0 (typed: train.beta1=2)", "budgets must be above 0, got -1.0"]),
-        (["model.mechanisms.0.capacity=7"], ["capacity must be in (0, 1], got 7.0"]),
+        pytest.param(
+            ["train.beta1=2", "--budgets=-1"],
+            ["got 2.0 (typed: train.beta1=2)", "budgets must be above 0, got -1.0"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["model.mechanisms.0.capacity=7"], ["capacity must be in (0, 1], got 7.0"], marks=pytest.mark.slow
+        ),
         (["arms={wide: {mechanisms: []}, deep: {nrom: rmsnorm}}"], ["arm 'deep': unknown key in model 'nrom'"]),
         (["arms={wide: {}}", "--arms=wdie", "data.corpus=txet:x"], ["did you mean 'wide'?", "did you mean 'text'?"]),
         (["--sizes=36,48x2"], ["size '36x4': the width must be a multiple of 8"]),
@@ -182,7 +197,7 @@ def test_what_is_no_run_or_corpus_is_told_without_torch(words: list[str], says: 
 
 # Without those of the verb isoflop, whose models depend on the size.
 RECIPES = sorted(path for path in (SRC.parent / "recipes").rglob("*.yaml") if "\narms:" not in path.read_text())
-QUICK = ("all", "adapt-neurons", "mod-boundary", "polychromatic-0.6b")
+QUICK = ("all", "adapt-neurons", "mod-boundary")
 
 
 @pytest.mark.parametrize(
