@@ -178,9 +178,12 @@ def test_damaged_weights_are_named() -> None:
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = [path for path in sorted(FOLDER.glob("adapt-*.yaml")) if "smollm2" not in path.name]  # that one has 30 blocks
+QUICK = ("adapt-mod", "adapt-polyglu", "adapt-neurons")  # gates and routers alone start neutral in the tests above
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in RECIPES]
+)
 def test_the_recipes_start_neutral_on_a_real_model(path: Path, data_dir: Path, tmp_path: Path) -> None:
     from skipstone_cli.overrides import load_recipe
 

@@ -193,6 +193,7 @@ def test_python_sources_are_ordered_and_ours_alone(tmp_path: Path) -> None:
         installed.sources(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_a_corpus_here() -> None:
     stdlib = load_corpus("python-stdlib")
     read = {split: tuple(stdlib.documents(split)) for split in stdlib.splits}

@@ -47,7 +47,7 @@ def test_chunks_equal_the_whole(chosen: Case) -> None:
     model = lively(chosen)
     whole = model(ids(), use_cache=False).logits
     assert_close(model(ids(), use_cache=True).logits, whole, "one prefill")
-    for parts in (PREFILL, ONE_BY_ONE, splits(1)):
+    for parts in (ONE_BY_ONE, splits(1)):
         assert_close(in_chunks(model, ids(), parts), whole, str(parts))
     assert_close(in_chunks(model, ids()[:1], PREFILL), whole[:1], "one row")
 
@@ -59,7 +59,7 @@ def test_chunks_of_padded_rows_equal_the_whole(chosen: Case) -> None:
     mask = torch.ones(3, LENGTH, dtype=torch.long)
     mask[0, :3], mask[2, :7] = 0, 0
     whole = model(ids(), attention_mask=mask, use_cache=False).logits
-    for parts in (PREFILL, ONE_BY_ONE, splits(3)):
+    for parts in (ONE_BY_ONE, splits(3)):
         assert_close(in_chunks(model, ids(), parts, mask)[mask.bool()], whole[mask.bool()], str(parts))
 
 

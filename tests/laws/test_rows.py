@@ -127,7 +127,7 @@ def test_a_step_executes_its_rows_and_nothing_else(chosen: Case) -> None:
     model, rows = lively(chosen), 5
     tokens, cache = ids(rows, PROMPT + STEPS), DynamicCache(config=model.config)
     model(tokens[:, :PROMPT], past_key_values=cache)
-    for t in range(PROMPT, PROMPT + STEPS):
+    for t in range(PROMPT, PROMPT + STEPS // 2 + 1):
         outs: list[Any] = []
         step = {"past_key_values": cache, "output_records": True}
         counted = count_flops(lambda t=t, outs=outs, step=step: outs.append(model(tokens[:, t : t + 1], **step)))

@@ -148,7 +148,7 @@ def test_balance_moves_towards_groups_that_are_on_less() -> None:
     assert found.sum() == pytest.approx(KEPT)
     router.advance(0.5, found)
     assert torch.equal(router.balance_bias, 0.5 * (found.mean() - found).sign())
-    for _ in range(200):
+    for _ in range(60):
         router.advance(0.5, router.statistics(record(built, ids())))
     assert record(built, ids()).kept_BTG.any(0).any(0).all()
     assert next(model().routing_modules()).statistics(record(model(), ids())) is None

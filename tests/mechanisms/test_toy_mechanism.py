@@ -290,6 +290,7 @@ def test_a_run_is_trained_resumed_and_read_everywhere(folder: Path) -> None:
     assert calibrate_run(whole, rows=4).budget_table.points
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_adapted(folder: Path, source: Path) -> None:
     """The valve starts open, learns the budget's share and meets it by its threshold."""
     config = adapt_recipe(folder, {"mechanisms": [{"name": "valve", "layers": "1:"}]}, {"budget": 0.8})

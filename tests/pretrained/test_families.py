@@ -262,8 +262,14 @@ def with_types(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str
     return folders
 
 
-@pytest.mark.parametrize("use", [True, False])
-@pytest.mark.parametrize("types", [["sliding_attention"] * 3, parity.TYPES, ["full_attention"] * 3, None], ids=str)
+@pytest.mark.parametrize(
+    ("types", "use"),
+    [
+        pytest.param(types, use, id=f"{types}-{use}", marks=() if use == (i % 2 == 0) else pytest.mark.slow)
+        for i, types in enumerate((["sliding_attention"] * 3, parity.TYPES, ["full_attention"] * 3, None))
+        for use in (True, False)
+    ],
+)
 @torch.no_grad()
 def test_types_of_attention_beside_a_window(types: list[str] | None, use: bool, with_types: Any) -> None:
     """Each family reads `layer_types` and `use_sliding_window` as transformers' class does, or refuses them."""

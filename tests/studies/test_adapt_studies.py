@@ -19,7 +19,7 @@ from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.run import reproduce
 from skipstone_studies.study import Column, Study
 
-SAMPLED = {"tokens": 3000, "length": 20, "batch": 16, "start": "s"}
+SAMPLED = {"tokens": 1200, "length": 20, "batch": 16, "start": "s"}
 TRAIN = {"steps": 6, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "save_every": 2, "log_every": 1}
 QUIET = {"eval_every": 0, "eval_rows": 2}
 RECORD = Path("runs/small/records/laptop/tuned-seed0.json")

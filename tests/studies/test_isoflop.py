@@ -22,6 +22,7 @@ from skipstone_studies.isoflop.result import find
 from skipstone_studies.isoflop.spec import GridSpec, make_spec
 from skipstone_studies.isoflop.table import optima, same
 from skipstone_studies.isoflop.table import runs as all_runs
+from train.tool import quick
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RECIPE: dict[str, Any] = {
@@ -268,11 +269,15 @@ def test_the_command_estimates_without_training(
     assert sorted(path.name for path in here.iterdir()) == ["text.txt", "tiny.yaml"]
 
 
-def test_what_is_published_is_what_its_records_say(tmp_path: Path) -> None:
-    published = list(RESULTS.glob("*/plan.json"))
-    assert len(published) >= 3, "plans are missing, so that next to nothing would be compared"
-    for path in published:
-        findings = find(runs.load(RESULTS, path.parent.name))
-        name = path.parent.name
-        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == runs.page.as_markdown(findings)
-        assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == runs.page.as_html(findings)
+PUBLISHED = sorted(path.parent.name for path in RESULTS.glob("*/plan.json"))
+
+
+def test_plans_are_published() -> None:
+    assert len(PUBLISHED) >= 3, "plans are missing, so that next to nothing would be compared"
+
+
+@pytest.mark.parametrize("name", quick(PUBLISHED, "isoflop"))  # `test_ledger.py` reads the records of all
+def test_what_is_published_is_what_its_records_say(name: str) -> None:
+    findings = find(runs.load(RESULTS, name))
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == runs.page.as_markdown(findings)
+    assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == runs.page.as_html(findings)

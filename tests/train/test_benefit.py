@@ -94,7 +94,7 @@ def test_scores_come_to_predict_the_benefit(tmp_path: Path) -> None:
 
     router = next(chosen.routing_modules()).router  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
-    for step in range(60):
+    for step in range(40):
         chosen.model.benefits = made(chosen, BATCH, step)
         optimizer.zero_grad()
         chosen(**BATCH, output_records=True).auxiliary_loss.backward()

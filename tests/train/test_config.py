@@ -59,7 +59,13 @@ def test_a_wrong_value_is_one_clear_line(values: dict[str, Any], message: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "activations" else ())
+        for path in RECIPES
+    ],
+)
 def test_every_recipe_that_we_ship_can_be_built(path: Path) -> None:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "arms" in values:

@@ -46,7 +46,15 @@ def test_micro_batches_with_unequal_labels_change_nothing(tmp_path: Path) -> Non
     data = {"corpus": f"text:{folder}", "tokenizer": "byte", "context": 32, "packing": "packed"}
     found = []
     for parts in (1, 4):
-        options = {"batch_size": 8, "steps": 4, "log_every": 1, "gradient_accumulation": parts, "learning_rate": 1e-3}
+        options = {
+            "batch_size": 8,
+            "steps": 2,
+            "eval_every": 0,
+            "save_every": 0,
+            "log_every": 1,
+            "gradient_accumulation": parts,
+            "learning_rate": 1e-3,
+        }
         config = {**recipe(tmp_path, QUIET["predictor"], **options), "data": data}
         found.append(losses(train(config, tmp_path / str(parts))))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -63,7 +71,7 @@ def test_bf16_is_autocast(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return y
 
     monkeypatch.setattr(Attention, "forward", watched)
-    config = recipe(tmp_path, MODELS[name], steps=6, eval_every=3, learning_rate=1e-3)
+    config = recipe(tmp_path, MODELS[name], steps=3, eval_every=3, save_every=0, learning_rate=1e-3)
     config["train"]["device"] = "cpu"
     exact = train(config, tmp_path / "fp32")
     assert seen == {(False, torch.float32)}

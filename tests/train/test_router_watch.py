@@ -107,9 +107,10 @@ def test_masks_are_shuffled_among_real_tokens() -> None:
 def test_a_training_warns_once_of_each_router_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with comparisons in every step, which is far more often than they come."""
     model = {**DENSE, "mechanisms": [mod("topk", weight="tanh")], "residual_dropout": 0.1}
-    config = recipe(tmp_path, model, steps=48, eval_every=0, eval_rows=2, save_every=0)
+    config = recipe(tmp_path, model, steps=24, eval_every=0, eval_rows=2, save_every=0)
     monkeypatch.setattr(router_watch, "SHARE", 1e9)
     monkeypatch.setattr(router_watch, "FIRST_PAIR", 2)
+    monkeypatch.setattr(router_watch, "PAIRS", 8)
     monkeypatch.setattr(router_watch, "MARGIN", 1e9)
     with pytest.warns(UserWarning, match="no better than chance") as caught:
         one = train(config, tmp_path / "one")

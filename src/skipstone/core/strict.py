@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of keys to values, got {values!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     lines = [unknown(f"key in {where or cls.__name__}", key, fields) for key in values if key not in fields]
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
@@ -87,6 +88,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     built, found = build(cls, converted, wrong)
     refuse([*lines, *(line if not where or line.startswith(where) else f"{where}: {line}" for line in found)])
     return built  # type: ignore[return-value]
+
+
+@cache  # hints that are text are compiled anew each time
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def finite(options: T, where: str = "") -> T:
