@@ -75,6 +75,13 @@ def _device() -> Iterator[None]:
             yield
 
 
+@pytest.fixture
+def coarse_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budget tables are calibrated with a third of the points; most tests only need some table."""
+    monkeypatch.setattr("skipstone.budget.calibration.STEP", 1.3)
+    monkeypatch.setattr("skipstone.budget.budget_table.GAP", 1.4)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real corpora; the test is skipped where SKIPSTONE_DATA names none."""

@@ -178,6 +178,7 @@ def test_a_saved_model_keeps_the_setting_where_it_can(case: Any, tmp_path: Path)
     assert (observe(loaded, rows).share == pytest.approx(share, rel=1e-6)) == saved
 
 
+@pytest.mark.usefixtures("coarse_tables")
 def test_a_budget_table_is_read_from_beside_the_weights(tmp_path: Path) -> None:
     build(MECHANISMS["gates"]).save_pretrained(tmp_path)
     model, prompt = SkipstoneForCausalLM.from_pretrained(tmp_path).eval(), text(3, 1)[:, :8]
@@ -199,6 +200,7 @@ def test_a_budget_table_is_read_from_beside_the_weights(tmp_path: Path) -> None:
         BudgetTable.load(tmp_path)
 
 
+@pytest.mark.usefixtures("coarse_tables")
 def test_budgets_out_of_reach_name_the_range() -> None:
     model = build(MECHANISMS["gates"])
     budget_table, prompt = calibrate(model, text(0)), text(3, 1)[:, :8]

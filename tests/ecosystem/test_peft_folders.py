@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,15 @@ KINDS: dict[str, Callable[[], Any]] = {
 IDS = torch.arange(3, 15).view(1, -1)
 
 
+def save_base(folder: Path) -> Path:
+    stirred(SkipstoneConfig(**SIZES, mechanisms=ROUTED)).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    return folder / "base"
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    stirred(SkipstoneConfig(**SIZES, mechanisms=ROUTED)).save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return save_base(tmp_path)
 
 
 def saved(base: Path, config: Any) -> tuple[Path, Any]:
@@ -144,9 +149,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(save_base(tmp_path_factory.mktemp("sound")), KINDS["LoRA"]())[0]
+
+
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_adapter_is_one_line_and_writes_nothing(what: str, base: Path, tmp_path: Path) -> None:
-    folder, _ = saved(base, KINDS["LoRA"]())
+def test_a_broken_adapter_is_one_line_and_writes_nothing(what: str, adapter: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
     spoil, why = BROKEN[what]
     spoil(folder)
     with pytest.raises(ValueError, match=why) as told:

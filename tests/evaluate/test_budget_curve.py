@@ -53,6 +53,7 @@ def test_rows_that_are_evaluated_are_not_calibrated_on(run: Path) -> None:
     assert evaluate(run, split="train", budgets=[0.7]).budget_table.endswith(", validation")
 
 
+@pytest.mark.usefixtures("coarse_tables")
 def test_a_dial_is_written_once_and_used(run: Path, tmp_path: Path) -> None:
     import shutil
 

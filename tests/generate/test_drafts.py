@@ -66,6 +66,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=23, bos_token_id=None, eos_token_id=None)).eval()
 
 
+@pytest.mark.usefixtures("coarse_tables")
 def test_a_lower_budget_drafts() -> None:
     target = model(ROUTED[1:])
     table = skipstone.calibrate(target, ids(4, 32))

@@ -85,7 +85,7 @@ def test_an_operation_that_nobody_thought_of_is_reported() -> None:
     assert count.total == 2 * 27
 
 
-QUICK = 8  # one case in so many; the laws of cost count on others
+QUICK = 12  # one case in so many; the laws of cost count on others
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("toys")
 
 
+@pytest.mark.usefixtures("coarse_tables")
 def test_a_run_is_trained_resumed_and_read_everywhere(folder: Path) -> None:
     """Both in one model: train, stop and resume, evaluate, generate, estimate, report, budget."""
     mechanisms = [{"name": "valve", "layers": ":"}, {"name": "row_dropout", "layers": ":", "rate": 0.3}]

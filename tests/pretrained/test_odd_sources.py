@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(params=FAMILIES, scope="module")
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[request.param]()).save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
+    folder = tmp_path_factory.mktemp("saved")
+    AutoModelForCausalLM.from_config(FAMILIES[request.param]()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "source")
 
 
 def edited(folder: Path, **values: Any) -> None:

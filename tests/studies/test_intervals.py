@@ -41,7 +41,7 @@ def simulated(seeds: int, seed_noise: float, text_noise: float, true: float = TR
     return found
 
 
-@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize("seeds", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("seed_noise", "text_noise"), [(1.0, 0.0), (3.0, 1.0), (1.0, 1.0), (1.0, 3.0), (0.0, 1.0)])
 def test_nominal_ninety_per_cent_intervals_hold_the_truth(seeds: int, seed_noise: float, text_noise: float) -> None:
     found = simulated(seeds, seed_noise, text_noise)
