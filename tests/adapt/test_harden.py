@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from generate.folders import MOD, text_data, write_run
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden, mean_logits
 from skipstone.evaluate.evaluation import evaluate
@@ -24,18 +25,13 @@ IDS = torch.arange(40).view(2, 20) % 19
 
 def model(**more: Any) -> SkipstoneForCausalLM:
     """Every neuron has a preference of its own, every context adds the same."""
-    values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    torch.manual_seed(1)
-    built = SkipstoneForCausalLM(
-        SkipstoneConfig(
-            **{**values, "vocab_size": 19, "activation": {"name": "polyglu"}, "initializer_range": 0.3, **more}
-        )
-    )
+    sizes = {"vocab_size": 19, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    built = tiny_model(1, **{**sizes, "activation": {"name": "polyglu"}, "initializer_range": 0.3, **more})
     for mechanism in (m for m in built.routing_modules() if m.placement.name == "polyglu"):
         mechanism.preference_bias.data.normal_()
         mechanism.mix_weight.data.zero_()
         mechanism.mix_bias.data.normal_()
-    return built.eval()
+    return built
 
 
 def dynamic(built: SkipstoneForCausalLM) -> list[torch.Tensor]:

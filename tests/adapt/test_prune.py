@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from command import command
 from generate.folders import text_data, write_run
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.harden import harden
@@ -23,11 +24,10 @@ VARIANTS: list[dict[str, Any]] = [{}, {"activation": {"name": "polyglu"}, "balan
 
 
 def model(balance_rate: float = 0.0, **more: Any) -> SkipstoneForCausalLM:
-    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    groups = {**GROUPS, "balance_rate": balance_rate}
-    torch.manual_seed(1)
-    config = SkipstoneConfig(**sizes, num_attention_heads=4, initializer_range=0.3, neuron_groups=groups, **more)
-    built = SkipstoneForCausalLM(config).eval()
+    sizes = {"vocab_size": 19, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    built = tiny_model(
+        1, **sizes, initializer_range=0.3, neuron_groups={**GROUPS, "balance_rate": balance_rate}, **more
+    )
     for mechanism in built.routing_modules():
         if hasattr(mechanism, "preference_bias"):
             mechanism.preference_bias.data.normal_()

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import skipstone
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.budget import BudgetTable, calibrate
 from skipstone.budget.calibration import meet, quantile
 from skipstone.budget.handles import find_handles
@@ -46,17 +47,8 @@ def text(seed: int, rows: int = ROWS) -> Tensor:
 
 
 def build(mechanisms: list[dict[str, Any]]) -> SkipstoneForCausalLM:
-    torch.manual_seed(1)
-    config = SkipstoneConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        initializer_range=0.2,
-        mechanisms=mechanisms,
-    )
-    return SkipstoneForCausalLM(config)
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": TOKENS}
+    return tiny_model(1, **sizes, initializer_range=0.2, mechanisms=mechanisms).train()
 
 
 def trained(name: str, folder: Path) -> SkipstoneForCausalLM:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from models import tiny_model
 from skipstone.data.tokenizers import byte_tokenizer
 from skipstone.evaluate.trace_file import write_trace
 from skipstone.measure.depth_map import depth_maps
 from skipstone.measure.token_trace import COLUMNS
 from skipstone.measure.trace import trace_tokens
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.config import SkipstoneConfig
 from skipstone.report.trace_table import read_trace
 
 TEXT = 'one, "two"\nthree <b>four</b> ' * 3
@@ -27,12 +27,8 @@ def model_of(**options: object) -> SkipstoneForCausalLM:
         {"name": "mixture_of_depths", "layers": [1], "capacity": 0.5, "decision": "threshold"},
         {"name": "token_selective", "layers": [1, 2], "start_bias": 0.0},
     ]
-    values = {"mechanisms": mechanisms, "max_position_embeddings": 16, **options}
-    config = SkipstoneConfig(
-        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, **values
-    )
-    torch.manual_seed(0)
-    return SkipstoneForCausalLM(config).eval()
+    sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    return tiny_model(**{**sizes, "mechanisms": mechanisms, "max_position_embeddings": 16, **options})
 
 
 @pytest.fixture(scope="module")

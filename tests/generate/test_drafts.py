@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import skipstone
 from generate.chances import plausible
+from models import tiny_model
 from skipstone.generate import generate, stream
 from skipstone.generate.drafts import Lookup
 from skipstone.generate.speculation import LENGTHS, Length, stand_or_redraw
@@ -27,9 +28,8 @@ ROUTED: list[dict[str, Any]] = [
 
 
 def model(mechanisms: list[dict[str, Any]] | None = None, **options: Any) -> skipstone.SkipstoneForCausalLM:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 23}
-    config = skipstone.SkipstoneConfig(**{**sizes, "initializer_range": 0.3, **options}, mechanisms=mechanisms)
-    return skipstone.SkipstoneForCausalLM(config).eval()
+    sizes = {"num_hidden_layers": 4, "vocab_size": 23, "initializer_range": 0.3}
+    return tiny_model(None, **{**sizes, **options}, mechanisms=mechanisms)
 
 
 def ids(rows: int = 1, tokens: int = 7) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.generate.engine import generate, stream
 from skipstone.mechanisms.decisions import causal_decisions
 
@@ -24,22 +25,10 @@ PAD = 0
 
 
 def tiny(mechanisms: list[dict[str, Any]], activation: str = "silu", **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(1)
-    config = SkipstoneConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=48,
-        initializer_range=0.4,  # far from uniform, so that argmax is no toss-up and routers disagree
-        activation=activation,
-        mechanisms=mechanisms,
-        pad_token_id=PAD,
-        **options,
-    )
-    return SkipstoneForCausalLM(config).eval()
+    """A model so far from uniform that argmax is no toss-up and routers disagree."""
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"max_position_embeddings": 48, "pad_token_id": PAD}
+    return tiny_model(1, **sizes, initializer_range=0.4, activation=activation, mechanisms=mechanisms, **options)
 
 
 def prompts() -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import skipstone
 from generate.chances import plausible
+from models import tiny_model
 from skipstone.adapt.draft_head import new_head, train_draft_head
 from skipstone.core.checksums import Damaged
 from skipstone.generate import generate, head_draft, stream
@@ -35,10 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def model(seed: int = 0, **options: Any) -> skipstone.SkipstoneForCausalLM:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 23}
-    torch.manual_seed(seed)
-    config = skipstone.SkipstoneConfig(**{**sizes, "initializer_range": 0.3, **options})
-    return skipstone.SkipstoneForCausalLM(config).eval()
+    return tiny_model(seed, **{"num_hidden_layers": 3, "vocab_size": 23, "initializer_range": 0.3, **options})
 
 
 def ids(rows: int = 1, tokens: int = 7, seed: int = 1) -> Tensor:

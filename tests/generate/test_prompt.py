@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import skipstone
+from models import tiny_model
 from skipstone.generate import ends_of, generate
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -16,9 +17,7 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 @pytest.fixture(scope="module")
 def model() -> skipstone.SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return skipstone.SkipstoneForCausalLM(skipstone.SkipstoneConfig(**sizes)).eval()
+    return tiny_model(vocab_size=40, hidden_size=16, num_hidden_layers=1)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

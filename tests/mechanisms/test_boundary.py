@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.data.tokenizers import byte_tokenizer, char_tokenizer
 from skipstone.mechanisms.decisions.boundary import (
     Boundaries,
@@ -24,10 +25,8 @@ TEXT = "Hello, world! foo  bar\n    x = 1 \u00e9t\u00e9"
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
     entry = {"name": "mixture_of_depths", "layers": [1], "decision": "boundary", **options}
-    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return SkipstoneForCausalLM(SkipstoneConfig(mechanisms=[entry], intermediate_size=48, **sizes)).eval()
+    return tiny_model(mechanisms=[entry], vocab_size=258, intermediate_size=48)
 
 
 def shown(kept: torch.Tensor, text: bytes) -> str:

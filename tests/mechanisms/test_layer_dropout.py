@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.core.selection import WholeRows
 from skipstone.core.tokens import PassMode, Tokens
 from skipstone.measure.flops import count_flops
@@ -18,10 +19,8 @@ IDS = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) ** 2 % 31
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
     entries = [{"name": "layer_dropout", **options}]
-    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
-    return SkipstoneForCausalLM(SkipstoneConfig(mechanisms=entries, intermediate_size=48, **sizes))
+    return tiny_model(mechanisms=entries, vocab_size=31, num_hidden_layers=BLOCKS, intermediate_size=48).train()
 
 
 def kept(chosen: SkipstoneForCausalLM, **options: Any) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.measure.flops import count_flops
 from skipstone.mechanisms import MagnitudeGroups, NeuronGroups
@@ -22,11 +23,9 @@ NEURONS = 48
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": NEURONS, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    sizes = {"vocab_size": 64, "intermediate_size": NEURONS, "num_attention_heads": 4, "num_key_value_heads": 2}
     groups = {"decision": "magnitude", "group_size": 1, "capacity": 0.75, "down_capacity": 0.5, **options}
-    return SkipstoneForCausalLM(SkipstoneConfig(**shape, **heads, neuron_groups=groups)).eval()  # type: ignore[arg-type]
+    return tiny_model(**sizes, pad_token_id=0, neuron_groups=groups)
 
 
 def ids(count: int) -> torch.Tensor:

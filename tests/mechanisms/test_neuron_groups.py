@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from generate.folders import text_data, write_run
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.evaluate.evaluation import evaluate
@@ -28,14 +29,11 @@ GROUPS: dict[str, Any] = {"group_size": 8, "capacity": 0.5, "chunk_size": CHUNK}
 
 
 def model(activation: Any = "silu", **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(3)
-    sizes = {"vocab_size": 19, "hidden_size": 32, "intermediate_size": TOTAL * 8, "num_hidden_layers": 2}
     groups = {**GROUPS, **options}
     if options.get("decision") == "magnitude":  # for each token by itself
         del groups["chunk_size"]
-    values = {**sizes, "num_attention_heads": 4, "initializer_range": 0.3, "neuron_groups": groups}
-    values["activation"] = activation
-    return SkipstoneForCausalLM(SkipstoneConfig(**values)).eval()
+    sizes = {"vocab_size": 19, "intermediate_size": TOTAL * 8, "num_attention_heads": 4, "initializer_range": 0.3}
+    return tiny_model(3, **sizes, neuron_groups=groups, activation=activation)
 
 
 def ids(rows: int = 2, length: int = 18) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.core.tokens import PassMode, Tokens
 from skipstone.mechanisms import MixtureOfDepths, Placement
@@ -21,9 +22,7 @@ SIZES = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 4, "num_atten
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    entry = {"name": MOD, "layers": "1:", "capacity": 0.25, **options}
-    return SkipstoneForCausalLM(SkipstoneConfig(**SIZES, mechanisms=[entry]))
+    return tiny_model(**SIZES, mechanisms=[{"name": MOD, "layers": "1:", "capacity": 0.25, **options}]).train()
 
 
 def mods(model: SkipstoneForCausalLM) -> list[Any]:

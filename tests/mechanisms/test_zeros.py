@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.measure.flops import count_flops
 from skipstone.mechanisms.zeros import ZeroNeuronsConfig
@@ -19,13 +20,9 @@ MIX = {"name": "fixed_mix", "groups": {"relu": 0.75, "silu": 0.25}}
 
 
 def model(activation: Any = "relu", groups: Any = "zeros", **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    sizes = {"vocab_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     wanted = {"neuron_groups": {"decision": groups}} if groups else {}
-    return SkipstoneForCausalLM(
-        SkipstoneConfig(**shape, **heads, activation=activation, **wanted, **options)  # type: ignore[arg-type]
-    ).eval()
+    return tiny_model(**sizes, pad_token_id=0, initializer_range=0.2, activation=activation, **wanted, **options)
 
 
 def ids(count: int) -> torch.Tensor:

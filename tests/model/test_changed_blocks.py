@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ecosystem.tool import TOOLS_OWN_WARNINGS
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 0.5}
@@ -20,9 +21,8 @@ IDS = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(1))
 
 
 def built(types: list[tuple[str, int | None]], **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
     windows = [i for i, (_, window) in enumerate(types) if window]
-    config = SkipstoneConfig(
+    return tiny_model(
         **SIZES,
         num_hidden_layers=len(types),
         rope_layers=[i for i, (angles, _) in enumerate(types) if angles != "none"],
@@ -31,7 +31,6 @@ def built(types: list[tuple[str, int | None]], **options: Any) -> SkipstoneForCa
         **({"window_rope_parameters": {"rope_type": "default", "rope_theta": 7.0}} if windows else {}),
         **options,
     )
-    return SkipstoneForCausalLM(config).eval()
 
 
 def rearranged(model: SkipstoneForCausalLM, order: list[int]) -> SkipstoneForCausalLM:

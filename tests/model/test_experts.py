@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from generate.folders import MOD, text_data, write_run
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.evaluate.evaluation import evaluate
 from skipstone.measure.compute import compute_shares
@@ -22,7 +23,7 @@ INTEGRATED = {"count": 4, "no_op": 2}
 
 
 def build(experts: dict[str, Any] | None = None, **more: Any) -> SkipstoneForCausalLM:
-    return SkipstoneForCausalLM(SkipstoneConfig(**SIZES, mlp="experts", experts=experts, **more)).eval()
+    return tiny_model(None, **SIZES, mlp="experts", experts=experts, **more)
 
 
 def ids() -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import skipstone
+from models import tiny_model
 
 MECHANISMS: dict[str, list[dict[str, Any]]] = {
     "dense": [],
@@ -22,10 +23,8 @@ MECHANISMS: dict[str, list[dict[str, Any]]] = {
 
 
 def net(name: str = "dense", **options: Any) -> skipstone.SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, **options}
-    config = skipstone.SkipstoneConfig(**{"initializer_range": 0.2, **sizes}, mechanisms=MECHANISMS[name])
-    return skipstone.SkipstoneForCausalLM(config).eval()
+    sizes = {"vocab_size": 300, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.2}
+    return tiny_model(**{**sizes, **options}, mechanisms=MECHANISMS[name])
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import skipstone
+from models import tiny_model
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.export_quantised import export_quantised
 from skipstone.adapt.source import load_dense
@@ -31,9 +32,7 @@ BY_MAGNITUDE = {"neuron_groups": {"decision": "magnitude", "group_size": 1, "cap
 
 
 def model(**options: Any) -> skipstone.SkipstoneForCausalLM:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    given = {"initializer_range": 0.2, "vocab_size": 61, **sizes, **options}
-    return skipstone.SkipstoneForCausalLM(skipstone.SkipstoneConfig(**given)).eval()
+    return tiny_model(None, **{"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2, **options})
 
 
 def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:

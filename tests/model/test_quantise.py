@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import skipstone
+from models import tiny_model
 from skipstone.adapt.export import export_dense
 from skipstone.adapt.export_quantised import export_quantised
 from skipstone.measure.flops import count_flops
@@ -25,10 +26,7 @@ ROUTED: dict[str, Any] = {
 
 
 def model(**options: Any) -> skipstone.SkipstoneForCausalLM:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
-    return skipstone.SkipstoneForCausalLM(
-        skipstone.SkipstoneConfig(**{"initializer_range": 0.2, **sizes, **options})
-    ).eval()
+    return tiny_model(None, **{"initializer_range": 0.2, **options})
 
 
 def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 
 import skipstone
+from models import tiny_model
 
 GROUPS: dict[str, dict[str, Any]] = {
     "groups": {"capacity": 0.5, "group_size": 8},
@@ -26,11 +27,8 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
 def net(name: str, **options: Any) -> skipstone.SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    sizes |= {"intermediate_size": 64, "initializer_range": 0.2}
-    config = skipstone.SkipstoneConfig(**sizes, neuron_groups=GROUPS.get(name), **options)
-    return skipstone.SkipstoneForCausalLM(config).eval()
+    sizes = {"vocab_size": 300, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    return tiny_model(**sizes, initializer_range=0.2, neuron_groups=GROUPS.get(name), **options)
 
 
 class Doubled(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from models import tiny_model
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone.budget.handles import find_handles
 from skipstone.measure.compute import compute_shares
@@ -17,10 +18,8 @@ IDS = torch.arange(2 * 24).view(2, 24) ** 2 % 31
 
 
 def model(*entries: dict[str, Any], layers: str = "1:4", **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
     chosen = list(entries) or [{"name": "segment", "layers": layers, **options}]
-    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
-    return SkipstoneForCausalLM(SkipstoneConfig(mechanisms=chosen, intermediate_size=48, **sizes)).eval()
+    return tiny_model(mechanisms=chosen, vocab_size=31, num_hidden_layers=5, intermediate_size=48)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.mechanisms import MixtureOfDepths
 from skipstone.model.quantise import quantise
 from skipstone.nn import compiled_blocks
@@ -71,8 +72,8 @@ BITS = (32, 16, 8, 4)
 
 
 def model(**options: Any) -> SkipstoneForCausalLM:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 61}
-    return SkipstoneForCausalLM(SkipstoneConfig(**{"initializer_range": 0.1, **sizes, **options})).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.1}
+    return tiny_model(None, **{**sizes, **options})
 
 
 def ids() -> torch.Tensor:

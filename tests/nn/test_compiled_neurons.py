@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.model.quantise import dequantise, quantise
 from skipstone.nn import neuron_shares
 from skipstone.ops import decode_stack
@@ -24,9 +25,8 @@ STEPS = 12
 
 
 def model(rounded: bool = False, **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 61}
-    built = SkipstoneForCausalLM(SkipstoneConfig(**{"initializer_range": 0.1, **sizes, **(options or ZEROS)})).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.1}
+    built = tiny_model(**{**sizes, **(options or ZEROS)})
     return quantise(built) if rounded else built
 
 

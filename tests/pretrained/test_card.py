@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.model.card import render_card, write_card
 
 
 def build(**options: object) -> SkipstoneForCausalLM:
-    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return SkipstoneForCausalLM(SkipstoneConfig(**sizes, **options))
+    return tiny_model(vocab_size=31, hidden_size=16, num_hidden_layers=4, **options).train()
 
 
 @pytest.fixture

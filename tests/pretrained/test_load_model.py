@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.model.pretrained import load_model, load_pretrained
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -25,8 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def build(name: str) -> SkipstoneForCausalLM:
     """Every tensor drawn, buffers such as thresholds too, so that a value which is not restored shows."""
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = SkipstoneForCausalLM(SkipstoneConfig(**sizes, max_position_embeddings=64, **MODELS[name])).eval()
+    model = tiny_model(None, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, **MODELS[name])
     for value in model.state_dict().values():
         if value.is_floating_point():
             value.uniform_(0.1, 0.5)

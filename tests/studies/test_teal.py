@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.measure.losses import measure_loss
 from skipstone.measure.passes import PASSES
 from skipstone_studies.quality.teal import measure_teal
@@ -17,9 +18,7 @@ WAY = PASSES["executed"]
 
 
 def model(layers: int = 2, **more: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(4)
-    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4}
-    return SkipstoneForCausalLM(SkipstoneConfig(**sizes, initializer_range=0.3, **more)).eval()
+    return tiny_model(4, vocab_size=23, num_hidden_layers=layers, num_attention_heads=4, initializer_range=0.3, **more)
 
 
 def rows(seed: int) -> list[dict[str, Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from skipstone import SkipstoneConfig, SkipstoneForCausalLM
+from models import tiny_model
+from skipstone import SkipstoneForCausalLM
 from skipstone.measure.losses import token_nats
 from skipstone.model.causal_lm import shifted
 from skipstone.train import RoutingTrainer
@@ -24,11 +25,9 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 
 
 def model(name: str = "segment", **options: Any) -> SkipstoneForCausalLM:
-    torch.manual_seed(0)
     layers = "1:3" if name == "segment" else [1, 2]
     entry = {"name": name, "layers": layers, "benefit": True, "capacity": 0.5, **options}
-    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return SkipstoneForCausalLM(SkipstoneConfig(mechanisms=[entry], intermediate_size=48, **sizes)).train()
+    return tiny_model(mechanisms=[entry], vocab_size=31, num_hidden_layers=4, intermediate_size=48).train()
 
 
 def test_it_is_the_difference_of_two_passes() -> None:
