@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,31 @@ from skipstone.ops import decode_stack
 pytest.importorskip("numba")
 
 CALLS = (5, 1, 4, 1, -3, 1, 2, 1)  # a prompt, single tokens, drafts to be checked, and tokens that are taken back
+ROWS = (4, 1, 1, "reorder", 1, -2, 1, 1)  # the same for several rows, one of which begins with padding
+PADDED = 2
 CLOSE = 1e-4
+
+
+@torch.no_grad()
+def decoded_rows(model: SkipstoneForCausalLM) -> tuple[list[Any], Any]:
+    """The outputs of calls on three rows, and their cache."""
+    cache, found, at = DynamicCache(config=model.config), [], 0
+    given, mask = ids(rows=3, length=20), torch.ones(3, 20, dtype=torch.long)
+    mask[1, :PADDED] = 0
+    for count in ROWS:
+        if count == "reorder":
+            order = torch.tensor([2, 1, 1])
+            cache.reorder_cache(order)
+            given, mask = given[order], mask[order]
+            continue
+        if count < 0:
+            cache.crop(at + count)
+        else:
+            more = given[:, at : at + count]
+            named = {"attention_mask": mask[:, : at + count], "past_key_values": cache, "use_cache": True}
+            found.append(model(more, **named, output_records=True))
+        at += count
+    return found, cache
 
 
 @torch.no_grad()
@@ -53,8 +78,11 @@ def is_declared(model: SkipstoneForCausalLM, chosen: Case) -> bool:
     return usual and None not in gates and None not in mixes and None not in choices
 
 
+@pytest.mark.parametrize("calls", [decoded, decoded_rows])
 @pytest.mark.parametrize("chosen", CAUSAL, ids=str)
-def test_it_equals_the_general_way(chosen: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_equals_the_general_way(
+    chosen: Case, calls: Callable[[SkipstoneForCausalLM], tuple[list[Any], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, compiled = lively(chosen), []
     run = decode_stack.run
 
@@ -63,11 +91,11 @@ def test_it_equals_the_general_way(chosen: Case, monkeypatch: pytest.MonkeyPatch
         return run(x, program, *rest)
 
     monkeypatch.setattr(decode_stack, "run", counting)
-    got, mine = decoded(model)
+    got, mine = calls(model)
     if is_declared(model, chosen):
         assert compiled == [LAYERS] * (len(got) - 1)
     monkeypatch.setattr(decode_stack, "MOST_TOKENS", 0)
-    want, yours = decoded(model)
+    want, yours = calls(model)
     for a, b in zip(got, want, strict=True):
         assert_close(a.logits, b.logits, "logits", CLOSE)
         assert_same_records(a.records, b.records, CLOSE)

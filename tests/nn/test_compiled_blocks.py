@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "norms after": {"norm_placement": "after", "activation": "relu"},
     "learned positions": {"positions": "learned"},
     "a window that hides nothing": {"attention_window": 40},
+    "a window that hides keys": {"attention_window": 7, "window_layers": [1]},
     "two kinds of angles": {
         "attention_window": 40,
         "window_layers": [0],
@@ -302,7 +303,6 @@ def test_copies_and_files_do_not_carry_addresses(bits: int, counted: list[int]) 
         {"activation": {"name": "polyglu", "context": "chunk"}},
         {"norm": "layernorm"},
         {"mlp": "plain"},
-        {"attention_window": 4},
         {"attention_soft_cap": 20.0},
         {"parallel_residual": True},
         {"residual_scale": 0.5},
@@ -314,7 +314,7 @@ def test_other_blocks_go_one_by_one(options: dict[str, Any], counted: list[int])
     assert not counted
 
 
-def test_gradients_training_and_several_rows_go_one_by_one(counted: list[int]) -> None:
+def test_gradients_and_several_tokens_of_several_rows_go_one_by_one(counted: list[int]) -> None:
     given = model()
     cache = DynamicCache(config=given.config)
     given(ids()[:, :4], past_key_values=cache, use_cache=True)

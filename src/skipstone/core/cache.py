@@ -62,16 +62,22 @@ class RaggedStore:
             assert rows is None
             self._append_ragged(real_BT, entries)
 
-    def reserve(self, count: int, like: Mapping[str, tuple[int, ...]]) -> None:
-        """Make room for `count` more entries in a store of one row; the caller writes them and adds to `width`.
+    def reserve(self, count: int, like: Mapping[str, tuple[int, ...]], rows: int = 1) -> None:
+        """Make room for `count` more entries in each row; the caller writes them and adds to `width` or `lengthen`s.
 
-        like: the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty.
+        like: the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty. rows:
+        the number of rows of an empty store.
         """
         if not self.entries:
-            self.entries = {name: torch.zeros(1, GROWTH, *shape) for name, shape in like.items()}
-            self.entries["slot"] = torch.full((1, GROWTH), EMPTY)
+            self.entries = {name: torch.zeros(rows, GROWTH, *shape) for name, shape in like.items()}
+            self.entries["slot"] = torch.full((rows, GROWTH), EMPTY)
         elif self.entries["slot"].shape[1] < self.width + count:
-            self._reserve(self.width + count, self.entries, 1)
+            self._reserve(self.width + count, self.entries, len(self.entries["slot"]))
+
+    def lengthen(self, more: list[int]) -> None:
+        """Count entries that the caller has written behind the last one of each row. more: their number by row."""
+        lengths = [self.width] * len(more) if self.lengths is None else self.lengths
+        self._settle([a + b for a, b in zip(lengths, more, strict=True)])
 
     def new_columns(self, count: int = 1) -> int:
         """Add `count` columns to every row for the caller to fill, and return the index of the first.

@@ -372,7 +372,7 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         self, whole: Tokens, angles: Mapping[str, Rotation | None], name: str, tokens: Tokens
     ) -> Rotation | None:
         """Return the angles of this name for a block's tokens: `whole`, all of the call, or a segment's selection."""
-        if tokens.slot_BT is whole.slot_BT:
+        if tokens.position_BT is whole.position_BT:  # slots that all rows share stay the same for some of the rows
             return angles[name]
         positions = self.window_positions if name == "window" else self.positions
         assert positions is not None

@@ -1,4 +1,4 @@
-"""The blocks of a decoder as calls of compiled (numba) code for a few tokens of one row (`ops/decode_stack.py`).
+"""The blocks of a decoder as calls of compiled (numba) code for a few tokens (`ops/decode_stack.py`).
 
 Consecutive blocks that the code can run (`nn/block_table.py`) share a call; the others run as usual. `CompiledBlocks`
 notes the addresses of weights, and finds out in each step whether anything has changed since.
@@ -55,11 +55,12 @@ def runs_of(
     """Return consecutive ranges of blocks, each with the compiled call that computes it, or None if it runs uncompiled.
 
     blocks: the decoder's blocks. spans: ranges of blocks that must stay together: a segment (blocks that a mechanism
-    skips as a whole) or one block. x_BTD: the residual stream before the first block; only one row of at most 8 tokens
-    is compiled. tokens: the tokens of this call. layers: the cache layer of each block.
+    skips as a whole) or one block. x_BTD: the residual stream before the first block; compiled code takes at most 8
+    tokens, of one row or one of each row. tokens: the tokens of this call. layers: the cache layer of each block.
     """
     general: list[tuple[range, CompiledRun | None]] = [(range(len(blocks)), None)]
-    if x_BTD.shape[0] != 1 or x_BTD.shape[1] > decode_stack.MOST_TOKENS or not decode_step.takes(x_BTD):
+    B, T = x_BTD.shape[:2]
+    if min(B, T) != 1 or B * T > decode_stack.MOST_TOKENS or not decode_step.takes(x_BTD):
         return general
     if not _plain(tokens) or type(store := getattr(layers[0], "kv", None)) is not RaggedStore:
         return general
@@ -127,7 +128,7 @@ def _plain(tokens: Tokens) -> bool:
     mode = tokens.mode
     if mode.routing != "causal" or mode.noise or mode.executor != "gathered" or mode.never_empty:
         return False
-    return tokens.queries.is_all and all(x is None for x in given) and tokens.slot_BT.shape[0] == 1
+    return tokens.queries.is_all and all(x is None for x in given)
 
 
 class CompiledBlocks:

@@ -32,7 +32,9 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 
 
 class CompiledRun:
-    """Consecutive blocks that one call of compiled (numba) code runs for a few tokens of one row, as in decoding.
+    """Consecutive blocks that one call of compiled (numba) code runs for a few tokens, as in decoding.
+
+    They belong to one row, or each to a row of its own.
 
     blocks: the blocks. sizes: the widths, head counts and constants that all of them share.
     """
@@ -53,7 +55,6 @@ class CompiledRun:
         self.deciders: list[nn.Module] = [*self.gates, *routers]
         self.watched = Watched(self.deciders)
         self.states = states_of(self.described)
-        self.windows = [block.self_attn.window for block in blocks if block.self_attn.window is not None]
         self.config = blocks[0].self_attn.config
         mixes = [block.mlp.activation.stream_mix() for block in blocks]
         self.mixes = [mix if isinstance(mix, Mixture) else None for mix in mixes]
@@ -71,61 +72,63 @@ class CompiledRun:
         """Run the blocks: return the stream after them, the records of each, and the tensors carried to later blocks.
 
         Return None, with nothing changed, if compiled code cannot run this call. x_BTD: the stream before the blocks,
-        one row. layers: the cache layer of each block. turn: returns the cos and sin of the rotary angles of a given
+        one row or one token per row. layers: the cache layer of each block. turn: returns the cos and sin of the rotary angles of a given
         name for given tokens. turned_by: for each block, the name of its rotary angles. recorded: whether records are
         wanted; if not, they are empty dicts. Carried tensors are a dict by name.
         """
-        T, s = tokens.length, self.program.sizes
+        (B, T), s = x_BTD.shape[:2], self.program.sizes
         if not self._reaches(tokens) or not self._knows_gates():
             return None
         angles = {name: turn(name, tokens) for name in dict.fromkeys(turned_by)}
-        if any(each is not None and each[0].shape != (1, T, s.head_size) for each in angles.values()):
+        if any(each is not None and each[0].shape[1:] != (T, s.head_size) for each in angles.values()):
             return None
-        if (places := self._places(layers, T)) is None:
+        if (places := self._places(layers, B, T)) is None:
             return None
-        turned = {name: (0, 0) if each is None else [x.data_ptr() for x in each] for name, each in angles.items()}
+        # one table of angles for each token, also if rows share them
+        laid = {name: each and tuple([x.expand(B, -1, -1).contiguous() for x in each]) for name, each in angles.items()}
+        turned = {name: (0, 0) if each is None else [x.data_ptr() for x in each] for name, each in laid.items()}
         memory_LM = places.memory([turned[name] for name in turned_by])
-        state_ST = None
+        state_SBT = None
         if self.states:
-            state_ST = torch.cat([tokens.state[name] for name in self.states])
-        ran = decode_stack.run(x_BTD, self.program, memory_LM, tokens.slot_BT, state_ST, recorded)
+            state_SBT = torch.stack([tokens.state[name].expand(B, T) for name in self.states])
+        ran = decode_stack.run(x_BTD, self.program, memory_LM, tokens.slot_BT, state_SBT, recorded)
         places.grow(ran.stored)
-        if self.shares is not None and T == 1:
+        if self.shares is not None and B * T == 1:
             self.shares.add(ran.stored)
-        carry = {} if state_ST is None else {name: x_T[None] for name, x_T in zip(self.states, state_ST, strict=True)}
-        return ran.x_1TD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
+        carry = {} if state_SBT is None else dict(zip(self.states, state_SBT, strict=True))
+        return ran.x_BTD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
     def _reaches(self, tokens: Tokens) -> bool:
-        """Return whether plain causal attention over all stored keys is right: SDPA, and no window that hides a key."""
-        if self.config._attn_implementation != "sdpa" or tokens.reach is None or tokens.reach == tokens.length:
-            return False
-        return all(tokens.reach <= window for window in self.windows)
+        """Return whether attention over stored keys in the order of slots is right: SDPA, behind earlier calls."""
+        known = self.config._attn_implementation == "sdpa" and tokens.reach is not None
+        return known and tokens.reach != tokens.length
 
-    def _places(self, layers: Sequence[SkipstoneCacheLayer], count: int) -> Places | None:
-        """Return the addresses of the cache's entries after reserving room for `count` more tokens.
+    def _places(self, layers: Sequence[SkipstoneCacheLayer], rows: int, count: int) -> Places | None:
+        """Return the addresses of the cache's entries after reserving room for `count` more tokens in each row.
 
         They are kept in the cache and reused while nothing else changes it. Return None if compiled code cannot extend
         the cache. layers: the cache layer of each block.
         """
         known = layers[0].scratch.get(PLACES)
-        if isinstance(known, Places) and known.of is self and known.holds(count):
+        if isinstance(known, Places) and known.of is self and known.rows == rows and known.holds(count):
             return known
         kv = [layer.kv for layer in layers]
         sums = [
             None if x is None or x.decay is None else layer.store(x.name)
             for layer, x in zip(layers, self.mixes, strict=True)
         ]
-        if not all(is_usual(x, 3, count) for x in kv) or not all(x is None or is_usual(x, 2, count) for x in sums):
+        if not all(is_usual(x, 3, rows) for x in kv) or not all(x is None or is_usual(x, 2, rows) for x in sums):
             return None
         groups, size = self.program.sizes.groups, self.program.sizes.head_size
         for block, layer, store, more, mix in zip(self.blocks, layers, kv, sums, self.mixes, strict=True):
             layer.window = block.self_attn.window
             if not store.entries:
                 layer.lazy_initialization(torch.empty(0, groups, 0, size), torch.empty(0, groups, 0, size))
-            store.reserve(count, {"key": (groups, size), "value": (groups, size)})
+            store.reserve(count, {"key": (groups, size), "value": (groups, size)}, rows)
             if more is not None and mix is not None:
-                more.reserve(count, {"sum": (len(mix.context_bias) + 1,)})
-        found = layers[0].scratch[PLACES] = Places(self, kv, sums)
+                more.reserve(count, {"sum": (len(mix.context_bias) + 1,)}, rows)
+        windows = [block.self_attn.window or 0 for block in self.blocks]
+        found = layers[0].scratch[PLACES] = Places(self, kv, sums, windows)
         return found
 
     def _knows_gates(self) -> bool:
@@ -157,10 +160,10 @@ class CompiledRun:
 
     def _records(self, ran: decode_stack.Ran) -> list[Records]:
         """Return the records of each block by name, made from the results of a call."""
-        assert ran.said_FG1T is not None
-        assert ran.flag_2G1T is not None
-        score, weight, loss, state = (x_G1T.unbind(0) for x_G1T in ran.said_FG1T.unbind(0))
-        kept, reached = (x_G1T.unbind(0) for x_G1T in ran.flag_2G1T.unbind(0))
+        assert ran.said_FGBT is not None
+        assert ran.flag_2GBT is not None
+        score, weight, loss, state = (x_GBT.unbind(0) for x_GBT in ran.said_FGBT.unbind(0))
+        kept, reached = (x_GBT.unbind(0) for x_GBT in ran.flag_2GBT.unbind(0))
         made = []
         for g, gate in enumerate(self.described):
             assert gate is not None
@@ -170,9 +173,9 @@ class CompiledRun:
         for i, (names, mix) in enumerate(zip(self.names, self.mixes, strict=True)):
             records: Records = {name: made[g] if own else decisions_only(made[g]) for name, (g, own) in names.items()}
             if mix is not None:
-                assert ran.logit_L1TA is not None
-                assert ran.fed_L1T is not None
-                records[mix.name] = ActivationRecord(ran.logit_L1TA[i], ran.fed_L1T[i])
+                assert ran.logit_LBTA is not None
+                assert ran.fed_LBT is not None
+                records[mix.name] = ActivationRecord(ran.logit_LBTA[i], ran.fed_LBT[i])
             if (choice := self.choices[i]) is not None:
                 records[choice.name] = self._chosen(ran, i, choice.size)
             found.append(records)
@@ -185,16 +188,16 @@ class CompiledRun:
         """
         assert ran.score_LN is not None
         assert ran.mark_2LN is not None
-        assert ran.fed_L1T is not None
-        reached_1T, shape = ran.fed_L1T[i], (1, ran.fed_L1T.shape[2], -1)
-        count = reached_1T.shape[1] * self.program.sizes.neurons // size
-        score_1TG, tried_1TG, kept_1TG = (x_N[:count].view(shape) for x_N in (ran.score_LN[i], *ran.mark_2LN[:, i]))
-        score_1TG = score_1TG.masked_fill(~reached_1T[..., None], float("nan"))
-        tried_1TG, kept_1TG = (on_1TG & reached_1T[..., None] for on_1TG in (tried_1TG, kept_1TG))
-        record = NeuronGroupsRecord(score_1TG, kept_1TG, reached_1T, tried_1TG)
+        assert ran.fed_LBT is not None
+        reached_BT, shape = ran.fed_LBT[i], (*ran.fed_LBT.shape[1:], -1)
+        count = reached_BT.numel() * self.program.sizes.neurons // size
+        score_BTG, tried_BTG, kept_BTG = (x_N[:count].view(shape) for x_N in (ran.score_LN[i], *ran.mark_2LN[:, i]))
+        score_BTG = score_BTG.masked_fill(~reached_BT[..., None], float("nan"))
+        tried_BTG, kept_BTG = (on_BTG & reached_BT[..., None] for on_BTG in (tried_BTG, kept_BTG))
+        record = NeuronGroupsRecord(score_BTG, kept_BTG, reached_BT, tried_BTG)
         mlp = cast("MagnitudeMLP", self.blocks[i].mlp)
-        price_1T = mlp.router.price(score_1TG)  # scores are the magnitudes where there is a price
-        return record if price_1T is None else record._replace(loss_BT=torch.where(reached_1T, price_1T, 0.0))
+        price_BT = mlp.router.price(score_BTG)  # scores are the magnitudes where there is a price
+        return record if price_BT is None else record._replace(loss_BT=torch.where(reached_BT, price_BT, 0.0))
 
 
 class Watched:

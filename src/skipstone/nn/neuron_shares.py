@@ -33,11 +33,11 @@ class NeuronShares:
     def add(self, stored: Sequence[Sequence[int]]) -> None:
         """Add the counts of one decoding step.
 
-        stored: for each block three numbers: the first is not used, the second is how many tokens its MLP computed, and
+        stored: for each block, numbers of which the first is not used, the second is how many tokens its MLP computed, and
         the third how many neurons these tokens needed.
         """
         for i in self.mlps:
-            _, tokens, needed = stored[i]
+            _, tokens, needed, *_ = stored[i]
             self.tokens[i] += tokens
             self.needed[i] += needed
         self.steps += 1

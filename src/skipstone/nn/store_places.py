@@ -1,6 +1,6 @@
 """The addresses of a cache's entries, for compiled decoding steps that write into them (`nn/compiled_run.py`).
 
-Shape letters: L blocks, M columns of the table of addresses.
+Shape letters: B rows, L blocks, M columns of the table of addresses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from skipstone.core.cache import RaggedStore
-from skipstone.ops import decode_step
+from skipstone.ops.decode_frame import COS, FED_OF, FED_TOKENS, GIVEN_KEYS, KEYS_OF, LENGTHS, MEMORY, SIN, SUM_LENGTHS
 
 NAMES, SUMS = ("key", "value", "slot"), ("sum", "slot")
-COLUMN, TURNED, SUM_COLUMN = 3, slice(4, 6), 8  # in `ops/decode_frame.py`
 
 
 class Places:
@@ -24,10 +23,12 @@ class Places:
 
     of: the `CompiledRun` that made this object; no other may use it. kv: for each block, the store of keys, values and
     slots (indices in the row). sums: for each block, the store of the running sums of its activation mechanism, or
-    None. A deep copy or pickle of this object is None, because the entries of a copied cache lie elsewhere.
+    None. windows: the attention window of each block, 0 without. A deep copy or pickle of this object is None, because the entries of a copied cache lie elsewhere.
     """
 
-    def __init__(self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None]) -> None:
+    def __init__(
+        self, of: object, kv: Sequence[RaggedStore], sums: Sequence[RaggedStore | None], windows: Sequence[int]
+    ) -> None:
         self.of, self.kv, self.sums = of, kv, sums
         self.summed = [store for store in sums if store is not None]
         self.stores = [*kv, *self.summed]
@@ -36,13 +37,15 @@ class Places:
         pairs = [(entries, name) for entries, each in zip(self.dicts, names, strict=True) for name in each]
         self.entries, self.keys = [entries for entries, _ in pairs], [name for _, name in pairs]
         self.values = [entries[name] for entries, name in pairs]
-        self.room = [min(entries["slot"].shape[1], decode_step.MOST_KEYS) for entries in self.dicts]
-        rows = []
-        for store, more in zip(kv, sums, strict=True):
-            row = [store.entries[name].data_ptr() for name in NAMES]
-            own = (0, 0) if more is None else [more.entries[name].data_ptr() for name in SUMS]
-            rows.append([*row, 0, 0, 0, *own, 0])
-        self.table_LM = torch.tensor(rows)
+        self.room = [entries["slot"].shape[1] for entries in self.dicts]
+        self.rows = len(kv[0].entries["slot"])
+        table = []
+        for store, more, window in zip(kv, sums, windows, strict=True):
+            line = [store.entries[name].data_ptr() for name in NAMES] + [0, 0]
+            line += (0, 0) if more is None else [more.entries[name].data_ptr() for name in SUMS]
+            line += [store.entries["slot"].shape[1], 0 if more is None else more.entries["slot"].shape[1], window]
+            table.append(line + [0] * (MEMORY - len(line)))
+        self.table_LM = torch.tensor(table)
 
     def __deepcopy__(self, memo: object) -> None:
         return None
@@ -64,37 +67,47 @@ class Places:
         turned: for each block, the addresses of the cosines and sines of its rotary angles.
         `ops/decode_frame.py` lists the columns.
         """
-        columns = [(store.width, *angles) for store, angles in zip(self.kv, turned, strict=True)]
-        self.table_LM[:, COLUMN : TURNED.stop] = torch.tensor(columns)
+        self.table_LM[:, COS : SIN + 1] = torch.tensor(turned)
+        self.table_LM[:, LENGTHS : LENGTHS + self.rows] = torch.tensor([self._lengths(store) for store in self.kv])
         if self.summed:
-            self.table_LM[:, SUM_COLUMN] = torch.tensor([0 if store is None else store.width for store in self.sums])
+            lengths = [self._lengths(store) for store in self.sums]
+            self.table_LM[:, SUM_LENGTHS : SUM_LENGTHS + self.rows] = torch.tensor(lengths)
         return self.table_LM
+
+    def _lengths(self, store: RaggedStore | None) -> list[int]:
+        if store is None:
+            return [0] * self.rows
+        return store.lengths or [store.width] * self.rows
 
     def grow(self, stored: Sequence[Sequence[int]]) -> None:
         """Add the tokens of a step to the lengths of the stores.
 
-        stored: for each block, the number of tokens whose keys and values compiled code has appended, and the number of
-        tokens whose running sums (of the activation mechanism) it has appended; further numbers are ignored.
+        stored: for each block, what a call says of it (`decode_frame.OUTCOMES`): how many tokens had their keys and
+        values appended and which, and how many their running sums (of the activation mechanism) and which.
         """
-        for store, more, (given, seen, *_) in zip(self.kv, self.sums, stored, strict=True):
-            store.width += given
+        for store, more, said in zip(self.kv, self.sums, stored, strict=True):
+            self._grow(store, said[GIVEN_KEYS], said[KEYS_OF])
             if more is not None:
-                more.width += seen
+                self._grow(more, said[FED_TOKENS], said[FED_OF])
+
+    def _grow(self, store: RaggedStore, count: int, which: int) -> None:
+        """Count new entries of a store. count: their number. which: the rows that got one, as bits, if there are more."""
+        if self.rows == 1:
+            store.width += count
+        elif count:
+            store.lengthen([which >> row & 1 for row in range(self.rows)])
 
 
-def is_usual(store: Any, entries: int, new: int) -> bool:
+def is_usual(store: Any, entries: int, rows: int) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    The store must hold one row of at most 1024 tokens (`decode_step.MOST_KEYS`), including the `new` tokens to come.
     store: any store of a cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it
-    holds anything yet.
+    holds anything yet. rows: the number of rows that it should then have.
     """
-    if type(store) is not RaggedStore or store.width + new > decode_step.MOST_KEYS:
-        return False
-    if store.lengths is not None or store.forgotten is not None:
+    if type(store) is not RaggedStore:
         return False
     return not store.entries or (
         len(store.entries) == entries
         and all(x.dtype in (torch.float32, torch.long) and not x.requires_grad for x in store.entries.values())
-        and len(store.entries["slot"]) == 1
+        and len(store.entries["slot"]) == rows
     )

@@ -8,8 +8,19 @@ from __future__ import annotations
 import numpy as np
 
 from skipstone.ops import decode_frame as of
-from skipstone.ops.decode_products_native import added, framed, listed, norm_row, normed, product, rounded, together
-from skipstone.ops.decode_step_native import ONE, _attend, _rotate
+from skipstone.ops.decode_products_native import (
+    added,
+    bits,
+    framed,
+    listed,
+    norm_row,
+    normed,
+    product,
+    rounded,
+    share_of,
+    together,
+)
+from skipstone.ops.decode_step_native import ONE, _rotate, attend_heads
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import call, inner, unit
 
@@ -28,7 +39,8 @@ def attention(frame_at: int) -> None:
     kind = _lying(frame_at + 8 * of.KINDS, (of.SCOPES, T), 0)[of.OF_ATTENTION]
     there, asking = _lying(frame_at + 8 * of.THERE, (T,), 0), _lying(frame_at + 8 * of.ASKING, (T,), 0)
     given, count = listed(kind, of.GIVES_KEYS, there), listed(kind, of.ASKS, asking)
-    _lying(frame[of.STORED], (frame[of.BLOCKS], 3), 0)[frame[of.INDEX], 0] = given
+    said = _lying(frame[of.STORED], (frame[of.BLOCKS], of.OUTCOMES), 0)[frame[of.INDEX]]
+    said[of.GIVEN_KEYS], said[of.KEYS_OF] = given, bits(there[:given])
     if not given:
         return
     there, asking = there[:given], asking[:count]
@@ -72,21 +84,22 @@ def turn(frame_at: int, given: int, count: int) -> None:
     H, G, E, part, parts = frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE], frame[of.PART], frame[of.PARTS]
     row, memory = _lying(frame[of.ROW], (of.COLUMNS,), 0), _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0)
     numbers, slots = _lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0)), _lying(frame[of.SLOT], (8,), 0)
-    column, K = memory[of.COLUMN], len(there)
-    query = _lying(frame[of.Q_AT], (len(asking), H, E), ONE)
+    K, query = len(there), _lying(frame[of.Q_AT], (len(asking), H, E), ONE)
     key, value = _lying(frame[of.K_AT], (K, G, E), ONE), _lying(frame[of.V_AT], (K, G, E), ONE)
-    keys, values = _lying(memory[of.KEYS], (column + K, G, E), ONE), _lying(memory[of.VALUES], (column + K, G, E), ONE)
-    stored = _lying(memory[of.SLOTS], (column + K,), 0)
     for j in range(K):
         cos_at, sin_at = _angles(memory, there[j], E)
+        text, place = place_of(frame, memory, there[j], j)
+        at = text * memory[of.ROOM] + place
+        new_key = _lying(memory[of.KEYS] + 4 * at * G * E, (G, E), ONE)
+        new_value = _lying(memory[of.VALUES] + 4 * at * G * E, (G, E), ONE)
         if part == 0:
-            stored[column + j] = slots[there[j]]
+            _lying(memory[of.SLOTS] + 8 * at, (1,), 0)[0] = slots[there[j]]
         for g in range(part, G, parts):
             if row[of.OF_KEY]:
                 norm_row(key[j, g], row[of.OF_KEY], numbers[0], numbers[1], key[j, g])
-            _rotate(key[j, g : g + 1], cos_at, sin_at, keys[column + j, g : g + 1])
+            _rotate(key[j, g : g + 1], cos_at, sin_at, new_key[g : g + 1])
             for e in range(E):
-                values[column + j, g, e] = value[j, g, e]
+                new_value[g, e] = value[j, g, e]
     for j in range(len(asking)):
         cos_at, sin_at = _angles(memory, asking[j], E)
         for h in range(part, H, parts):
@@ -107,26 +120,64 @@ def _angles(memory: Array, token: int, width: int) -> Array:
     return 0, 0
 
 
+@inner
+def place_of(frame: Array, memory: Array, token: int, index: int) -> tuple[int, int]:
+    """Return the row of a token in the cache, and its place among that row's entries.
+
+    frame: the thread's frame. memory: the block's row in the table of caches. token: index of the token in the call.
+    index: its index among the tokens whose keys are stored.
+    """
+    if frame[of.BY_ROW]:
+        return token, memory[of.LENGTHS + token]
+    return 0, memory[of.LENGTHS] + index
+
+
 @unit(3)
 def attend(frame_at: int, given: int, count: int) -> None:
     """Compute the attention of this thread's share of all pairs of a token and a query head; compiled by numba.
 
-    Of P threads, thread p computes every P-th pair, from pair p on. frame_at: address of the thread's frame, its int64
-    array of addresses and sizes (`decode_frame.py`). given: number of tokens with keys and values. count: number of
-    tokens with queries.
+    Each thread computes a contiguous share, so that query heads that read the same keys read them together. frame_at:
+    address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`). given: number of tokens
+    with keys and values. count: number of tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
-    H, G, E, part, parts = frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE], frame[of.PART], frame[of.PARTS]
-    memory = _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0)
+    H, G, E, slots = frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE], _lying(frame[of.SLOT], (8,), 0)
+    memory, each = _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), H // G
     scaling = np.float32(_lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0))[2])
-    column, K, at = memory[of.COLUMN], len(there), 0
-    query, out = (_lying(frame[of.Q_AT], (len(asking), H, E), ONE), _lying(frame[of.A_AT], (len(asking), H, E), ONE))
-    keys, values = _lying(memory[of.KEYS], (column + K, G, E), ONE), _lying(memory[of.VALUES], (column + K, G, E), ONE)
-    for j in range(len(asking)):
+    pair, last = share_of(count * H, frame[of.PART], frame[of.PARTS])
+    step, at = 4 * G * E, 0
+    while pair < last:
+        j, h = pair // H, pair % H
+        g = h // each
+        heads = min((g + 1) * each - h, last - pair)
         while there[at] != asking[j]:
             at += 1
-        for h in range((part - j * H) % parts, H, parts):
-            g = h // (H // G)
-            asked, seen, said = query[j, h : h + 1], keys[:, g : g + 1], values[:, g : g + 1]
-            _attend(asked, seen, said, column + at + 1, scaling, out[j, h : h + 1])
+        text, place = place_of(frame, memory, asking[j], at)
+        entry = text * memory[of.ROOM]
+        first = _first_seen(memory, entry, place, slots[asking[j]])
+        from_at = 4 * ((entry + first) * G + g) * E
+        query = _lying(frame[of.Q_AT] + 4 * pair * E, (heads, E), ONE)
+        out = _lying(frame[of.A_AT] + 4 * pair * E, (heads, E), ONE)
+        attend_heads(query, memory[of.KEYS] + from_at, memory[of.VALUES] + from_at, step, place + 1 - first, scaling, out)
+        pair += heads
+
+
+@inner
+def _first_seen(memory: Array, entry: int, place: int, slot: int) -> int:
+    """Return the place in its row of the first stored key that a token sees: 0 without an attention window.
+
+    memory: the block's row in the table of caches. entry: index of the row's first entry in the store. place: place of
+    the token's own key. slot: the token's slot; a window of W lets it see the keys of slots slot - W + 1 and later.
+    """
+    window, low = memory[of.WINDOW], 0
+    if not window or slot < window:
+        return 0
+    stored, high = _lying(memory[of.SLOTS] + 8 * entry, (place + 1,), 0), place
+    while low < high:  # slots ascend
+        middle = (low + high) // 2
+        if stored[middle] > slot - window:
+            high = middle
+        else:
+            low = middle + 1
+    return low

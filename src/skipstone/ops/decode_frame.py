@@ -1,6 +1,6 @@
 """The layout of the tables that the compiled functions of a decoding step share: their column numbers, as constants.
 
-A step runs all blocks of a decoder for a few tokens (`decode_stack_native.py`). Its functions are compiled one by one
+A step runs all blocks of a decoder for a few tokens (`decode_stack_native.py`), of one row or one of each of several. Its functions are compiled one by one
 (`workers.Unit`) and pass each other the address of a frame. Each thread has one: an array of int64 with addresses,
 sizes and the thread's own intermediate values, whose indices are named here. Small arrays lie in the frame itself.
 
@@ -31,10 +31,17 @@ SPAN, RUNS, COUNT = range(42, 45)
 MIX = 45
 CHOOSES = MIX + MIXTURE
 COLUMNS = CHOOSES + CHOICE
-# Columns of the memory of a block: addresses of stored keys, values and slots, the first new column, addresses of cos
-# and sin (0: not rotated); addresses of the activation's stored sums and slots, and their first new column.
-KEYS, VALUES, SLOTS, COLUMN, COS, SIN, SUMS, SUM_SLOTS, SUM_COLUMN = range(9)
-MEMORY = 9
+# Columns of the memory of a block: addresses of stored keys, values and slots, and of cos and sin (0: not rotated);
+# addresses of the activation's stored sums and slots; entries for which a row has room in both stores; and the
+# attention window (0: none). Then, for each row, how many entries it has in both stores.
+KEYS, VALUES, SLOTS, COS, SIN, SUMS, SUM_SLOTS, ROOM, SUM_ROOM, WINDOW = range(10)
+LENGTHS, SUM_LENGTHS = 10, 10 + MOST_TOKENS
+MEMORY = SUM_LENGTHS + MOST_TOKENS
+
+# What a call says of each block: the number of tokens whose keys were stored and of those that the MLP computed, the
+# neurons whose up projection at least one of these needed, and which tokens the first two were, as bits.
+GIVEN_KEYS, FED_TOKENS, NEEDED, KEYS_OF, FED_OF = range(5)
+OUTCOMES = 5
 
 # The scopes of sites, one inside the other, except that the MLP's is inside the block's.
 OUTSIDE, SEGMENT, BLOCK, OF_ATTENTION, OF_MLP = range(5)
@@ -48,8 +55,9 @@ ABSENT, GIVES_KEYS, ASKS = range(3)
 TABLE, MEMORIES, SLOT, STREAM, WORK, GATES, GATE_LINES, BLOCK_NUMBERS = range(8)
 STATES, SAID, FLAGS, LOGITS, FED, STORED, SCORES, MARKS = range(8, 16)
 BLOCKS, TOKENS, WIDTH, NEURONS, HEADS, GROUPS, HEAD_SIZE, GATE_COUNT, STATE_COUNT, HIDDEN = range(16, 26)
-WIDEST, PRIVATE = 26, 27  # most inputs of a matrix, and bytes of a thread's own working memory
-UNITS = 28
+# Most inputs of a matrix, bytes of a thread's own working memory, and 1 if each token has a row of its own, else 0.
+WIDEST, PRIVATE, BY_ROW = 26, 27, 28
+UNITS = 29
 ATTENTION, TURN, ATTEND, MLP, SINGLE, INT8, INT4, ROUNDS, MIXTURE_OF = range(UNITS, UNITS + 9)
 CHOSEN, SPREAD, SUMMED, SUMMED_INT8, DECIDE, WEIGH = range(UNITS + 9, UNITS + 15)
 NUMBERS = UNITS + 15

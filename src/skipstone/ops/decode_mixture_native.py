@@ -65,16 +65,22 @@ def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, log
     written.
     """
     (K, R), memory, writes = z.shape, _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), frame[of.PART] == 0
-    slots, column = _lying(frame[of.SLOT], (frame[of.TOKENS],), 0), memory[of.SUM_COLUMN]
+    slots, by_row = _lying(frame[of.SLOT], (frame[of.TOKENS],), 0), frame[of.BY_ROW]
     total, mean = np.zeros(R + 1, np.float32), np.empty(R, np.float32)
-    if decay >= 0 and column:
-        before = _lying(memory[of.SUMS], (column, R + 1), ONE)
-        for r in range(R + 1):
-            total[r] = before[column - 1, r]
     bias, weight = _lying(row[CONTEXT_BIAS], (R,), ONE), _lying(row[MIX_WEIGHT], (A, R), ONE)
     more, scale = _lying(row[MIX_BIAS], (A,), ONE), _lying(row[MIX_SCALE], (A,), ONE)
     for n in range(K):
         keeps = max(decay, ZERO)
+        text = tokens[n] if by_row else 0
+        place = memory[of.SUM_LENGTHS + text] + (0 if by_row else n)
+        at = text * memory[of.SUM_ROOM] + place
+        if by_row or n == 0:
+            for r in range(R + 1):
+                total[r] = ZERO
+            if decay >= 0 and place:
+                before = _lying(memory[of.SUMS] + 4 * (at - 1) * (R + 1), (R + 1,), ONE)
+                for r in range(R + 1):
+                    total[r] = before[r]
         for r in range(R):
             total[r] = total[r] * keeps + z[n, r]
         total[R] = total[R] * keeps + WHOLE
@@ -86,13 +92,10 @@ def _logits(frame: Array, row: Array, decay: float, z: Array, tokens: Array, log
                 dot += weight[a, r] * mean[r]
             logits[n, a] = scale[a] * (dot + more[a])
         if writes and decay >= 0:
-            stored, slot = (
-                _lying(memory[of.SUMS], (column + K, R + 1), ONE),
-                _lying(memory[of.SUM_SLOTS], (column + K,), 0),
-            )
-            slot[column + n] = slots[tokens[n]]
+            _lying(memory[of.SUM_SLOTS] + 8 * at, (1,), 0)[0] = slots[tokens[n]]
+            stored = _lying(memory[of.SUMS] + 4 * at * (R + 1), (R + 1,), ONE)
             for r in range(R + 1):
-                stored[column + n, r] = total[r]
+                stored[r] = total[r]
 
 
 @inner

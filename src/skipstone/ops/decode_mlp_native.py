@@ -11,6 +11,7 @@ from skipstone.ops import decode_frame as of
 from skipstone.ops.decode_products_native import (
     ZERO,
     added,
+    bits,
     framed,
     listed,
     normed,
@@ -43,7 +44,8 @@ def mlp(frame_at: int) -> None:
     """
     frame = framed(frame_at)
     T, D, F, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.PART], frame[of.PARTS]
-    row, stored = _lying(frame[of.ROW], (of.COLUMNS,), 0), _lying(frame[of.STORED], (frame[of.BLOCKS], 3), 0)
+    row = _lying(frame[of.ROW], (of.COLUMNS,), 0)
+    stored = _lying(frame[of.STORED], (frame[of.BLOCKS], of.OUTCOMES), 0)
     tokens = _lying(frame_at + 8 * of.ASKING, (T,), 0)
     K = listed(_lying(frame_at + 8 * of.KINDS, (of.SCOPES, T), 0)[of.OF_MLP], of.ASKS, tokens)
     mixes, chooses, block = row[of.COUNT] == 0, row[of.CHOOSES] != 0, frame[of.INDEX]
@@ -53,7 +55,7 @@ def mlp(frame_at: int) -> None:
             fed[block, n] = 0
         for j in range(K):
             fed[block, tokens[j]] = 1
-    stored[block, 1], stored[block, 2] = K, F if K else 0
+    stored[block, of.FED_TOKENS], stored[block, of.NEEDED], stored[block, of.FED_OF] = K, F if K else 0, bits(tokens[:K])
     if not K and not mixes:
         return
     tokens, x_at, y_at = tokens[:K], frame[of.NORMED], frame[of.Y_AT]

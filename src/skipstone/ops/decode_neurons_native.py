@@ -66,7 +66,7 @@ def chosen_neurons(frame_at: int, count: int) -> None:
     kept(frame, choice, up, on)
     if part == 0:
         note(frame, choice, tokens, on, scores, 1)
-        _lying(frame[of.STORED], (frame[of.BLOCKS], 3), 0)[frame[of.INDEX], 2] = least
+        _lying(frame[of.STORED], (frame[of.BLOCKS], of.OUTCOMES), 0)[frame[of.INDEX], of.NEEDED] = least
     for n in range(K):
         for f in range(F):
             h[n, f] = up[n, f] if on[n, f] else ZERO

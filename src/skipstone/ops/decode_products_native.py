@@ -87,6 +87,15 @@ def listed(kinds: Array, least: int, out: Array) -> int:
 
 
 @inner
+def bits(tokens: Array) -> int:
+    """Return an integer in which bit n is set for each token n of a list; compiled by numba."""
+    found = 0
+    for token in tokens:
+        found |= 1 << token
+    return found
+
+
+@inner
 def norm_row(x: Array, weight_at: int, eps: float, offset: float, out: Array) -> None:
     """Normalise one token x [D] by root mean square into `out`, which may be x, or copy it; compiled by numba.
 

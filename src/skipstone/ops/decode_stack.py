@@ -1,8 +1,10 @@
-"""Run all blocks of a decoder for a few tokens of one row in one compiled call, instead of dozens for each block.
+"""Run all blocks of a decoder for a few tokens in one compiled call, instead of dozens of calls for each block.
+
+The tokens belong to one row, or each to a row of its own.
 
 This needs numba (`decode_stack_native.py`); `nn/block_table.py` says which blocks can be part of it.
 
-Shape letters: L blocks, T tokens, D width, G gates, S states, A activations.
+Shape letters: B rows, T tokens of a row, N = B T tokens, L blocks, D width, G gates, S states, A activations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from torch import Tensor
 
 from skipstone.ops.decode_frame import CHOICE as CHOICE
 from skipstone.ops.decode_frame import MIXTURE as MIXTURE
+from skipstone.ops.decode_frame import FED_OF as FED_OF
+from skipstone.ops.decode_frame import KEYS_OF as KEYS_OF
 from skipstone.ops.decode_frame import MOST_TOKENS as MOST_TOKENS
+from skipstone.ops.decode_frame import NEEDED as NEEDED
+from skipstone.ops.decode_frame import OUTCOMES
 
 MOST_THREADS = 8  # more wait for the memory, and for each other
 EACH = 1 << 19  # weights of a block for which a further thread is worth its waits
@@ -93,67 +99,70 @@ class Program(NamedTuple):
 class Ran(NamedTuple):
     """The results of a call of `run`.
 
-    x_1TD: the stream after all blocks. stored: for each block three numbers of tokens or neurons: the tokens whose keys
-    and values were stored, the tokens that its MLP computed, and the neurons whose up projection at least one of these
-    needed. The others are None if no records were requested. said_FG1T: fp32, F = 4: the score, weight, loss and state
-    after each gate (depth mechanism) for each token. flag_2G1T: bool, whether the gate kept the token, and whether the
-    token reached the gate. logit_L1TA: fp32, the logits of activation mixtures, NaN for tokens that the MLP did not
-    compute; empty without mixtures. fed_L1T: bool, the tokens that the MLP computed; empty if no activation is a
-    mixture and no MLP chooses neurons. score_LN: fp32, the scores of the neuron groups: for a block of n groups, the
-    first T n entries are a [T, n] array, undefined for tokens that the MLP did not compute. mark_2LN: bool, in the same
-    layout, which groups were tried and which were kept.
+    x_BTD: the stream after all blocks. stored: for each block the numbers that `decode_frame.py` names (OUTCOMES): how
+    many tokens had their keys and values stored and which, how many its MLP computed and which, and how many neurons'
+    up projections at least one of these needed. The others are None if no records were requested. said_FGBT: fp32,
+    F = 4: the score, weight, loss and state after each gate (depth mechanism) for each token. flag_2GBT: bool, whether
+    the gate kept the token, and whether the token reached the gate. logit_LBTA: fp32, the logits of activation
+    mixtures, NaN for tokens that the MLP did not compute; empty without mixtures. fed_LBT: bool, the tokens that the
+    MLP computed; empty if no activation is a mixture and no MLP chooses neurons. score_LN: fp32, the scores of the
+    neuron groups: for a block of n groups, the first B T n entries are a [B, T, n] array, undefined for tokens that the
+    MLP did not compute. mark_2LN: bool, in the same layout, which groups were tried and which were kept.
     """
 
-    x_1TD: Tensor
+    x_BTD: Tensor
     stored: list[list[int]]
-    said_FG1T: Tensor | None = None
-    flag_2G1T: Tensor | None = None
-    logit_L1TA: Tensor | None = None
-    fed_L1T: Tensor | None = None
+    said_FGBT: Tensor | None = None
+    flag_2GBT: Tensor | None = None
+    logit_LBTA: Tensor | None = None
+    fed_LBT: Tensor | None = None
     score_LN: Tensor | None = None
     mark_2LN: Tensor | None = None
 
 
 def run(
-    x_1TD: Tensor, program: Program, memory_LM: Tensor, slot_1T: Tensor, state_ST: Tensor | None, recorded: bool = True
+    x_BTD: Tensor, program: Program, memory_LM: Tensor, slot_BT: Tensor, state_SBT: Tensor | None, recorded: bool = True
 ) -> Ran:
-    """Run all blocks of a program for T tokens of one row, in one compiled call.
+    """Run all blocks of a program for several tokens of one row, or one token of each of several rows, in one call.
 
-    x_1TD: the stream before the blocks, fp32. program: the description of the blocks. memory_LM: int64, for each block
-    the addresses and lengths of its cache, in the order of `decode_frame.py`. slot_1T: int64, slots of the tokens
-    (indices in the row). state_ST: fp32, tensors that mechanisms carry from block to block, changed in place; None if
-    there are none. recorded: whether the decisions of mechanisms and mixtures are returned.
+    x_BTD: the stream before the blocks, fp32; B or T is 1, and B T at most `MOST_TOKENS`. program: the description of
+    the blocks. memory_LM: int64, for each block the addresses and lengths of its cache, in the order of
+    `decode_frame.py`. slot_BT: int64, slots of the tokens (indices in the row). state_SBT: fp32, contiguous, tensors that mechanisms carry
+    from block to block, changed in place; None if there are none. recorded: whether the decisions of mechanisms and
+    mixtures are returned.
     """
-    native, T, s = _native(), x_1TD.shape[1], program.sizes
-    x_1TD, (L, G) = x_1TD.clone(), (len(program.table_LC), len(program.gate_GC))
+    native, (B, T), s = _native(), x_BTD.shape[:2], program.sizes
+    N, slot_BT = B * T, slot_BT.expand(B, T).contiguous()
+    x_BTD, (L, G) = x_BTD.clone(memory_format=torch.contiguous_format), (len(program.table_LC), len(program.gate_GC))
     parts, mixes = min(native.threads(), s.threads), L if program.mixes else 0
     feeds, chooses = max(mixes, L if program.chooses else 0), L if program.chooses and recorded else 0
-    stored_L3 = torch.zeros(L, 3, dtype=torch.long)
+    outcome_LO = torch.zeros(L, OUTCOMES, dtype=torch.long)
     inner, widest = s.heads * s.head_size, max(s.width, s.neurons, s.heads * s.head_size)
-    singles = T * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
+    singles = N * (2 * inner + 2 * s.groups * s.head_size + 3 * s.width + 2 * s.neurons + program.hidden)
     # a list of neurons, tokens normed and rounded to int16, and factors
-    private = (8 * s.neurons + 6 * T * widest + 4 * T + 127) // ALIGNED * ALIGNED
+    private = (8 * s.neurons + 6 * N * widest + 4 * N + 127) // ALIGNED * ALIGNED
     needed = 4 * singles + parts * (private + 8 * native.FRAME) + 2 * ALIGNED
-    sizes = (4 * native.FIELDS * G * T, 2 * G * T, 4 * mixes * T * MIXED, feeds * T)  # bytes of what is said
+    sizes = (4 * native.FIELDS * G * N, 2 * G * N, 4 * mixes * N * MIXED, feeds * N)  # bytes of what is said
     said: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None, None)
-    chosen = torch.empty(chooses, T * s.neurons), torch.empty(2, chooses, T * s.neurons, dtype=torch.bool)
+    chosen = torch.empty(chooses, N * s.neurons), torch.empty(2, chooses, N * s.neurons, dtype=torch.bool)
     if recorded:
-        gates = torch.empty(native.FIELDS, G, 1, T), torch.empty(2, G, 1, T, dtype=torch.bool)
-        said = (*gates, torch.empty(mixes, 1, T, MIXED), torch.empty(feeds, 1, T, dtype=torch.bool))
+        gates = torch.empty(native.FIELDS, G, B, T), torch.empty(2, G, B, T, dtype=torch.bool)
+        said = (*gates, torch.empty(mixes, B, T, MIXED), torch.empty(feeds, B, T, dtype=torch.bool))
     work = torch.empty(needed + (0 if recorded else sum(sizes) + ALIGNED * (len(sizes) + 1)), dtype=torch.uint8)
     at, ends = -(-work.data_ptr() // ALIGNED) * ALIGNED, needed
     places = []
     for x, size in zip(said, sizes, strict=True):
         places.append(work.data_ptr() + -(-ends // ALIGNED) * ALIGNED if x is None else x.data_ptr())
         ends += -(-size // ALIGNED) * ALIGNED
-    given = (program.table_LC, memory_LM, slot_1T, x_1TD, at, program.gate_GC, program.number_GN, program.number_LN)
+    given = (program.table_LC, memory_LM, slot_BT, x_BTD, at, program.gate_GC, program.number_GN, program.number_LN)
     addresses = [x if isinstance(x, int) else x.data_ptr() for x in given]
-    addresses += [0 if state_ST is None else state_ST.data_ptr(), *places, stored_L3.data_ptr()]
+    addresses += [0 if state_SBT is None else state_SBT.data_ptr(), *places, outcome_LO.data_ptr()]
     addresses += [x.data_ptr() if chooses else 0 for x in chosen]
-    states = 0 if state_ST is None else len(state_ST)
-    counts = (L, T, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden, widest, private)
-    native.share(native.crew, (addresses, counts, prepare(program), (s.eps, s.offset, s.scaling)), parts)
-    return Ran(x_1TD, stored_L3.tolist(), *said, *(chosen if recorded else ()))
+    states = 0 if state_SBT is None else len(state_SBT)
+    counts = (L, N, s.width, s.neurons, s.heads, s.groups, s.head_size, G, states, program.hidden, widest, private)
+    constants = (s.eps, s.offset, s.scaling)
+    native.share(native.crew, (addresses, (*counts, int(B > 1)), prepare(program), constants), parts)
+    return Ran(x_BTD, outcome_LO.tolist(), *said, *(chosen if recorded else ()))
 
 
 def prepare(program: Program) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from skipstone.ops.workers import FAST, inner
 compiled = kept_njit(fastmath=FAST, nogil=True, error_model="numpy")  # kept on disk
 ONE = np.float32(0)  # a number of the kind to read
 INFINITY = np.float32(np.inf)
+TILE = 32  # keys that all heads read before the next ones
 
 # exp(x) = 2^k e^r with |r| <= ln(2) / 2; numba's own exp is not vectorised
 LOWEST, LOG2_E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (-87.0, 1.44269504, 0.693145752, 1.42860677e-6))
@@ -57,7 +58,9 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
     for g in range(G):
         for e in range(E):
             value[column, g, e] = new[g, e]
-    _attend(turned, key, value, column + 1, np.float32(scaling), _lying(y_at, (H, E), ONE))
+    for g in range(G):
+        asked, out = _lying(turned.ctypes.data + 4 * g * H // G * E, (H // G, E), ONE), _lying(y_at + 4 * g * H // G * E, (H // G, E), ONE)
+        attend_heads(asked, keys_at + 4 * g * E, values_at + 4 * g * E, 4 * G * E, column + 1, np.float32(scaling), out)
 
 
 @inner
@@ -82,31 +85,35 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
 
 
 @inner
-def _attend(query: Array, key: Array, value: Array, count: int, scaling: Array, out: Array) -> None:
-    """Attend with each query head to the first `count` keys, and write the weighted values to `out` [H, E].
+def attend_heads(query: Array, key_at: int, value_at: int, step: int, count: int, scaling: Array, out: Array) -> None:
+    """Attend with each of some query heads to the same `count` keys, and write the weighted values to `out` [H, E].
 
-    query: [H, E]. key, value: [C, G, E]. scaling: factor on the scores. The arrays may be parts of larger ones, but the
-    numbers of a head lie one after the other. Rows are given by address to tell this to the compiler, which otherwise
-    reads their numbers one by one.
+    Keys and values are read a tile at a time by all heads, so that those after the first find them in the cache.
+    query: [H, E]. key_at, value_at: addresses of the first key and value [E]. step: bytes from one key or value to the
+    next. scaling: factor on the scores. Rows are given by address to tell the compiler that their numbers lie one after
+    the other; otherwise it reads them one by one.
     """
-    each, width = query.shape[0] // key.shape[1], query.shape[1]
-    weight = np.empty(count, np.float32)
-    query_at, key_at, value_at, out_at = query.ctypes.data, key.ctypes.data, value.ctypes.data, out.ctypes.data
-    for h in range(query.shape[0]):
-        g = h // each
-        asked, to = _row(query_at + h * query.strides[0], width), _row(out_at + h * out.strides[0], width)
-        _dots(asked, key_at + g * key.strides[1], key.strides[0], weight)
+    heads, width = query.shape
+    weight = np.empty((heads, count), np.float32)
+    for c in range(0, count, TILE):
+        for h in range(heads):
+            _dots(query[h], key_at + c * step, step, weight[h, c : c + TILE])
+    for h in range(heads):
         most, total = -INFINITY, np.float32(0)
         for c in range(count):
-            weight[c] *= scaling
-            most = max(most, weight[c])
+            weight[h, c] *= scaling
+            most = max(most, weight[h, c])
         for c in range(count):
-            weight[c] = _exp(weight[c] - most)
+            weight[h, c] = _exp(weight[h, c] - most)
         for c in range(count):
-            total += weight[c]
+            total += weight[h, c]
         for c in range(count):
-            weight[c] /= total
-        _sum(weight, value_at + g * value.strides[1], value.strides[0], to)
+            weight[h, c] /= total
+        for e in range(width):
+            out[h, e] = 0
+    for c in range(0, count, TILE):
+        for h in range(heads):
+            _add(weight[h, c : c + TILE], value_at + c * step, step, out[h])
 
 
 @inner
@@ -135,14 +142,12 @@ def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
 
 
 @inner
-def _sum(factor: Array, rows_at: int, step: int, out: Array) -> None:
-    """Write the sum of factor[c] times row c to `out`, four rows at a time.
+def _add(factor: Array, rows_at: int, step: int, out: Array) -> None:
+    """Add the sum of factor[c] times row c to `out`, four rows at a time.
 
     rows_at: address of the first row. step: bytes from one row to the next.
     """
     width, whole = len(out), len(factor) - len(factor) % 4
-    for e in range(width):
-        out[e] = 0
     for c in range(0, whole, 4):
         at = rows_at + c * step
         v0, v1 = _row(at, width), _row(at + step, width)
