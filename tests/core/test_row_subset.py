@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from skipstone.core.cache import EMPTY, RaggedStore
+from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.records import ActivationRecord, DepthRecord
 from skipstone.core.row_subset import RowSubset
 from skipstone.core.selection import WholeRows

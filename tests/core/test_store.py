@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipstone.core.cache import EMPTY, RaggedStore
+from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.row_subset import RowSubset
 
 

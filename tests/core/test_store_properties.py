@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.static import SkipstoneStaticCacheLayer
 
 H, E, R, MOST = 2, 3, 4, 40

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from laws.builders import DEPTH, Case, assert_close, case, entry, fresh, ids, lively
-from skipstone.core.cache import SLACK
+from skipstone.core.ragged_store import SLACK
 from skipstone.measure.flops import count_flops
 from skipstone.nn.windows import pairs
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.row_subset import RowSubset
 
 

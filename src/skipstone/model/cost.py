@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
-from skipstone.core.cache import entries_held
 from skipstone.core.counts import Amount, TokenCounts
+from skipstone.core.ragged_store import entries_held
 from skipstone.core.routing_module import RoutingModule
 from skipstone.core.strict import unknown
 from skipstone.core.weights import compute_dtype, parameter_count, warn_of_uncounted, weights_multiplied

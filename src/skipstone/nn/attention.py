@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from skipstone.core.cache import EMPTY, RaggedStore, SkipstoneCacheLayer
+from skipstone.core.cache import SkipstoneCacheLayer
+from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.row_subset import RowSubset
 from skipstone.core.selection import WholeRows
 from skipstone.core.tokens import Tokens
@@ -137,7 +138,7 @@ class Attention(nn.Module):
         kv: the layer's stored keys and values.
         """
         plain = tokens.queries.is_all and tokens.rows is None and tokens.real_BT is None and tokens.document_BT is None
-        if not plain or type(kv) is not RaggedStore or not 0 < kv.width < decode_step.MOST_KEYS:
+        if not plain or type(kv) is not RaggedStore or kv.width == 0:
             return False
         if self.window is not None or self.soft_cap is not None or self.norm_over_all_heads:
             return False

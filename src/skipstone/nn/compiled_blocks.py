@@ -23,8 +23,9 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from skipstone.core.cache import RaggedStore, SkipstoneCacheLayer
+from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.depth import DepthModule
+from skipstone.core.ragged_store import RaggedStore
 from skipstone.core.tokens import Tokens
 from skipstone.core.weights import hooks_on_all_modules
 from skipstone.nn.block import SEGMENT, Block

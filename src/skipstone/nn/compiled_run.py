@@ -72,9 +72,9 @@ class CompiledRun:
         """Run the blocks: return the stream after them, the records of each, and the tensors carried to later blocks.
 
         Return None, with nothing changed, if compiled code cannot run this call. x_BTD: the stream before the blocks,
-        one row or one token per row. layers: the cache layer of each block. turn: returns the cos and sin of the rotary angles of a given
-        name for given tokens. turned_by: for each block, the name of its rotary angles. recorded: whether records are
-        wanted; if not, they are empty dicts. Carried tensors are a dict by name.
+        one row or one token per row. layers: the cache layer of each block. turn: returns the cos and sin of the rotary
+        angles of a given name for given tokens. turned_by: for each block, the name of its rotary angles. recorded:
+        whether records are wanted; if not, they are empty dicts. Carried tensors are a dict by name.
         """
         (B, T), s = x_BTD.shape[:2], self.program.sizes
         if not self._reaches(tokens) or not self._knows_gates():

@@ -33,8 +33,8 @@ class NeuronShares:
     def add(self, stored: Sequence[Sequence[int]]) -> None:
         """Add the counts of one decoding step.
 
-        stored: for each block, numbers of which the first is not used, the second is how many tokens its MLP computed, and
-        the third how many neurons these tokens needed.
+        stored: for each block, numbers of which the first is not used, the second is how many tokens its MLP computed,
+        and the third how many neurons these tokens needed.
         """
         for i in self.mlps:
             _, tokens, needed, *_ = stored[i]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipstone.core.cache import RaggedStore
+from skipstone.core.ragged_store import RaggedStore
 from skipstone.ops.decode_frame import COS, FED_OF, FED_TOKENS, GIVEN_KEYS, KEYS_OF, LENGTHS, MEMORY, SIN, SUM_LENGTHS
 
 NAMES, SUMS = ("key", "value", "slot"), ("sum", "slot")
@@ -23,7 +23,8 @@ class Places:
 
     of: the `CompiledRun` that made this object; no other may use it. kv: for each block, the store of keys, values and
     slots (indices in the row). sums: for each block, the store of the running sums of its activation mechanism, or
-    None. windows: the attention window of each block, 0 without. A deep copy or pickle of this object is None, because the entries of a copied cache lie elsewhere.
+    None. windows: the attention window of each block, 0 without. A deep copy or pickle of this object is None, because
+    the entries of a copied cache lie elsewhere.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Places:
                 self._grow(more, said[FED_TOKENS], said[FED_OF])
 
     def _grow(self, store: RaggedStore, count: int, which: int) -> None:
-        """Count new entries of a store. count: their number. which: the rows that got one, as bits, if there are more."""
+        """Count new entries of a store. count: their number. which: the rows that got one, as bits, if several."""
         if self.rows == 1:
             store.width += count
         elif count:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipstone.core.cache import EMPTY
+from skipstone.core.ragged_store import EMPTY
 from skipstone.core.tokens import Tokens
 
 

@@ -159,7 +159,8 @@ def attend(frame_at: int, given: int, count: int) -> None:
         from_at = 4 * ((entry + first) * G + g) * E
         query = _lying(frame[of.Q_AT] + 4 * pair * E, (heads, E), ONE)
         out = _lying(frame[of.A_AT] + 4 * pair * E, (heads, E), ONE)
-        attend_heads(query, memory[of.KEYS] + from_at, memory[of.VALUES] + from_at, step, place + 1 - first, scaling, out)
+        keys_at, values_at, seen = memory[of.KEYS] + from_at, memory[of.VALUES] + from_at, place + 1 - first
+        attend_heads(query, keys_at, values_at, step, seen, scaling, out)
         pair += heads
 
 

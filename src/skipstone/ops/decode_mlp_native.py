@@ -55,7 +55,8 @@ def mlp(frame_at: int) -> None:
             fed[block, n] = 0
         for j in range(K):
             fed[block, tokens[j]] = 1
-    stored[block, of.FED_TOKENS], stored[block, of.NEEDED], stored[block, of.FED_OF] = K, F if K else 0, bits(tokens[:K])
+    stored[block, of.FED_TOKENS], stored[block, of.FED_OF] = K, bits(tokens[:K])
+    stored[block, of.NEEDED] = F if K else 0
     if not K and not mixes:
         return
     tokens, x_at, y_at = tokens[:K], frame[of.NORMED], frame[of.Y_AT]

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from skipstone.ops.decode_frame import CHOICE as CHOICE
-from skipstone.ops.decode_frame import MIXTURE as MIXTURE
 from skipstone.ops.decode_frame import FED_OF as FED_OF
 from skipstone.ops.decode_frame import KEYS_OF as KEYS_OF
+from skipstone.ops.decode_frame import MIXTURE as MIXTURE
 from skipstone.ops.decode_frame import MOST_TOKENS as MOST_TOKENS
 from skipstone.ops.decode_frame import NEEDED as NEEDED
 from skipstone.ops.decode_frame import OUTCOMES
@@ -127,9 +127,9 @@ def run(
 
     x_BTD: the stream before the blocks, fp32; B or T is 1, and B T at most `MOST_TOKENS`. program: the description of
     the blocks. memory_LM: int64, for each block the addresses and lengths of its cache, in the order of
-    `decode_frame.py`. slot_BT: int64, slots of the tokens (indices in the row). state_SBT: fp32, contiguous, tensors that mechanisms carry
-    from block to block, changed in place; None if there are none. recorded: whether the decisions of mechanisms and
-    mixtures are returned.
+    `decode_frame.py`. slot_BT: int64, slots of the tokens (indices in the row). state_SBT: fp32, contiguous, tensors
+    that mechanisms carry from block to block, changed in place; None if there are none. recorded: whether the decisions
+    of mechanisms and mixtures are returned.
     """
     native, (B, T), s = _native(), x_BTD.shape[:2], program.sizes
     N, slot_BT = B * T, slot_BT.expand(B, T).contiguous()

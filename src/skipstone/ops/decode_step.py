@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 MOST_ROWS = 8  # rows of a norm; torch is as fast with more
-MOST_KEYS = 1024  # torch attends to more of them in less time, with several threads in particular
 PLAIN = (Tensor, nn.Parameter)  # no subclass: its data may lie elsewhere
 
 

@@ -58,9 +58,11 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
     for g in range(G):
         for e in range(E):
             value[column, g, e] = new[g, e]
+    each, factor = 4 * (H // G) * E, np.float32(scaling)
     for g in range(G):
-        asked, out = _lying(turned.ctypes.data + 4 * g * H // G * E, (H // G, E), ONE), _lying(y_at + 4 * g * H // G * E, (H // G, E), ONE)
-        attend_heads(asked, keys_at + 4 * g * E, values_at + 4 * g * E, 4 * G * E, column + 1, np.float32(scaling), out)
+        asked = _lying(turned.ctypes.data + g * each, (H // G, E), ONE)
+        out = _lying(y_at + g * each, (H // G, E), ONE)
+        attend_heads(asked, keys_at + 4 * g * E, values_at + 4 * g * E, 4 * G * E, column + 1, factor, out)
 
 
 @inner
