@@ -62,6 +62,10 @@ def choose(kind: str, name: object, table: Mapping[str, T]) -> T:
     return table[name]
 
 
+# typing compiles hints that are text anew each time
+_hints: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build the dataclass `cls` from a plain dict, including dataclasses nested in it.
 
@@ -88,11 +92,6 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     built, found = build(cls, converted, wrong)
     refuse([*lines, *(line if not where or line.startswith(where) else f"{where}: {line}" for line in found)])
     return built  # type: ignore[return-value]
-
-
-@cache  # hints that are text are compiled anew each time
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def finite(options: T, where: str = "") -> T:
