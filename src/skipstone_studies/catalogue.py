@@ -23,6 +23,7 @@ FILES = {
     "depth": "quality.depth",
     "decisive": "quality.decisive",
     "decisive_narrow": "quality.decisive",
+    "decisive_short": "quality.decisive_short",
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",
     "ffn_groups": "quality.ffn_groups",
