@@ -119,7 +119,7 @@ def test_accuracy_by_bin_counts_operations_only() -> None:
     assert accuracy_by_bin([0], [0], [40]) == pytest.approx(
         {"0-3": math.nan, "4-7": math.nan, "8-15": math.nan, "16+": 1.0}, nan_ok=True
     )
-    with pytest.raises(ValueError, match="must have difficulty's shape"):
+    with pytest.raises(ValueError, match="must have one shape"):
         accuracy_by_bin(predictions, labels, difficulty[0])
 
 
@@ -143,3 +143,9 @@ def test_sequences_answer_what_was_asked(task: str) -> None:
 def test_a_context_that_no_n_gives_is_refused(context: int) -> None:
     with pytest.raises(ValueError, match="must be 2n \\+ 2"):
         Sequences(rows=1, task="copy", context=context, seed=0)
+
+
+@pytest.mark.parametrize("shapes", [((6,), (1,), (6,)), ((6,), (6,), (3,)), ((2, 3), (3,), (2, 3)), ((), (6,), (6,))])
+def test_accuracy_of_different_shapes_is_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="must have one shape"):
+        accuracy_by_bin(*(np.zeros(shape, np.int64) for shape in shapes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_line_for_each_token_block_and_mechanism() -> None:
 
 def test_losses_are_those_of_the_next_token_across_rows() -> None:
     model, ids = model_of(), [5, 6, 7, 8, 9, 10]
-    losses = [line[-1] for part in depth_maps(model, ids, 4) for line in part.lines(str)][::4]
+    losses = [line[-2] for part in depth_maps(model, ids, 4) for line in part.lines(str)][::4]
     assert losses[-1] is None
     with torch.no_grad():
         for rows, targets, found in (([5, 6, 7, 8], [6, 7, 8, 9], losses[:4]), ([9, 10], [10], losses[4:5])):
@@ -146,3 +147,26 @@ def test_what_is_no_depth_map_is_refused_in_one_line(name: str, content: str, sa
     with pytest.raises(ValueError, match=says) as error:
         read_trace(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_map_says_whether_decisions_saw_the_whole_row(tmp_path: Path, suffix: str) -> None:
+    text, topk = tmp_path / "text.txt", [{"name": "mixture_of_depths", "capacity": 0.5, "decision": "topk"}]
+    text.write_text(TEXT, encoding="utf-8")
+    for name, options in (("causal", {}), ("oracle", {"mechanisms": topk})):
+        model_of(**options).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write_trace(tmp_path / name, text, tmp_path / f"{name}{suffix}")
+        assert read_trace(tmp_path / f"{name}{suffix}").routing == name
+
+
+def test_a_map_of_an_earlier_release_does_not_claim_causality(saved: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    write_trace(saved, text, tmp_path / "map.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "map.jsonl").read_text().splitlines()]
+    old = [json.dumps({name: value for name, value in line.items() if name != "routing"}) for line in lines]
+    (tmp_path / "old.jsonl").write_text("\n".join(old))
+    assert read_trace(tmp_path / "old.jsonl").routing == "unknown"

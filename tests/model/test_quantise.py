@@ -16,6 +16,7 @@ from skipstone.measure.flops import count_flops
 from skipstone.model.pretrained import load_model
 from skipstone.model.quantise import dequantise, quantise
 from skipstone.nn.int8 import Int8Linear
+from skipstone.nn.stored_weights import StoredLinear
 from skipstone.ops import int8
 
 ROUTED: dict[str, Any] = {
@@ -249,3 +250,34 @@ def test_a_folder_and_back_to_dense(tmp_path: Path) -> None:
         assert torch.allclose(dense(ids()).logits, small(ids()).logits, atol=1e-4)
     with pytest.raises(FileExistsError):
         export_quantised(tmp_path / "whole", tmp_path / "small")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_shares_no_memory_with_the_original(bits: int, dtype: torch.dtype) -> None:
+    original = model(hidden_size=64, **ROUTED).to(dtype)
+    rounded = quantise(original, bits)
+    before, whole = original(ids()).logits, rounded(ids()).logits
+    restored = dequantise(rounded)
+    again = restored(ids()).logits
+    for changed, others in ((original, ((rounded, whole), (restored, again))), (rounded, ((restored, again),))):
+        with torch.no_grad():
+            for parameter in (*changed.parameters(), *changed.buffers()):
+                parameter.zero_()
+        for other, logits in others:
+            assert torch.equal(other(ids()).logits, logits)
+    assert not torch.equal(original(ids()).logits, before)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_under_autocast_few_tokens_and_many_have_one_dtype(bits: int, dtype: torch.dtype) -> None:
+    original = model(hidden_size=64, attention_bias=True).to(dtype)
+    rounded, plain = quantise(original, bits), original.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        for tokens in (1, 8, 9, 65):
+            found = rounded(ids(1, tokens)).logits
+            assert found.dtype == plain(ids(1, tokens)).logits.dtype == torch.bfloat16
+            layer = next(each for each in rounded.modules() if isinstance(each, StoredLinear))
+            assert layer(torch.randn(1, tokens, layer.in_features)).dtype == torch.bfloat16

@@ -22,6 +22,7 @@ from skipstone.core.atomic_write import write_json
 from skipstone.core.sealed import sealed
 from skipstone.core.strict import PlainMapping
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.pretrained import files_of
 from skipstone.runs import TOKENIZER, Run
 from skipstone.train import folder as folders
 from skipstone.train import parallel, setup
@@ -72,6 +73,7 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> A
     plan = prepare_plan(source, recipe, run)
     resolved = to_dict(recipe) | {"model": setup.plain(plan.model.config), "source": source}
     arguments = setup.arguments(recipe.train, folder)
+    setup.check_batch(plan.model.config, recipe.train, recipe.data.context)
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1 or recipe.train.parallel == "fsdp2"
     stages.check(plan.model, recipe.adapt.stages, together)
     if recipe.train.parallel == "fsdp2" and stages.needs_adapters(recipe.adapt.stages):
@@ -79,7 +81,7 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> A
     fingerprint = _fingerprint(source, plan)
     if run is not None:
         folders.check_same(run.config(), resolved)
-        folders.check_data(folder, fingerprint)
+        folders.check_data(folder, fingerprint, "the data, or the weights of source or teacher,")
     if arguments.process_index == 0:
         parts: dict[str, folders.Write] = {
             RECORD: lambda path: write_json(path, sealed(plan.record)),
@@ -93,11 +95,12 @@ def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> A
 
 
 def _fingerprint(source: str, plan: AdaptPlan) -> str:
-    """Return a hash of the data and, if the source is a folder, of its weights; a resumed run must have the same.
+    """Return a hash of the data and of the weights of source and teacher; a resumed run must have the same.
 
-    plan: provides the data.
+    plan: provides the data and the teacher's name.
     """
-    files = sorted(Path(source).glob("*.safetensors"))
+    teacher = plan.recipe.adapt.loss.teacher if plan.teacher is not None else None
+    files = [path for name in (source, teacher) if name is not None for path in files_of(name)]
     parts = [str(plan.data.fingerprint), *(f"{path.name} {checksums.file_sha256(path)}" for path in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

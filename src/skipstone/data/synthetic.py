@@ -133,8 +133,12 @@ def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: Array
     are the argmax of the logits at t, and labels are `shift_labels`. Fillers (difficulty -1) are in no bin. Raises
     ValueError for different shapes.
     """
-    right, difficulty = np.asarray(predictions) == np.asarray(labels), np.asarray(difficulty)
-    if right.shape != difficulty.shape:
-        raise ValueError(f"predictions and labels {right.shape} must have difficulty's shape {difficulty.shape}")
+    predictions, labels, difficulty = np.asarray(predictions), np.asarray(labels), np.asarray(difficulty)
+    if not predictions.shape == labels.shape == difficulty.shape:  # those of one entry would be stretched to the others
+        raise ValueError(
+            f"predictions {predictions.shape}, labels {labels.shape} and difficulty {difficulty.shape} must have one "
+            "shape"
+        )
+    right = predictions == labels
     inside = {name: (difficulty >= low) & (difficulty <= (high or math.inf)) for name, (low, high) in BINS.items()}
     return {name: float(right[mask].mean()) if mask.any() else math.nan for name, mask in inside.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipstone.core import checksums
+from skipstone.core.hub import why_unreachable
 from skipstone.core.source_files import read_tokenizer
 from skipstone.core.strict import unknown
 from skipstone.data.corpus import Corpus
@@ -171,6 +172,10 @@ def load_saved(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _pretrained(name: str) -> PreTrainedTokenizerBase:
+    if not offline() and not Path(name).is_dir() and (reason := why_unreachable(name)):
+        raise FileNotFoundError(
+            f"tokenizer pretrained:{name} is no folder here and not in the hub's cache, and {reason}"
+        )
     try:
         return read_tokenizer(name, local_files_only=offline())
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skipstone.core import checksums
+from skipstone.core.hub import why_unreachable
 from skipstone.core.plain_text import parse_json
 from skipstone.core.progress_bar import advance
 from skipstone.core.strict import PlainDict
@@ -171,7 +172,7 @@ def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
     if len(parts) > 3 and not local:
         raise ValueError(f"corpus hf:{argument}: expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a folder")
     try:
-        with _hub_offline(offline() and not local):
+        with _hub_offline(not local and (offline() or why_unreachable(path, "dataset") is not None)):
             return dict(datasets.load_dataset(path, config, streaming=streaming))
     except (OSError, ValueError, RuntimeError) as error:  # the library raises many types, with long messages
         reason = " ".join(str(error).split())[:300]

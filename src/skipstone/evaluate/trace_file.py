@@ -33,7 +33,8 @@ def write_trace(
     """Write which blocks update each token of a text, as a table with one line for each token, block and mechanism.
 
     Columns: row, position (in the row), token (its text), layer, mechanism (empty for a block without any), score (of
-    the router), weight (of the update), kept, loss (of predicting the next token, in nats). run: folder of a run or
+    the router), weight (of the update), kept, loss (of predicting the next token, in nats), routing (causal, or oracle
+    if decisions see the whole row). run: folder of a run or
     saved model with a tokenizer. text: a file in UTF-8. out: the file to write; its suffix determines the format:
     .parquet (needs pyarrow), .csv or .jsonl. context: tokens per row; None means the model's maximum. limit: read only
     the first `limit` tokens; None means all of them. report: called with the number of tokens done and their total.
@@ -107,7 +108,7 @@ def _write_parquet(path: Path, lines: Iterator[Line]) -> int:
     from pyarrow import parquet
 
     where = [arrow.int32(), arrow.int32(), arrow.string(), arrow.int16(), arrow.string()]
-    kinds = [*where, arrow.float32(), arrow.float32(), arrow.bool_(), arrow.float32()]
+    kinds = [*where, arrow.float32(), arrow.float32(), arrow.bool_(), arrow.float32(), arrow.string()]
     schema = arrow.schema(list(zip(COLUMNS, kinds, strict=True)))
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:

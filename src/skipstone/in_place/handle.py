@@ -118,13 +118,15 @@ class RoutedDecoder:
         """Return the share of the tokens of the last pass that a block computed, from 0 to 1, as a mean over blocks.
 
         All blocks of the decoder count, those without mechanisms as 1. A token counts for a block if all of its
-        mechanisms kept it; padding counts as not kept.
+        mechanisms kept it. Padding does not count where the call had a padding mask [B, T]; otherwise it is unknown.
         """
-        shares = [1.0] * self.count
+        shares, real_BT = [1.0] * self.count, None if self._tokens is None else self._tokens.real_BT
         for i, records in enumerate(self.records):
             kept = [r.kept_BT for r in records.values()]  # type: ignore[union-attr]
             if kept:
-                shares[i] = float(torch.stack(kept).all(0).float().mean())
+                kept_BT = torch.stack(kept).all(0)
+                counted = kept_BT if real_BT is None else kept_BT[real_BT.to(kept_BT.device).expand_as(kept_BT)]
+                shares[i] = float(counted.float().mean()) if counted.numel() else 1.0
         return sum(shares) / self.count
 
     def save(self, folder: str | Path) -> None:

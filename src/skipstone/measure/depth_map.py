@@ -79,10 +79,12 @@ class DepthMap:
 
     first_row: index, in the text, of the first of these rows. ids_BT: token ids, int64. decisions: the decisions of
     every mechanism of every block, ordered by block, with tensors [B, T]. loss_BT: fp32, cross-entropy in nats of
-    predicting the token that follows; NaN for the last token of the text.
+    predicting the token that follows; NaN for the last token of the text. routing: "causal" if no decision looks at a
+    later token, "oracle" if decisions look at the whole row.
     """
 
     first_row: int
+    routing: str
     ids_BT: Tensor
     decisions: Sequence[Decisions]
     loss_BT: Tensor
@@ -91,8 +93,8 @@ class DepthMap:
         """Yield one tuple for each token, block and mechanism, ordered by row, token and block.
 
         The values of a tuple are: row, position in the row, text of the token, block index, mechanism name, score,
-        weight, kept, loss. The name is None for a block without depth mechanisms, and a score or loss that does not
-        exist is None. text_of: returns the text of a token id.
+        weight, kept, loss, routing. The name is None for a block without depth mechanisms, and a score or loss that
+        does not exist is None. text_of: returns the text of a token id.
         """
         names = {i: text_of(i) for i in self.ids_BT.unique().tolist()}
         ids, losses = self.ids_BT.tolist(), _numbers(self.loss_BT)
@@ -104,7 +106,7 @@ class DepthMap:
             for t, token in enumerate(row):
                 for layer, mechanism, score, weight, kept in columns:
                     place = (self.first_row + b, t, names[token], layer, mechanism)
-                    yield (*place, score[b][t], weight[b][t], kept[b][t], losses[b][t])
+                    yield (*place, score[b][t], weight[b][t], kept[b][t], losses[b][t], self.routing)
 
 
 def _numbers(x_BT: Tensor) -> list[list[float | None]]:
@@ -141,6 +143,7 @@ def depth_maps(
         loss_BT = token_nats(out.logits, target_BT.to(model.device)).cpu()
         yield DepthMap(
             first_row=start // context,
+            routing=forward.routing,
             ids_BT=ids_BT,
             decisions=read_decisions(blocks, out.records, (ids_BT.shape[0], length)),
             loss_BT=loss_BT.masked_fill(target_BT == IGNORED, float("nan")),

@@ -280,7 +280,7 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
     `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs and once to record
-    the decisions. FLOPs are means over all tokens, syncs the mean over batches.
+    the decisions. FLOPs are means over all tokens, syncs the mean over batches. Raises ValueError without any tokens.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()
@@ -295,6 +295,8 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
         passes += 1
         advance("rows", len(batch["input_ids"]), "counting FLOPs")
     tokens, waits = totals.pop("tokens"), totals.pop("syncs")
+    if not tokens:
+        raise ValueError("there is no token in the batches: no FLOPs to count")
     per_token = {name: value / tokens for name, value in totals.items()}
     return FlopCheck(**per_token, syncs=waits / passes, unknown=tuple(sorted(unknown)))
 

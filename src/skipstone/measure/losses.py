@@ -40,6 +40,8 @@ class LossResult:
     ("0-3", "4-7", "8-15", "16+") and over "all operations". kinds: for each of "operations", "fillers" and "text" that
     occurs, "loss" in nats and "depth", the mean number of blocks that update a token. Both are None unless the data
     state each token's difficulty.
+
+    Raises ValueError without predictions, which have no mean loss.
     """
 
     nats: float
@@ -48,6 +50,10 @@ class LossResult:
     summaries: Summaries
     accuracy: dict[str, float] | None
     kinds: dict[str, PlainDict] | None
+
+    def __post_init__(self) -> None:
+        if self.predictions < 1:
+            raise ValueError("there is nothing to predict: no row has a token with a label")
 
     @property
     def loss(self) -> float:
@@ -76,7 +82,8 @@ def measure_loss(
     batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally
     `difficulty`, int64 [B, T]. Apart from rounding, no figure depends on how rows are batched. activations: whether the
     result has figures of activation mechanisms such as PolyGLU, which take about as long as the pass itself and are
-    therefore those of the first 64 rows. Raises ValueError for a model that is not a Skipstone model.
+    therefore those of the first 64 rows. Raises ValueError for a model that is not a Skipstone model, and if no token
+    has a label.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0
@@ -144,8 +151,10 @@ class Accuracy:
         """Return the share of correct predictions by bin of difficulty and over "all operations".
 
         The bins are "0-3", "4-7", "8-15" and "16+" operations since the last reset; the share of a bin without
-        operations is nan. At least one batch must have been added.
+        operations is nan. Raises ValueError if no batch has been added.
         """
+        if not self._parts:
+            raise ValueError("no batch has been added: there is no accuracy to return")
         guess, target, difficulty = (torch.cat(column) for column in zip(*self._parts, strict=True))
         overall = float((guess == target).double().mean()) if len(guess) else math.nan
         return {**accuracy_by_bin(guess, target, difficulty), OVERALL: overall}

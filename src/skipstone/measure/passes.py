@@ -26,6 +26,7 @@ from skipstone.model.wrapped import require_ours
 
 NO_CAUSAL_FORM = "no causal form"
 NEEDS_MASKS = "decided by the caller"
+NOTHING_TO_FORCE = "no depth mechanism"
 INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 
 Batch = Mapping[str, Tensor]
@@ -138,10 +139,10 @@ def passes_of(
     """Return the passes that a model can run, and why others are missing, as two dicts by the names of passes.
 
     The names are "oracle", "causal", "executed" and "forced". The first dict has the passes themselves. The second has
-    a reason for each of the first three that is missing; "forced" is left out without a reason. corpus: name of the
-    data's corpus, by which it is known whether rows state difficulties, which "forced" needs; None if there is no
-    corpus. was_forced: whether training imposed the known difficulty on the model, so that its own routers have learned
-    nothing and only "forced" is possible.
+    a reason for each that is missing; but "forced" is in neither if the data state no difficulties, because nothing can
+    be imposed then. corpus: name of the data's corpus, by which it is known whether rows state difficulties; None if
+    there is no corpus. was_forced: whether training imposed the known difficulty on the model, so that its own routers
+    have learned nothing and only "forced" is possible.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())
@@ -149,8 +150,7 @@ def passes_of(
         unavailable = dict.fromkeys(("oracle", "causal", "executed"), NEEDS_MASKS)
     elif causal_obstacle(model.routing_modules()) is not None:
         unavailable = dict.fromkeys(("causal", "executed"), NO_CAUSAL_FORM)
-    has_forced = knows_difficulty(corpus) and bool(depth_layers(model))
-    found = {
-        name: each for name, each in PASSES.items() if name not in unavailable and (name != "forced" or has_forced)
-    }
-    return found, unavailable
+    known = knows_difficulty(corpus)
+    if known and not depth_layers(model):
+        unavailable["forced"] = NOTHING_TO_FORCE
+    return {n: p for n, p in PASSES.items() if n not in unavailable and (n != "forced" or known)}, unavailable

@@ -12,7 +12,8 @@ from typing import TypeVar
 from skipstone.core.strict import PlainDict, PlainMapping
 
 CATEGORIES = ("letters", "digits", "signs", "white space")
-COLUMNS = ("row", "position", "token", "layer", "mechanism", "score", "weight", "kept", "loss")  # of a depth map
+# Of a depth map. Files of earlier releases have no "routing".
+COLUMNS = ("row", "position", "token", "layer", "mechanism", "score", "weight", "kept", "loss", "routing")
 FORMAT = 3  # of a view's plain values; others are made anew
 
 
@@ -92,11 +93,11 @@ class TokenTrace:
     tokens. weight_LT: factor on the block's update, the mean of attention and MLP, 0 where both are skipped. kept_LT:
     whether the attention or the MLP was computed. depth_T: for each token, the computed share of all attentions and
     MLPs. depth: the mean of that share over all tokens of all rows. routing: "causal" (decisions look at no later
-    token), "oracle" (they look at the whole row, for models that cannot do otherwise) or "forced" (imposed). routed:
-    indices of the blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism, {layer:
-    {mechanism: share}}, over all rows. activations: for each layer that mixes activation functions, by index, a summary
-    with shares in the order of `activation_names`. experts: for each layer with experts, by index, the shares in all
-    choices of the "most chosen expert", the "least chosen expert" and "no-ops". allocation: how compute was
+    token), "oracle" (they look at the whole row, for models that cannot do otherwise), "forced" (imposed) or "unknown".
+    routed: indices of the blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism,
+    {layer: {mechanism: share}}, over all rows. activations: for each layer that mixes activation functions, by index, a
+    summary with shares in the order of `activation_names`. experts: for each layer with experts, by index, the shares
+    in all choices of the "most chosen expert", the "least chosen expert" and "no-ops". allocation: how compute was
     distributed, over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by the cost
     model, with the decisions (each row by itself) and without mechanisms; None unless routing is "causal".
     """

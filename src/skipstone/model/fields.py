@@ -100,8 +100,9 @@ class ModelFields:
     different. linear_init: linear layers start normal with standard deviation initializer_range and zero biases
     (normal), or as in nn.Linear (torch). scaled_output_init: whether the standard deviation of projections into the
     residual stream is divided by sqrt(2 * num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over
-    labelled tokens (labelled) or all but padding (all). training_routing: how training passes decide by default,
-    looking at the whole row (oracle) or without later tokens and noise (causal).
+    labelled tokens (labelled), or each over the tokens that reach its mechanism, labelled or not (all).
+    training_routing: how training passes decide by default, looking at the whole row (oracle) or without later tokens
+    and noise (causal).
 
     Decoding: weight_format: float, or bfloat16, float16 or int8 for matrices and token embedding, or int4 for the
     matrices of the blocks and int8 for head and token embedding (`skipstone quantise`); weight_int8: with int4, the

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from skipstone.core import checksums
 from skipstone.core.atomic_write import complete
+from skipstone.core.hub import require_hub
 from skipstone.core.progress_bar import stages
 from skipstone.core.source_files import check_tokenizer_files, is_present, read_tokenizer, require_file
 from skipstone.core.strict import PlainDict
@@ -171,6 +172,20 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
             checksums.record(partial, checksums.all_but_model_cards(partial))
 
 
+def files_of(source: str | Path) -> list[Path]:
+    """Return the files with the weights of a checkpoint that has been loaded, those of an adapter's base included.
+
+    source: as in `load_pretrained`. The files of a hub name are those of the local cache.
+    """
+    name, gguf_file = _locate(source, None)
+    if gguf_file is not None:
+        return [Path(name) / gguf_file]
+    if not (folder := Path(name)).is_dir():
+        folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+    base = files_of(base_of(folder)) if is_present(folder / ADAPTER) else []
+    return [*(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))), *base]
+
+
 def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
     """Return the folder or hub name, and the name of the GGUF file in it if `source` is one."""
     path = Path(source).expanduser()
@@ -196,6 +211,8 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, str | None]
 
 def _config_values(name: str, gguf_file: str | None) -> PlainDict:
     """Return config.json as a plain dict; for a GGUF file, what transformers makes of its header."""
+    if not Path(name).is_dir():
+        require_hub(name)
     try:
         with quiet():
             values, _ = PreTrainedConfig.get_config_dict(name, **_gguf(gguf_file))
@@ -254,6 +271,8 @@ def load_tokenizer(source: str | Path, gguf_file: str | None = None) -> PreTrain
     name, gguf_file = _locate(source, gguf_file)
     if (Path(name) / ADAPTER).is_file() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return load_tokenizer(base_of(Path(name)))
+    if not Path(name).is_dir():
+        require_hub(name)
     present = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
     header = _header(name, gguf_file)
     if (gguf_file is None and not any(present)) or (header is not None and not header.has_tokenizer):

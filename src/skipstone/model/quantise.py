@@ -163,8 +163,11 @@ def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[
     """Return a model of another configuration with these weights.
 
     Its dtype, training mode and generation config are taken from `model`. tensors: the state dict of the new model.
-    Entries of the head are dropped if it is tied to the embedding.
+    Entries of the head are dropped if it is tied to the embedding. Tensors that are those of `model` are copied, so
+    that a change of one model never reaches the other.
     """
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    tensors = {n: x.clone() if x.untyped_storage().data_ptr() in own else x for n, x in tensors.items()}
     if config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
     built = from_tensors(config, tensors, model.dtype).train(model.training)

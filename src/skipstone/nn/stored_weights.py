@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from skipstone.ops.reference import autocast
+
 UNTRAINED = "{} weights cannot be trained; train the original model, then quantise it"
 
 
@@ -75,8 +77,8 @@ class StoredLinear(StoredWeights):
 
     def forward(self, x: Tensor) -> Tensor:
         self.refuse_training()
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias
+        y = self.product(autocast(x))  # which covers ordinary products, but not the compiled ones
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

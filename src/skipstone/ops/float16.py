@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import FEW, called, in_parts, in_place
+from skipstone.ops.int8 import FEW, called, in_parts, in_place, product_shape
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("float16_linear(Tensor x, Tensor weight) -> Tensor")
+library.register_fake("skipstone::float16_linear", product_shape, lib=_namespace)
 NATIVE = torch.ops.skipstone.float16_linear
 
 STEP = 32  # inputs that the kernel multiplies at a time

@@ -29,6 +29,11 @@ _namespace.define(
     "head_by_candidates(Tensor x, Tensor turn, Tensor shift, Tensor packed, Tensor scale, Tensor offset, "
     "Tensor weight, Tensor? weight_scale, int candidates) -> Tensor"
 )
+library.register_fake(
+    "skipstone::head_by_candidates",
+    lambda x, turn, shift, packed, scale, offset, weight, weight_scale, candidates: int8.product_shape(x, weight),
+    lib=_namespace,
+)
 NATIVE = torch.ops.skipstone.head_by_candidates
 
 GROUP = 64  # directions that lie together

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import MANY, called, in_parts, in_place
+from skipstone.ops.int8 import MANY, called, in_parts, in_place, product_shape
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int4_linear(Tensor x, Tensor weight) -> Tensor")
+library.register_fake("skipstone::int4_linear", product_shape, lib=_namespace)
 NATIVE = torch.ops.skipstone.int4_linear
 
 GROUP = 32  # inputs that share a scale and an offset

@@ -19,8 +19,18 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
+
+def product_shape(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+    """Return an empty tensor in the shape and dtype of a product of tokens with a matrix that is stored row by row.
+
+    It stands for the product where torch computes shapes alone (FakeTensorMode). x: [..., I]. weight: [O, ...].
+    """
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+library.register_fake("skipstone::int8_linear", product_shape, lib=_namespace)
 NATIVE = torch.ops.skipstone.int8_linear
 
 FEW = 8  # tokens of a call up to which weights are read as they are stored

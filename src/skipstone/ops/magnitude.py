@@ -23,6 +23,21 @@ _namespace.define(
     "int size) -> (Tensor y_11D, Tensor score_11G, Tensor tried_11G, Tensor kept_11G)"
 )
 _namespace.define("magnitude_largest(Tensor score, int count) -> Tensor")
+library.register_fake(
+    "skipstone::magnitude_largest", lambda score, count: score.new_empty(score.shape, dtype=torch.bool), lib=_namespace
+)
+
+
+@library.register_fake("skipstone::magnitude_mlp", lib=_namespace)
+def _shapes(
+    x: Tensor, a: Tensor, typical: Tensor, up: Tensor, down: Tensor, tried: int, kept: int, size: int
+) -> tuple[Tensor, ...]:
+    """Return empty tensors like the results, where torch computes shapes alone."""
+    groups = (1, 1, up.shape[0] // size)
+    score, on = (x.new_empty(groups, dtype=dtype) for dtype in (torch.float32, torch.bool))
+    return x.new_empty(1, 1, x.shape[-1]), score, on, torch.empty_like(on)
+
+
 NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.magnitude_largest
 
 

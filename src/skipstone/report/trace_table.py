@@ -45,12 +45,14 @@ def read_trace(path: Path) -> TokenTrace:
     if path.suffix not in SUFFIXES:
         raise ValueError(unknown("suffix of a depth map", path.suffix, SUFFIXES))
     rows: dict[int, dict[int, _Token]] = {}
+    routing = "unknown"
     counts: dict[int, dict[str, list[int]]] = {}  # of a mechanism of a layer: tokens that it keeps, that reached it
     try:
         for line in _lines(path):
             loss = math.nan if line["loss"] is None else float(line["loss"])
             row = rows.setdefault(int(line["row"]), {})
             token = row.setdefault(int(line["position"]), _Token(text=str(line["token"]), loss=loss))
+            routing = str(line.get("routing") or routing)
             layer, kept = int(line["layer"]), bool(line["kept"])
             token.weights[layer] = token.weights.get(layer, 1.0) * float(line["weight"])
             token.kept[layer] = token.kept.get(layer, True) and kept
@@ -72,7 +74,7 @@ def read_trace(path: Path) -> TokenTrace:
         kept_LT=[[token.kept[layer] for token in found[0]] for layer in range(layers)],
         depth_T=depths[0],
         depth=sum(map(sum, depths)) / sum(map(len, depths)),
-        routing="causal",
+        routing=routing,
         routed=frozenset(counts),
         capacity={i: {name: kept / max(all_, 1) for name, (kept, all_) in by.items()} for i, by in counts.items()},
         allocation=_allocation(found, depths),

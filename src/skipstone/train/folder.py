@@ -140,18 +140,18 @@ def check_same(saved: PlainMapping, given: PlainMapping, where: str = "") -> Non
             )
 
 
-def check_data(folder: Path, data: str | None) -> None:
+def check_data(folder: Path, data: str | None, what: str = "the data") -> None:
     """Raise ValueError if the data have changed since the run in `folder` began.
 
     folder: the run folder, in whose environment.json the fingerprint is noted. data: fingerprint (SHA-256) of the
-    present data; None if they have none. Nothing is checked if the run noted none; earlier releases noted one for
-    shards only.
+    present data; None if they have none. what: what the fingerprint is of, for the message. Nothing is checked if the
+    run noted none; earlier releases noted one for shards only.
     """
     known = Run(folder).environment().get(DATA)
     if known is not None and known != data:
         raise ValueError(
-            f"the data have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
-            "a run must be resumed with the data that it was started with"
+            f"{what} have changed since the run {str(folder)!r} began (fingerprint {known} there, {data} now); "
+            "a run must be resumed with what it was started with"
         )
 
 

@@ -94,6 +94,26 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
     return model
 
 
+def check_batch(config: SkipstoneConfig, train: TrainConfig, context: int) -> None:
+    """Raise ValueError if the hidden states of a micro-batch, or of a validation batch, exceed the machine's memory.
+
+    They are the least that a pass holds at once: one vector for each token, in fp32, and in training with its gradient.
+    So a batch of millions of rows is refused before its rows are built. config: the model's. train: the training
+    options. context: tokens of a row. Nothing is checked where an accelerator computes.
+    """
+    if train.device == "auto" and torch.accelerator.is_available():
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = train.batch_size // (train.gradient_accumulation * processes)
+    memory, row = psutil.virtual_memory().total, 4 * context * config.hidden_size
+    for name, count, copies in (("batch_size", rows, 2), ("eval_batch_size", train.eval_batch_size or 0, 1)):
+        if count * row * copies > memory:
+            raise ValueError(
+                f"train.{name} is too large: the hidden states of {count:,} rows of {context:,} tokens alone take "
+                f"{count * row * copies / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f} GiB of memory"
+            )
+
+
 def training_rows(data: PreparedData, train: TrainConfig) -> PreparedData:
     """Return the data with exactly as many training rows as the training reads, so that the training is one epoch.
 
@@ -183,12 +203,12 @@ def integrations(train: TrainConfig, folder: Path, step: int) -> list[TrainerCal
 
 
 def check_early(recipe: Recipe) -> None:
-    """Raise ValueError for mistakes in a recipe's model or loggers, before any data are read.
+    """Raise ValueError for mistakes in a recipe's model or loggers, or a huge batch, before any data are read.
 
     A warning says that `data.train_rows` has no effect, if it is set.
     """
     early.check_loggers(recipe.train)
-    model_config(recipe.model, recipe.data.context, {})
+    check_batch(model_config(recipe.model, recipe.data.context, {}), recipe.train, recipe.data.context)
     if recipe.data.train_rows is not None:
         warnings.warn("data.train_rows has no effect on training, which reads steps * batch_size rows", stacklevel=3)
 

@@ -140,7 +140,8 @@ class GridSpec:
     def base(self) -> str:
         """The name of the arm with which others are compared.
 
-        It is dense, or the first arm if the recipe names its own arms and dense is not run.
+        With the default arms it is dense, and if dense is not run, nothing is compared and the page says so. If the
+        recipe names its own arms, of which none has to be dense, it is dense if that is run, else the first that is.
         """
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 

@@ -1,0 +1,65 @@
+"""A run is resumed from the very weights that it was started with, in whatever files they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapt.sources import mixture, recipe, run, save_source
+from skipstone.model.pretrained import files_of
+
+STEPS = {"steps": 2, "warmup_steps": 1, "eval_every": 2}
+
+
+def as_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def nudge(folder: Path) -> None:
+    """Change one weight of the checkpoint in a folder."""
+    path = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    tensors = torch.load(path) if path.suffix == ".bin" else load_file(path)
+    name = min(tensors)
+    tensors[name].view(-1)[0] += 0.5
+    torch.save(tensors, path) if path.suffix == ".bin" else save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("stored", [lambda folder: None, as_bin], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("which", ["source", "teacher"])
+def test_changed_weights_are_not_trained_on(
+    source: Path, tmp_path: Path, stored: Callable[[Path], None], which: str
+) -> None:
+    folders = {name: shutil.copytree(source, tmp_path / name) for name in ("source", "teacher")}
+    stored(folders[which])
+    loss = {"loss": {"distillation": 1.0, "teacher": str(folders["teacher"])}}
+    config = recipe(tmp_path, {"mechanisms": [mixture()]}, loss, **STEPS)
+    out = run(folders["source"], config, tmp_path / "out")
+    (out / "result.json").unlink()
+    run(folders["source"], config, out, resume=True)
+    (out / "result.json").unlink()
+    nudge(folders[which])
+    with pytest.raises(ValueError, match="the weights of source or teacher, have changed since the run"):
+        run(folders["source"], config, out, resume=True)
+
+
+def test_the_files_of_a_source_are_all_that_hold_weights(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    assert [path.name for path in files_of(source)] == ["model.safetensors"]
+    base = save_source(tmp_path / "base")
+    as_bin(base)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    values = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    assert files_of(adapter) == [adapter / "adapter_model.safetensors", base / "pytorch_model.bin"]
+    (base / "a.gguf").write_bytes(b"GGUF")
+    assert files_of(base / "a.gguf") == [base / "a.gguf"]
