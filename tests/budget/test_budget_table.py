@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import skipstone
 from models import tiny_model
 from skipstone import SkipstoneForCausalLM
 from skipstone.budget import BudgetTable, calibrate
+from skipstone.budget.budget_table import OperatingPoint
 from skipstone.budget.calibration import meet, quantile
 from skipstone.budget.handles import find_handles
 from skipstone.generate.engine import generate, stream
@@ -256,3 +258,15 @@ def test_one_budget_is_met_closely() -> None:
 def test_quantiles_by_hand() -> None:
     x = torch.tensor([3.0, 1.0, 2.0, 4.0])
     assert [quantile(x, share) for share in (0.0, 0.25, 0.5, 1.0)] == [-2.0, 1.5, 2.5, 7.0]
+
+
+def test_the_shares_beside_a_gap_are_met_as_they_are_printed() -> None:
+    points = [OperatingPoint(share=share, thresholds=(share,), kept=(1.0,)) for share in (0.69821, 0.77316, 0.9996)]
+    table = BudgetTable(handles=("a",), points=tuple(points), trained=((0.0,),), rows=1, tokens=1, text="")
+    for budget in (0.7, 0.76, 0.8, 0.99):
+        with pytest.raises(ValueError, match="take one of these") as caught:
+            table.thresholds(budget)
+        for share in re.findall(r"between ([\d.]+) and ([\d.]+) of", str(caught.value))[0]:
+            assert table.thresholds(float(share))[0] == pytest.approx(float(share), abs=1e-3)
+    for end in table.range:
+        assert table.thresholds(end)

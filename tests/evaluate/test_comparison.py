@@ -16,7 +16,10 @@ from skipstone.evaluate.comparison import Comparison, compare
 from skipstone.evaluate.tables import UNKNOWN
 from skipstone.measure.losses import MEASURED, headroom_captured
 from skipstone.measure.speed import cache_bytes
+from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import cost
+from skipstone.model.quantise import quantise
 from skipstone.runs import Run
 
 pytestmark = pytest.mark.slow  # five models are timed, counted and measured
@@ -171,3 +174,15 @@ def test_wrong_input_is_one_clear_line(root: Path, tmp_path: Path) -> None:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             compare(runs, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_model_that_is_not_trained_has_no_overhead_of_training(root: Path, tmp_path: Path, bits: int | None) -> None:
+    options = {"hidden_size": 64, "head_candidates": 32, "head_directions": 64} if bits is None else {}
+    model = SkipstoneForCausalLM(SkipstoneConfig(**{**Run(root / "mod").load_model().config.to_dict(), **options}))
+    (model if bits is None else quantise(model, bits)).save_pretrained(tmp_path / "changed")
+    found = compare([root / "mod", tmp_path / "changed"])
+    assert found.runs[0].overhead is not None
+    assert found.runs[1].overhead is None
+    assert found.to_dict()["runs"][1]["training_overhead"] is None
+    assert found.markdown()

@@ -230,3 +230,9 @@ def test_packed_documents_are_kept_apart(tmp_path: Path) -> None:
     assert abs(found.executed_minus_causal or 0) < 1e-6
     one = evaluate(tmp_path / "run", batch_size=1)
     assert one.measured["oracle"].loss == pytest.approx(found.measured["oracle"].loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [0.0, -0.5, math.nan, math.inf])
+def test_a_budget_that_is_no_share_is_refused_before_anything_is_read(tmp_path: Path, budget: float) -> None:
+    with pytest.raises(ValueError, match="budgets must be shares of the dense FLOPs above 0"):
+        evaluate(tmp_path / "nothing", budgets=[0.5, budget])

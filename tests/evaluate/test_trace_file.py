@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,25 @@ def test_a_map_of_an_earlier_release_does_not_claim_causality(saved: Path, tmp_p
     old = [json.dumps({name: value for name, value in line.items() if name != "routing"}) for line in lines]
     (tmp_path / "old.jsonl").write_text("\n".join(old))
     assert read_trace(tmp_path / "old.jsonl").routing == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "says"),
+    [
+        (".csv", lambda text: text[:-12], "too few or too many cells"),
+        (".csv", lambda text: text.replace("causal", "causal,1", 1), "too few or too many cells"),
+        (".csv", lambda text: text.replace("True", "yes", 1), "kept must be true or false, got 'yes'"),
+        (".jsonl", lambda text: text.replace("true", '"False"', 1), "kept must be true or false, got 'False'"),
+        (".jsonl", lambda text: text.replace('"causal"', "3", 1), "unknown routing 3"),
+        (".jsonl", lambda text: text.replace('"layer": 1', '"layer": 7'), "a token lacks number 1"),
+    ],
+)
+def test_a_map_that_was_cut_or_changed_is_refused(
+    saved: Path, tmp_path: Path, suffix: str, change: Callable[[str], str], says: str
+) -> None:
+    text, path = tmp_path / "text.txt", tmp_path / f"map{suffix}"
+    text.write_text("abc", encoding="utf-8")
+    write_trace(saved, text, path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=says):
+        read_trace(path)

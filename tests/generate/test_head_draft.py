@@ -225,3 +225,12 @@ def test_a_head_is_its_models_where_an_embedding_is_zero() -> None:
         model.get_input_embeddings().weight[0] = 1
     with pytest.raises(ValueError, match="their embeddings differ"):
         head.require(model)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_head_is_trained_for_a_quantised_model_from_a_folder(bits: int, tmp_path: Path) -> None:
+    quantise(model(hidden_size=64), bits).save_pretrained(tmp_path)
+    target = skipstone.SkipstoneForCausalLM.from_pretrained(tmp_path).eval()
+    head = train_draft_head(target, ids(8, 12), steps=3, shortlist=12).head
+    plain = generate(target, ids(), max_new_tokens=9)
+    assert torch.equal(generate(target, ids(), max_new_tokens=9, draft=head), plain)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import skipstone
+from skipstone.adapt import export_quantised
+from skipstone.adapt.export import export_dense
 from skipstone.measure.flops import count_flops
 from skipstone.model.head_preview import preview_of, with_head_candidates
 from skipstone.model.pretrained import load_pretrained
@@ -178,3 +181,23 @@ def test_it_is_not_trained(plain_model, ids_BT):
 def test_what_cannot_be_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         skipstone.SkipstoneConfig(vocab_size=V, hidden_size=D, **fields)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_dense_export_has_the_whole_head(plain_model, ids_BT, bits, tmp_path):
+    start = plain_model if bits is None else quantise(plain_model, bits)
+    model = with_head_candidates(start, ids_BT, M, K)
+    model.save_pretrained(tmp_path / "ours")
+    export_dense(tmp_path / "ours", tmp_path / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids_BT).logits, model(ids_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_out_of_range_are_refused_before_weights_are_rounded(plain_model, tmp_path, monkeypatch):
+    plain_model.save_pretrained(tmp_path / "plain")
+    monkeypatch.setattr(export_quantised, "quantise", lambda *_: pytest.fail("rounded"))
+    for options, says in (((V + 1, K), "head_candidates must be from 1"), ((M, 100), "multiple of 64")):
+        head = export_quantised.HeadCandidates(candidates=options[0], directions=options[1])
+        with pytest.raises(ValueError, match=says):
+            export_quantised.export_quantised(tmp_path / "plain", tmp_path / "out", head)

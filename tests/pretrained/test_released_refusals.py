@@ -114,7 +114,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     file = tmp_path / "a.pt"
     assert "does not exist" in refusal(file, "tsa", FileNotFoundError)
     assert "is a folder" in refusal(tmp_path, "tsa")
-    for content in (b"", b"no weights", b"PK\x03\x04 broken"):
+    for content in (b"", b"no weights", b"a stone, " * 50, b"PK\x03\x04 broken"):
         file.write_bytes(content)
         assert "a.pt: is no file of weights that can be read" in refusal(file, "tsa", num_heads=4)
     (tmp_path / "a.safetensors").write_bytes(b"no weights")

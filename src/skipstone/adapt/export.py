@@ -48,6 +48,7 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
     if ours.config.weight_format != "float":
         ours = dequantise(ours)
     ours.head_preview = None  # other decoders read their whole head
+    ours.config.head_candidates = ours.config.head_directions = None
     activation = dense_activation(ours)
     # A merge or a new head may have untied them since the configuration was written.
     ours.config.tie_word_embeddings = ours.head_is_tied

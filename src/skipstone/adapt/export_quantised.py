@@ -18,7 +18,7 @@ from skipstone.core.progress_bar import stages
 from skipstone.generate import generate
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
-from skipstone.model.head_preview import with_head_candidates
+from skipstone.model.head_preview import config_with_candidates, with_head_candidates
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import four_bit_rows, load_pretrained, load_tokenizer
 from skipstone.model.quantise import quantise, stored_exactly
@@ -71,12 +71,14 @@ def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None 
             model, tokenizer = run.load_model(), run.load_tokenizer()
         else:
             model, tokenizer = load_pretrained(source), load_tokenizer(source)
+        if head is not None:  # before minutes of rounding
+            config_with_candidates(model, head.candidates, _directions(head, model))
+            ids_BT = _calibration(model, tokenizer, head, str(source))
         next(stage)
         with quiet():
             small = quantise(model, bits, four_bit_rows(source) if bits == 4 else None)
             kept = stored_exactly(model, small)
             if head is not None:
-                ids_BT = _calibration(model, tokenizer, head, str(source))
                 small = with_head_candidates(small, ids_BT, head.candidates, _directions(head, small))
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))

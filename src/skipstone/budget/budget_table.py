@@ -21,6 +21,7 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 FILE = "budget.json"
 LEGACY = "dial.json"  # what versions before 0.2 wrote, read where there is no FILE
 LEGACY_KEYS = {"knobs": "handles", "stops": "points", "lines": "thresholds"}
+ROUNDING = 0.001  # of shares to three decimals, inwards
 GAP = 1.1  # between points further apart than this no budget is promised
 
 LARGEST_SHARE = 100  # of the dense FLOPs: no mechanism costs so much
@@ -85,7 +86,8 @@ class BudgetTable:
 
         These are the measured points with the nearest smaller and larger share. budget: share of the dense FLOPs.
         Raises ValueError for a budget outside of `range`, and for one between two points of which the larger share is
-        more than 1.1 times the smaller: the scores do not tell tokens apart there.
+        more than 1.1 times the smaller, unless it is one of them but for rounding to three decimals: the scores do not
+        tell tokens apart there.
         """
         low, high = self.range
         if not low <= budget <= high:
@@ -95,9 +97,12 @@ class BudgetTable:
             )
         one, other = next((a, b) for a, b in pairwise(self.points) if a.share <= budget <= b.share)
         if other.share > one.share * GAP:
+            nearest = min(one, other, key=lambda point: abs(point.share - budget))
+            if abs(nearest.share - budget) <= ROUNDING:
+                return list(nearest.thresholds)
             raise ValueError(
-                f"budget {budget:g} cannot be met: the scores do not distinguish tokens between {one.share:.3f} and "
-                f"{other.share:.3f} of the dense FLOPs; take one of these"
+                f"budget {budget:g} cannot be met: the scores do not distinguish tokens between "
+                f"{max(one.share, low):.3f} and {min(other.share, high):.3f} of the dense FLOPs; take one of these"
             )
         part = (budget - one.share) / (other.share - one.share) if other.share > one.share else 0.0
         return [(1 - part) * a + part * b for a, b in zip(one.thresholds, other.thresholds, strict=True)]

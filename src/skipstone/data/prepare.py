@@ -101,7 +101,8 @@ def prepare(
         encoded = encode_documents(tokenizer, corpus.documents(split))
         validation = _validation(config, encoded)
     except ValueError as error:
-        raise ValueError(f"corpus {config.corpus!r}: {error}") from None
+        about = f"corpus {config.corpus!r}"
+        raise ValueError(str(error) if about in str(error) else f"{about}: {error}") from None
     data = PreparedData(
         config=config,
         description=f"{corpus.description} ({corpus.licence})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,6 +220,9 @@ def evaluate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for budget in budgets:
+        if not 0 < budget < math.inf:
+            raise ValueError(f"budgets must be shares of the dense FLOPs above 0, got {budget:g}")
     loaded = load_run(run, split, corpus, context)
     if loaded.data is None:
         raise ValueError(f"{run} is a saved model without a recipe; name the corpus to evaluate on")

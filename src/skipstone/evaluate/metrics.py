@@ -18,6 +18,7 @@ from skipstone.measure.overhead import Overhead, overhead
 from skipstone.measure.passes import NEEDS_MASKS, NO_CAUSAL_FORM
 from skipstone.measure.speed import NOT_MEASURABLE, CacheBytes, Rate, Task, cache_bytes, decode_task, prefill_task
 from skipstone.measure.summaries import Summaries
+from skipstone.model.causal_lm import SkipstoneForCausalLM
 
 ROWS, SAMPLE = 8, 32  # rows a batch; rows on which capacity is measured
 DECODE_BATCHES = (1, 8)
@@ -32,9 +33,10 @@ class RunMetrics:
     (really skips), oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs
     per token, counted and predicted. layers: for each block, the figures of its mechanisms by the mechanism's name.
     cache: the cache's bytes per token; None if the model cannot decide without later tokens. overhead: the shares of a
-    training step's time that routing and activation mixing take. result: the content of result.json, which training
-    writes at its end; empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode
-    8" (number of rows). accuracy: accuracy by bin of the known difficulty; None for data without one.
+    training step's time that routing and activation mixing take; None for a model that is not trained (quantised).
+    result: the content of result.json, which training writes at its end; empty for a saved model or unfinished run.
+    rates: timings by task: "prefill", "decode 1", "decode 8" (number of rows). accuracy: accuracy by bin of the known
+    difficulty; None for data without one.
     """
 
     name: str
@@ -44,7 +46,7 @@ class RunMetrics:
     flops: FlopCheck
     layers: list[dict[str, PlainDict]]
     cache: CacheBytes | None
-    overhead: Overhead
+    overhead: Overhead | None
     result: PlainMapping
     rates: Mapping[str, Rate]
     accuracy: Mapping[str, float] | None
@@ -73,7 +75,7 @@ class RunMetrics:
             "flops_per_token": vars(self.flops) | {"agree": self.flops.agree},
             "layers": self.layers,
             "cache_bytes_per_token": None if self.cache is None else vars(self.cache),
-            "training_overhead": vars(self.overhead),
+            "training_overhead": None if self.overhead is None else vars(self.overhead),
             "training": dict(self.result),
             "speed": rates,
             "accuracy": None if self.accuracy is None else dict(self.accuracy),
@@ -134,11 +136,16 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
         flops=flop_check(model, forward, sample[:1]),
         layers=statistics.layers(),
         cache=cache_bytes(model, ids_BT) if "executed" in loaded.passes else None,
-        overhead=overhead(model, trained, sample[0]),
+        overhead=overhead(model, trained, sample[0]) if is_trainable(model) else None,
         result=loaded.run.result() if loaded.run.finished and not loaded.run.is_saved_model else {},
         rates=rates,
         accuracy=_accuracy(loaded),
     )
+
+
+def is_trainable(model: SkipstoneForCausalLM) -> bool:
+    """Return whether a model can take a training step: not one that is quantised or has a preview of its head."""
+    return model.config.weight_format == "float" and model.head_preview is None
 
 
 def _sample(loaded: LoadedRun, ids_BT: Tensor) -> list[dict[str, Tensor]]:
@@ -207,8 +214,8 @@ CELLS: dict[str, Cell] = {
     "of the dense model's": lambda run: percent(run.flops.share),
     "host syncs/forward": lambda run: number(run.flops.syncs, 1),
     "training tokens/s": lambda run: amount(_trained("tokens_per_second")(run)),
-    "router + gather, of a step": lambda run: percent(run.overhead.routing),
-    "activation mixing, of a step": lambda run: percent(run.overhead.activation),
+    "router + gather, of a step": lambda run: percent(run.overhead and run.overhead.routing),
+    "activation mixing, of a step": lambda run: percent(run.overhead and run.overhead.activation),
     "prefill tokens/s, batch 1": _rate("prefill"),
     **{f"decode tokens/s, batch {rows}": _rate(f"decode {rows}") for rows in DECODE_BATCHES},
     "KV bytes/token": _cache("kv"),

@@ -108,10 +108,10 @@ def told_of(model: SkipstoneForCausalLM) -> Tensor:
 
 
 def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
-    """Return the rows of the model's output head for the token ids ids_R, fp32 [R, D]."""
+    """Return the rows of the model's output head for the token ids ids_R, fp32 [R, D], without gradients."""
     head = model.lm_head
     if isinstance(head, Int8Linear):
-        return int8.restore(head.weight[ids_R], head.weight_scale[ids_R])
+        return int8.restore(head.weight[ids_R], head.weight_scale.detach()[ids_R])
     if isinstance(head, Float16Linear):
         return head.values[ids_R].float()
     return head.weight.detach()[ids_R].float()

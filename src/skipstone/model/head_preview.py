@@ -43,10 +43,7 @@ def with_head_candidates(
     2017). Raises ValueError for values out of range, and for a model that has such a table already.
     """
     check_model(model)
-    if model.config.head_candidates is not None:
-        raise ValueError("the model has head_candidates already; begin with the model without")
-    fields = {"head_candidates": candidates, "head_directions": directions}
-    config = SkipstoneConfig(**{**model.config.to_dict(), **fields})
+    config = config_with_candidates(model, candidates, directions)
     states = [model.model(row[None], use_cache=False, routing="causal").last_hidden_state[0] for row in ids_BT]
     hidden_ND = model.to_head(torch.cat(states))
     head = model.lm_head
@@ -55,6 +52,17 @@ def with_head_candidates(
     tensors: PlainDict = dict(model.state_dict())
     tensors |= {f"head_preview.{name}": tensor for name, tensor in vars(found).items()}
     return rebuilt(model, config, tensors)
+
+
+def config_with_candidates(model: SkipstoneForCausalLM, candidates: int, directions: int) -> SkipstoneConfig:
+    """Return the model's configuration with these head candidates and directions.
+
+    Raises ValueError for values out of range, and for a model that has head candidates already.
+    """
+    if model.config.head_candidates is not None:
+        raise ValueError("the model has head_candidates already; begin with the model without")
+    fields = {"head_candidates": candidates, "head_directions": directions}
+    return SkipstoneConfig(**{**model.config.to_dict(), **fields})
 
 
 def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_preview.Preview:

@@ -30,14 +30,15 @@ def from_tensors(config: SkipstoneConfig, tensors: Mapping[str, Tensor], dtype: 
 
     tensors: a state dict under our names. Raises ValueError for missing, additional and wrongly shaped tensors.
     """
-    model, info = SkipstoneForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(tensors),
-        dtype=dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with quiet():
+        model, info = SkipstoneForCausalLM.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     check_complete(info)
     return model
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skipstone.nn.float16 import Float16Linear
 from skipstone.nn.int8 import Int8Linear
 from skipstone.ops import head_preview
+from skipstone.ops.reference import autocast
 
 HEADS = (nn.Linear, Int8Linear, Float16Linear)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -86,11 +87,11 @@ class HeadPreview(nn.Module):
         return weight.shape[0] == len(self.scale) and head_preview.readable(weight, scale)
 
     def forward(self, x: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of one token, [..., V] for V tokens of the vocabulary, in the dtype of x.
+        """Return the logits of one token, [..., V] for V tokens of the vocabulary, in the dtype of x, or of autocast.
 
         Call it only if `takes` returned True. x: hidden states of one token, [..., D]. head: the output head.
         """
-        return head_preview.logits(x, self.preview, *_weight(head), self.candidates)
+        return head_preview.logits(autocast(x), self.preview, *_weight(head), self.candidates)
 
     def plain(self, x_ND: Tensor, head: nn.Module) -> Tensor:
         """Return the logits of any number of tokens by ordinary operations, fp32 [N, V], exact for candidates alone.

@@ -17,6 +17,7 @@ from pathlib import Path
 from skipstone.core.strict import PlainDict, unknown
 from skipstone.measure.token_trace import COLUMNS, Allocation, TokenTrace
 
+ROUTINGS = ("causal", "oracle", "unknown")
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 TEXT = {"row": int, "position": int, "layer": int, "score": float, "weight": float, "loss": float}  # of cells in a CSV
 
@@ -52,8 +53,8 @@ def read_trace(path: Path) -> TokenTrace:
             loss = math.nan if line["loss"] is None else float(line["loss"])
             row = rows.setdefault(int(line["row"]), {})
             token = row.setdefault(int(line["position"]), _Token(text=str(line["token"]), loss=loss))
-            routing = str(line.get("routing") or routing)
-            layer, kept = int(line["layer"]), bool(line["kept"])
+            routing = _known(line.get("routing", routing))
+            layer, kept = int(line["layer"]), _bool(line["kept"])
             token.weights[layer] = token.weights.get(layer, 1.0) * float(line["weight"])
             token.kept[layer] = token.kept.get(layer, True) and kept
             if line["mechanism"] is not None:
@@ -85,7 +86,21 @@ def _depth(token: _Token) -> float:
     return sum(token.kept.values()) / len(token.kept)
 
 
+def _known(routing: object) -> str:
+    if routing not in ROUTINGS:
+        raise ValueError(unknown("routing", routing, ROUTINGS))
+    return str(routing)
+
+
+def _bool(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"kept must be true or false, got {value!r}")
+    return value
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError) and isinstance(error.args[0], int):
+        return f"its positions and layers are not numbered from 0, or a token lacks number {error}"
     return f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
@@ -128,12 +143,14 @@ def _lines(path: Path) -> Iterator[PlainDict]:
     else:
         with path.open(encoding="utf-8", newline="") as lines:
             for line in csv.DictReader(lines):
+                if None in line.values() or None in line:
+                    raise ValueError("a line has too few or too many cells")
                 yield {key: _cell(key, value) for key, value in line.items()}
 
 
 def _cell(key: str, text: str) -> object:
     if key == "kept":
-        return text == "True"
+        return {"True": True, "False": False}.get(text, text)
     if key == "token":
         return text
     return None if text == "" else TEXT.get(key, str)(text)
