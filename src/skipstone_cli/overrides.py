@@ -27,8 +27,8 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the recipe in the YAML file `path` as a plain dict, with overrides applied and interpolations resolved.
 
     overrides: words "key=value", such as "train.steps=500"; later ones win. If they shorten the training below the
-    recipe's warm-up, the warm-up is shortened in proportion. Raises UserError if the file is missing or not a YAML
-    mapping, and for an override that is malformed or does not fit the recipe.
+    recipe's warm-up, the warm-up is shortened in proportion. Raises UserError if the file is missing, empty or not a
+    YAML mapping, and for an override that is malformed or does not fit the recipe.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -69,11 +69,14 @@ def _read(path: Path) -> DictConfig:
     from yaml import YAMLError
 
     try:
-        check_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
         config = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, AssertionError, RecursionError) as error:
         raise UserError(f"recipe {str(path)!r} is not readable YAML: {_said(error)}") from None
-    a_text = len(config) == 1 and [str(key) for key in config] == [path.read_text(encoding="utf-8").strip()]
+    if not any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
+        raise UserError(f"recipe {str(path)!r} is empty; for the defaults alone, write {{}} into it")
+    a_text = len(config) == 1 and [str(key).split() for key in config] == [text.split()]
     if a_text or not isinstance(config, DictConfig):  # OmegaConf reads a plain text as a key without a value
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values")
     return config

@@ -63,3 +63,17 @@ def test_the_files_of_a_source_are_all_that_hold_weights(source: Path, tmp_path:
     assert files_of(adapter) == [adapter / "adapter_model.safetensors", base / "pytorch_model.bin"]
     (base / "a.gguf").write_bytes(b"GGUF")
     assert files_of(base / "a.gguf") == [base / "a.gguf"]
+
+
+def test_a_finished_run_is_not_that_of_another_recipe_or_source(source: Path, tmp_path: Path) -> None:
+    config = recipe(tmp_path, {"mechanisms": [mixture()]}, **STEPS)
+    out = run(source, config, tmp_path / "out")
+    assert run(source, config, out, resume=True) == out
+    other = shutil.copytree(source, tmp_path / "other")
+    for given, changed, says in (
+        (other, config, "source"),
+        (source, {**config, "adapt": {**config["adapt"], "budget": 0.5}}, "adapt.budget"),
+        (source, {**config, "train": {**config["train"], "steps": 9}}, "train.steps"),
+    ):
+        with pytest.raises(ValueError, match=f"differs from the run's in {says}"):
+            run(given, changed, out, resume=True)

@@ -149,3 +149,20 @@ def test_what_is_no_file_is_named_as_what_it_is(tmp_path: Path) -> None:
     for path, kind in ((tmp_path, "a folder"), (Path(os.devnull), "a device or a pipe")):
         with pytest.raises(UserError, match=f"is {kind}, but a file is expected"):
             load_recipe(path, [])
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "# a recipe\n  # of nothing\n"])
+def test_a_recipe_without_anything_is_not_the_default_recipe(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is empty; for the defaults alone"):
+        load_recipe(path, ["train.steps=3"])
+    path.write_text("{}")
+    assert load_recipe(path, ["train.steps=3"]) == {"train": {"steps": 3}}
+
+
+def test_several_lines_of_text_are_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a stone that skips\nover water\n" * 5)
+    with pytest.raises(UserError, match="must be a mapping of keys to values"):
+        load_recipe(path, [])

@@ -51,7 +51,9 @@ def test_a_name_is_refused_without_a_request_where_that_is_asked(
 
 def test_a_dataset_is_looked_for_in_the_cache_alone(requests: list[str]) -> None:
     pytest.importorskip("datasets", reason="datasets is not installed")
-    with pytest.raises(FileNotFoundError, match="corpus hf:nobody/nothing could not be loaded"):
+    with pytest.raises(
+        FileNotFoundError, match="corpus hf:nobody/nothing could not be loaded: the hub cannot be reached"
+    ):
         load_dataset(NAME)
     assert len(requests) == 1
 

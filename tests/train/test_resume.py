@@ -168,3 +168,10 @@ def test_when_it_saves_may_change_when_it_resumes(tmp_path: Path) -> None:
     train(other, crashed, resume=True)
     assert same(whole, crashed)
     assert [path.name for path in (crashed / "checkpoints").iterdir()] == ["checkpoint-12"]
+
+
+def test_a_finished_run_is_not_that_of_another_model(tmp_path: Path) -> None:
+    folder = train(recipe(tmp_path, MODELS["dense"], steps=2), tmp_path / "run")
+    wider = {**MODELS["dense"], "num_hidden_layers": 9}
+    with pytest.raises(ValueError, match=r"differs from the run's in model\.num_hidden_layers"):
+        train(recipe(tmp_path, wider, steps=2), folder, resume=True)

@@ -58,11 +58,20 @@ def adapt(
     recipe = read_recipe(config)
     check_early(recipe)
     with held(recipe, out, resume) as folder:
+        if resume and Run(folder).finished:
+            _check_sections(Run(folder), source, recipe)
         run = open_run(recipe, folder, resume)
         if run is not None and run.finished:
             return folder
         plan = _begin(source, recipe, folder, run)
         return _train(plan, folder, progress, save_minutes, callbacks)
+
+
+def _check_sections(run: Run, source: str, recipe: AdaptRecipe) -> None:
+    """Raise ValueError if source, `data`, `train` or `adapt` differ from those of the finished run to be resumed."""
+    saved, given = run.config(), {**to_dict(recipe), "source": source}
+    names = ("source", "data", "train", "adapt")
+    folders.check_same({name: saved.get(name) for name in names}, {name: given[name] for name in names})
 
 
 def _begin(source: str, recipe: AdaptRecipe, folder: Path, run: Run | None) -> AdaptPlan:

@@ -171,11 +171,12 @@ def load_dataset(argument: str, streaming: bool = False) -> PlainDict:
     path = str(Path(argument).expanduser()) if local else "/".join(parts[:2])
     if len(parts) > 3 and not local:
         raise ValueError(f"corpus hf:{argument}: expected NAME, OWNER/NAME, OWNER/NAME/CONFIG or a folder")
+    unreachable = None if local or offline() else why_unreachable(path, "dataset")
     try:
-        with _hub_offline(not local and (offline() or why_unreachable(path, "dataset") is not None)):
+        with _hub_offline(not local and (offline() or unreachable is not None)):
             return dict(datasets.load_dataset(path, config, streaming=streaming))
     except (OSError, ValueError, RuntimeError) as error:  # the library raises many types, with long messages
-        reason = " ".join(str(error).split())[:300]
+        reason = unreachable or " ".join(str(error).split())[:300]
         raise FileNotFoundError(f"corpus hf:{argument} could not be loaded: {reason}") from error
 
 

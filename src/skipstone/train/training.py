@@ -67,6 +67,7 @@ def _train(
 ) -> Path:
     if resume and Run(folder).finished:
         _check_sections(Run(folder), recipe)
+        _check_model(Run(folder), recipe)
     run = open_run(recipe, folder, resume)
     if run is not None and run.finished:
         return folder
@@ -132,6 +133,19 @@ def _check_sections(run: Run, recipe: Recipe) -> None:
     """
     saved, given = run.config(), to_dict(recipe)
     folders.check_same({key: saved[key] for key in ("data", "train")}, {key: given[key] for key in ("data", "train")})
+
+
+def _check_model(run: Run, recipe: Recipe) -> None:
+    """Raise ValueError if what a recipe says of the model differs from that of the finished run to be resumed.
+
+    Only the keys that the recipe has are compared, with what follows from the data taken from the run.
+    """
+    saved = run.config()["model"]
+    names = ("vocab_size", "eos_token_id", "bos_token_id", "pad_token_id")
+    known = {**{name: saved.get(name) for name in names}, setup.TOKENIZER: run.load_tokenizer()}
+    given = setup.plain(setup.model_config(recipe.model, recipe.data.context, known))
+    written = [key for key in recipe.model if key in saved or key in given]
+    folders.check_same({"model": {k: saved.get(k) for k in written}}, {"model": {k: given.get(k) for k in written}})
 
 
 def _data(recipe: Recipe, run: Run | None, ready: PreparedData | None) -> PreparedData:

@@ -111,6 +111,8 @@ def isoflop(
     }
     if flops_per_second is not None and not estimate:
         raise UserError("--flops-per-second would have no effect without --estimate")
+    if flops_per_second is not None and not 0 < flops_per_second < float("inf"):
+        raise UserError(f"--flops-per-second must be above 0, got {flops_per_second:g}")
     if estimate and render:
         raise UserError("--estimate and --render exclude each other; give only one of them")
     spec = _checked(recipe, overrides or [], given, scale)
