@@ -103,7 +103,7 @@ class GateSkip(DepthMechanism):
         states that enter it. tokens: the tokens of this call. A recorded score is the logit of the mean of a token's
         gates. With `execution: hard`, tokens with low scores get no update in generation and evaluation.
         """
-        open_BTG = self.router.all(x_BTD).sigmoid()
+        open_BTG = self.router(x_BTD, every=True).sigmoid()
         mean_BT = open_BTG.mean(-1)
         score_BT, reached_BT = torch.logit(mean_BT.detach(), eps=EPSILON), real_mask(tokens, mean_BT)
         kept_BT = reached_BT & self._keeps(score_BT, x_BTD, tokens) if is_hard(self.config.execution, tokens) else None

@@ -40,13 +40,13 @@ class LinearRouter(nn.Module):
         if self.score_bias is not None:
             init.constant_(self.score_bias, self.start_bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the score of each token, fp32 [B, T]; for routers with one output. x_BTD: hidden states."""
-        return self.all(x_BTD).squeeze(-1)
+    def forward(self, x_BTD: Tensor, every: bool = False) -> Tensor:
+        """Return the score of each token, fp32 [B, T]; for routers with one output.
 
-    def all(self, x_BTD: Tensor) -> Tensor:
-        """Return all scores of each token, fp32 [B, T, outputs]. x_BTD: hidden states."""
-        return score_linear(x_BTD, self.weight, self.score_bias, self.norm)
+        x_BTD: hidden states. every: return all scores of each token instead, [B, T, outputs].
+        """
+        score_BTO = score_linear(x_BTD, self.weight, self.score_bias, self.norm)
+        return score_BTO if every else score_BTO.squeeze(-1)
 
     def constant(self, score: float) -> None:
         """Set the parameters so that every token gets this score (0 without a bias) and the weight still learns."""

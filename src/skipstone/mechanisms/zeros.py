@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from transformers import initialization as init
 
 from skipstone.core.records import NeuronGroupsRecord
 from skipstone.core.routing_module import Placement
@@ -77,6 +78,10 @@ class ZeroNeurons(ActivationGroupRouter):
         self.config = parsed(ZeroNeuronsConfig, config, options)
         self.placement, self.total = placement or Placement(name=NAME), neurons
         self.register_buffer("typical_F", torch.ones(neurons), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Set typical_F, which no file holds, to 1."""
+        init.ones_(self.typical_F)
 
     @property
     def group_size(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from skipstone.nn.float16 import Float16Linear
 from skipstone.nn.int8 import Int8Linear
+from skipstone.nn.own_dtype import OwnDtype
 from skipstone.ops import head_preview
 from skipstone.ops.reference import autocast
 
@@ -18,7 +18,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 UNREAD = "head_candidates is not used with this head, device or dtype: the whole head is read"
 
 
-class HeadPreview(nn.Module):
+class HeadPreview(OwnDtype):
     """A low-rank four-bit copy of the output head, which chooses the candidates for the next token in a decoding step.
 
     Exact logits are computed for the candidates alone, from their rows of the head itself. All other tokens get the
@@ -45,14 +45,6 @@ class HeadPreview(nn.Module):
         ):
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("packed", torch.zeros(vocabulary, directions // 2, dtype=torch.uint8))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if (moved := self._buffers[name]) is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     @property
     def preview(self) -> head_preview.Preview:

@@ -8,25 +8,27 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from skipstone.core.strict import PlainDict
+from skipstone.nn.own_dtype import OwnDtype
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 ROPES = (*STATIC_ROPE, "longrope")
 
 
-class Rotary(nn.Module):
+class Rotary(OwnDtype):
     """Rotary position embeddings: cos and sin of the angles (arXiv 2104.09864), half-split layout.
 
     config: a transformers configuration; its `rope_parameters` name the kind of scaling. parameters: replaces these
     `rope_parameters`; None means the configuration's own. With `partial_rotary_factor` p, only the first p E of the E
     features of a head are rotated. Kind "longrope" (arXiv 2402.13753) has two sets of frequencies; a call uses the set
     for long rows if one of its positions is at least `original_max_position_embeddings`. inverse_E2: fp32, a frequency
-    for each pair of rotated features. long_E2: the same for long rows, absent for other kinds.
+    for each pair of rotated features; it stays fp32 when the model's dtype changes, because in bf16 an angle would be
+    off by whole turns after a few thousand tokens. long_E2: the same for long rows, absent for other kinds.
     """
 
     inverse_E2: Tensor
