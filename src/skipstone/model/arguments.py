@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,51 @@ from skipstone.core.static import SkipstoneStaticCacheLayer
 from skipstone.core.strict import PlainMapping
 from skipstone.core.tokens import Executor, PassMode
 from skipstone.ops.head_loss import IGNORED
+
+OWN_ARGUMENTS = (
+    "routing",
+    "noise",
+    "executor",
+    "output_records",
+    "document_ids",
+    "shift_labels",
+    "loss_chunk",
+    "distillation",
+)
+# Those that mean the same in all models of transformers. A name has to be closer to them: others exist besides.
+THEIR_ARGUMENTS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "output_hidden_states",
+    "num_items_in_batch",
+)
+
+
+def refuse_mistyped(arguments: PlainMapping) -> None:
+    """Raise ValueError for a keyword argument that is not known but close to a known one, and so probably mistyped.
+
+    arguments: keyword arguments by name. Transformers ignores unknown ones.
+    """
+    for name in () if torch.compiler.is_compiling() else arguments:  # compilers cannot trace the comparison of names
+        if (near := _meant(name)) is not None:
+            raise ValueError(f"unknown argument {name!r}; did you mean {near!r}?")
+
+
+@lru_cache
+def _meant(name: str) -> str | None:
+    """Return the known argument whose name is close to `name`, or None."""
+    if name in OWN_ARGUMENTS or name in THEIR_ARGUMENTS:
+        return None
+    for names, cutoff in ((OWN_ARGUMENTS, 0.8), (THEIR_ARGUMENTS, 0.9)):
+        if near := difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
+            return near[0]
+    return None
 
 
 def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, width: int) -> None:

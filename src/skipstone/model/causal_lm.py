@@ -24,7 +24,7 @@ from skipstone.core.routing_module import RoutingModule, require_causal
 from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
-from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_targets
+from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_mistyped, refuse_targets
 from skipstone.model.build import HeadPreview, Int8Linear, Rotary, StoredLinear, format_of
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
@@ -32,7 +32,6 @@ from skipstone.model.decoder import (
     Routing,
     SkipstoneModel,
     SkipstonePreTrainedModel,
-    refuse_mistyped,
 )
 from skipstone.model.tokens import within_documents
 from skipstone.ops.head_loss import IGNORED, Distillation, linear_cross_entropy, linear_distillation_loss

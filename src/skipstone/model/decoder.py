@@ -5,11 +5,10 @@ Shape letters: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -23,9 +22,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records
-from skipstone.core.strict import PlainDict, PlainMapping, unknown
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.core.tokens import BENEFIT, Executor, PassMode, Tokens
-from skipstone.model.arguments import check_cache, check_input, of_fixed_size
+from skipstone.model.arguments import check_cache, check_input, of_fixed_size, refuse_mistyped
 from skipstone.model.build import (
     Block,
     build_blocks,
@@ -66,34 +65,6 @@ LOSSES_LEFT_OUT = (
     "a training pass computes its loss outside SkipstoneForCausalLM, so the routers' own losses are not in it and "
     "routers that learn by these stay as they are: mix skipstone.train.RoutingMixin into the trainer, or pass labels"
 )
-
-OWN_ARGUMENTS = (
-    "routing",
-    "noise",
-    "executor",
-    "output_records",
-    "document_ids",
-    "shift_labels",
-    "loss_chunk",
-    "distillation",
-)
-
-
-def refuse_mistyped(arguments: PlainMapping) -> None:
-    """Raise ValueError for a keyword argument that is not one of ours but close to one, and so probably mistyped.
-
-    arguments: keyword arguments by name. Transformers ignores unknown ones.
-    """
-    for name in () if torch.compiler.is_compiling() else arguments:  # compilers cannot trace the comparison of names
-        if (near := _meant(name)) is not None:
-            raise ValueError(f"unknown argument {name!r}; did you mean {near!r}?")
-
-
-@lru_cache
-def _meant(name: str) -> str | None:
-    """Return our argument whose name is close to `name`, or None."""
-    near = [] if name in OWN_ARGUMENTS else difflib.get_close_matches(name, OWN_ARGUMENTS, n=1, cutoff=0.8)
-    return near[0] if near else None
 
 
 class SkipstonePreTrainedModel(SavesItsBlocks):
