@@ -371,14 +371,3 @@ def test_copies_are_routed_once_and_can_be_undone(way: Any, ids: Tensor, mask: T
     assert torch.equal(twin(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
     twin.skipstone_routing.undo()
     assert torch.equal(twin(ids, attention_mask=mask).logits, built("llama")(ids, attention_mask=mask).logits)
-
-
-@torch.no_grad()
-def test_the_kept_share_is_that_of_real_tokens(ids: Tensor, mask: Tensor) -> None:
-    model, handle = routed("llama", [MOD])
-    model(ids, attention_mask=mask, use_cache=False)
-    kept = [records["mixture_of_depths"].kept_BT for records in handle.records]
-    assert handle.kept_share() == pytest.approx(float(sum(k.sum() for k in kept) / (len(kept) * mask.sum())))
-    handle.set_identity()
-    model(ids, attention_mask=mask, use_cache=False)
-    assert handle.kept_share() == 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from skipstone.core.depth import DepthModule, DepthModules
 from skipstone.core.noise import draw_seed
 from skipstone.core.records import Records, auxiliary_loss, carried
-from skipstone.core.strict import PlainDict
+from skipstone.core.strict import PlainDict, unknown
 from skipstone.core.tokens import Executor, PassMode, Tokens
 from skipstone.in_place.arguments import Signature
 from skipstone.in_place.block import RoutedBlock
@@ -28,6 +28,11 @@ from skipstone.model.parts import MechanismEntry
 from skipstone.model.tokens import Call, tokens_of
 
 IGNORED = -100
+SETTINGS = {  # and their values
+    "executor": ("gathered", "masked"),
+    "routing": ("oracle", "causal", None),
+    "training_routing": ("oracle", "causal"),
+}
 
 
 class RoutedDecoder:
@@ -138,7 +143,12 @@ class RoutedDecoder:
         write(Path(folder), [entry.plain() for entry in self.entries], dict(self.modules()))
 
     def undo(self) -> None:
-        """Remove all mechanisms from the model. Raises ValueError if other code has wrapped a block since."""
+        """Remove all mechanisms from the model.
+
+        Raises ValueError if other code has wrapped a block since, and if they were removed before.
+        """
+        if vars(self.model).get("skipstone_routing") is not self:
+            raise ValueError("the mechanisms were removed before; route the model anew")
         for routed in self.blocks:
             routed.undo()
         self._hook.remove()
@@ -151,6 +161,7 @@ class RoutedDecoder:
     def _begin(self, decoder: nn.Module, args: tuple[object, ...], kwargs: PlainDict) -> None:
         """Take padding mask and positions from the decoder's arguments and forget the records, before each pass."""
         require_kernel(decoder)
+        self._check_settings()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         config = text_config(decoder)
         for name in ("output_attentions", "output_router_logits"):
@@ -159,6 +170,14 @@ class RoutedDecoder:
                 raise ValueError(f"{name} is not supported by a routed model: skipped tokens have none")
         self._mask, self._positions = given.get("attention_mask"), given.get("position_ids")
         self._tokens, self.records = None, tuple({} for _ in range(self.count))
+
+    def _check_settings(self) -> None:
+        """Raise ValueError for settings that are none, which would otherwise be taken for others or for nothing."""
+        for name, allowed in SETTINGS.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(unknown(name, value, map(str, allowed)))
+        for layer in self.forced.keys() - {routed.layer for routed in self.blocks}:
+            raise ValueError(f"forced names block {layer}, which has no mechanism")
 
     def tokens_at(self, routed: RoutedBlock, x_BTD: Tensor, cache: Any) -> Tokens:
         """Return the `Tokens` of a block's call: positions, padding, imposed decisions, and carried state.
@@ -170,7 +189,13 @@ class RoutedDecoder:
             raise ValueError(f"block {routed.layer} must be given hidden states [B, T, D], got {list(x_BTD.shape)}")
         if self._tokens is None:
             self._tokens = self._first(x_BTD, 0 if cache is None else int(cache.get_seq_length(routed.layer)), cache)
-        return self._tokens.replace(forced_BT=self.forced.get(routed.layer))
+        forced_BT = self.forced.get(routed.layer)
+        if forced_BT is not None and (forced_BT.dtype != torch.bool or forced_BT.shape != x_BTD.shape[:2]):
+            raise ValueError(
+                f"forced[{routed.layer}] must be a bool mask of shape {list(x_BTD.shape[:2])}, got {forced_BT.dtype} "
+                f"{list(forced_BT.shape)}"
+            )
+        return self._tokens.replace(forced_BT=forced_BT)
 
     def _first(self, x_BTD: Tensor, seen: int, cache: Any) -> Tokens:
         B, T = x_BTD.shape[:2]
