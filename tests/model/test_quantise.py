@@ -281,3 +281,27 @@ def test_under_autocast_few_tokens_and_many_have_one_dtype(bits: int, dtype: tor
             assert found.dtype == plain(ids(1, tokens)).logits.dtype == torch.bfloat16
             layer = next(each for each in rounded.modules() if isinstance(each, StoredLinear))
             assert layer(torch.randn(1, tokens, layer.in_features)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_stored_numbers_are_never_taken_for_weights(bits: int, tmp_path: Path) -> None:
+    original = model(hidden_size=64)
+    rounded = quantise(original, bits)
+    original.save_pretrained(tmp_path / "float")
+    rounded.save_pretrained(tmp_path / "rounded")
+    load, kind = skipstone.SkipstoneForCausalLM.from_pretrained, rounded.config.weight_format
+    for source, wrong in (("rounded", "float"), ("float", kind)):
+        with pytest.raises(ValueError, match="weight_format must be that of the stored weights"):
+            load(tmp_path / source, weight_format=wrong)
+        with pytest.raises(ValueError, match="weight_format must be that"):
+            skipstone.SkipstoneModel.from_pretrained(tmp_path / source, weight_format=wrong)
+    assert torch.equal(load(tmp_path / "rounded").eval()(ids()).logits, rounded(ids()).logits)
+    with pytest.raises(ValueError, match="weight_format must be that"):
+        model(hidden_size=64).load_state_dict(rounded.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match=r"has dtype torch\.float32"):
+        quantise(original, bits).load_state_dict(original.state_dict())
+
+
+def test_weights_without_values_are_not_rounded() -> None:
+    with pytest.raises(ValueError, match="weights without values"):
+        quantise(model().to("meta"))

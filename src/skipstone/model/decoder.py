@@ -39,6 +39,7 @@ from skipstone.model.config import SkipstoneConfig
 from skipstone.model.cost import Cost, cost
 from skipstone.model.saved_blocks import SavesItsBlocks
 from skipstone.model.stack import Rotation, Stack
+from skipstone.model.stored_types import KeepsStoredTypes
 from skipstone.model.tokens import Call, tokens_of, with_ids
 from skipstone.ops.reference import dropped
 
@@ -67,7 +68,7 @@ LOSSES_LEFT_OUT = (
 )
 
 
-class SkipstonePreTrainedModel(SavesItsBlocks):
+class SkipstonePreTrainedModel(SavesItsBlocks, KeepsStoredTypes):
     """The base class of our models: initialisation, cost, and options that can be changed in a built model."""
 
     config: SkipstoneConfig

@@ -43,6 +43,8 @@ def with_head_candidates(
     2017). Raises ValueError for values out of range, and for a model that has such a table already.
     """
     check_model(model)
+    if ids_BT.dim() != 2 or 0 in ids_BT.shape:
+        raise ValueError(f"ids must have shape [rows, tokens] with at least one of each, got {list(ids_BT.shape)}")
     config = config_with_candidates(model, candidates, directions)
     states = [model.model(row[None], use_cache=False, routing="causal").last_hidden_state[0] for row in ids_BT]
     hidden_ND = model.to_head(torch.cat(states))

@@ -245,7 +245,7 @@ def _load_ours(name: str, dtype: Dtype) -> SkipstoneForCausalLM:
             name, dtype=named_dtype(dtype, "auto"), ignore_mismatched_sizes=True, output_loading_info=True
         )
         check_complete(info)
-        check_quantised(model, Path(name))
+        check_quantised(model)
     return model
 
 

@@ -8,7 +8,6 @@ biases, learned positions and the parameters of mechanisms keep their precision.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.gguf_blocks import FourBitRows
 from skipstone.model.loading import from_tensors
-from skipstone.model.weight_files import open_tensors, weight_files
 from skipstone.ops import float16, int4, int8
 
 FLOAT, INT8, INT4 = "float", "int8", "int4"
@@ -48,6 +46,8 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
         raise ValueError(f"the model has {model.config.weight_format} weights already")
     if any(is_quantised(module) for module in model.modules() if isinstance(module, torch.nn.Linear)):
         raise ValueError("the model's weights are quantised already, by torchao; quantise the original")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model has weights without values (on the device meta, or offloaded); load it in memory")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters; merge them into its weights (merge_and_unload), then quantise")
     tensors: dict[str, Tensor] = dict(model.state_dict())
@@ -131,16 +131,9 @@ def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     return rebuilt(model, config, tensors)
 
 
-def check_quantised(model: SkipstoneForCausalLM, folder: Path) -> None:
-    """Raise ValueError, which names the tensor, if quantised weights are of another type or a number is not finite.
-
-    model: the model that was loaded from the weight files in `folder`; loading converts a tensor of another type, such
-    as weights that were never quantised, without a word.
-    """
-    stored = {name: kind for path in weight_files(folder) for name, (kind, _) in open_tensors(path).items()}
+def check_quantised(model: SkipstoneForCausalLM) -> None:
+    """Raise ValueError, which names the tensor, if a number by which quantised weights are restored is not finite."""
     for name, layer in layers_of(model).items():
-        if (kind := stored.get(f"{name}.weight", layer.TYPE)) != layer.TYPE:
-            raise ValueError(f"{name}.weight has type {kind} in the checkpoint and {layer.TYPE} in the model")
         if not bool(layer.stored_floats().isfinite().all()):
             raise ValueError(f"{name}.weight has {layer.NUMBERS} that is not finite")
 
