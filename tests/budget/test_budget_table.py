@@ -270,3 +270,13 @@ def test_the_shares_beside_a_gap_are_met_as_they_are_printed() -> None:
             assert table.thresholds(float(share))[0] == pytest.approx(float(share), abs=1e-3)
     for end in table.range:
         assert table.thresholds(end)
+
+
+def test_a_model_that_was_not_loaded_has_no_budgets_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build([{**MIXTURE, "decision": "threshold"}])
+    calibrate(model, text(0, 2)).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="was not loaded from a folder that has one"):
+        generate(model, text(0)[:1, :4], max_new_tokens=2, budget=0.9)

@@ -234,3 +234,13 @@ def test_a_head_is_trained_for_a_quantised_model_from_a_folder(bits: int, tmp_pa
     head = train_draft_head(target, ids(8, 12), steps=3, shortlist=12).head
     plain = generate(target, ids(), max_new_tokens=9)
     assert torch.equal(generate(target, ids(), max_new_tokens=9, draft=head), plain)
+
+
+def test_a_model_that_was_not_loaded_has_no_head_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = model()
+    save_draft_head(head_of(target), tmp_path, {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="was not loaded from a folder that has one"):
+        generate(target, ids(), max_new_tokens=2, draft="head")

@@ -39,3 +39,9 @@ def test_a_dense_model_has_no_decision_to_force() -> None:
     passes, why = passes_of(dense(), "reset-s3")
     assert ({*passes}, why) == ({"oracle", "causal", "executed"}, {"forced": NOTHING_TO_FORCE})
     assert passes_of(dense(), "tiny-shakespeare")[1] == {}
+
+
+def test_the_cost_of_blocks_that_do_not_exist() -> None:
+    for options in ({"kept": {1: {"mod": 2}}}, {"stored": {-1: 5}}):
+        with pytest.raises(ValueError, match=r"names block -?1, but the model has blocks 0 to 0"):
+            dense().cost(tokens=4, **options)

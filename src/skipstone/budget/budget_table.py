@@ -213,6 +213,8 @@ class BudgetTable:
         Raises FileNotFoundError if there is none, `Damaged` (a ValueError) if its text does not have the hash that it
         names, and ValueError if it cannot be read.
         """
+        if not str(folder):  # of a model that was not loaded; the working directory may hold one of another model
+            raise FileNotFoundError(f"a budget needs {FILE}, and the model was not loaded from a folder that has one")
         path = cls.find(folder)
         if path is None:
             raise FileNotFoundError(

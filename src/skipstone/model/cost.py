@@ -137,12 +137,16 @@ def cost(
     row that has a query); None means what `past` tokens leave there under the assumption just described. routing:
     "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced" (causal, but
     imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits are computed;
-    0 means all tokens. Raises ValueError for invalid sizes.
+    0 means all tokens. Raises ValueError for invalid sizes and blocks.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
     if routing not in ROUTINGS:
         raise ValueError(unknown("routing", routing, ROUTINGS))
+    blocks = len(model.decoder.layers)
+    for layer in {**(kept or {}), **(stored or {})}:
+        if layer not in range(blocks):
+            raise ValueError(f"kept or stored names block {layer}, but the model has blocks 0 to {blocks - 1}")
     call = _Call(tokens, past, batch, routing, min(tokens, logits_to_keep or tokens), kept or {}, stored or {})
     warn_of_uncounted(model.decoder.layers)
     dense = _cost(model, replace(call, kept={}, stored={}, mechanisms=False))

@@ -26,6 +26,8 @@ def require_draft_head(folder: str | Path) -> Path:
     Raises FileNotFoundError, with a message of one line, if the weights or their description, draft_head.json, are
     missing.
     """
+    if not str(folder):  # of a model that was not loaded; the working directory may hold one of another model
+        raise FileNotFoundError(f"draft 'head' needs {FILE}, and the model was not loaded from a folder that has one")
     path = Path(folder) / FILE
     if not path.is_file() or not path.with_name(ABOUT).is_file():
         raise FileNotFoundError(
