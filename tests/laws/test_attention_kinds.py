@@ -18,7 +18,6 @@ def test_eager_equals_sdpa(chosen: Case) -> None:
     documents = torch.tensor([[0] * 6 + [1] * 9] * 3)
     calls = {
         "oracle": {"routing": "oracle", "noise": False},
-        "causal": {"routing": "causal"},
         "padded": {"routing": "causal", "attention_mask": mask},
         "packed": {"routing": "causal", "document_ids": documents},
     }
