@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +54,17 @@ def save_source(folder: Path, config: PreTrainedConfig | None = None, with_token
     return folder
 
 
-def source_model(config: PreTrainedConfig | None = None) -> Any:
-    """Return the model that `save_source` saves, loaded as a Skipstone model."""
-    import tempfile
-
+@cache
+def _source_model() -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return load_pretrained(save_source(Path(folder), config, with_tokenizer=False)).eval()
+        return load_pretrained(save_source(Path(folder), with_tokenizer=False)).eval()
+
+
+def source_model() -> Any:
+    """Return the tiny Llama that `save_source` saves, loaded as a Skipstone model: a copy of its own for each call."""
+    model = copy.deepcopy(_source_model())
+    torch.manual_seed(3)  # whether it was made just now or before
+    return model
 
 
 def mixture(**options: Any) -> dict[str, Any]:

@@ -127,8 +127,14 @@ def test_evaluation_draws_no_noise_unless_asked_to() -> None:
     assert not differ(noise=False)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("decision", ["threshold", "topk", "ema_threshold", "predictor"])
+@pytest.mark.parametrize(
+    ("decision", "training"),
+    [
+        pytest.param(decision, training, marks=() if training == (i % 2 == 0) else pytest.mark.slow)
+        for i, decision in enumerate(("threshold", "topk", "ema_threshold", "predictor"))
+        for training in (False, True)
+    ],
+)
 def test_a_model_without_values_has_the_shapes_of_one_with(decision: str, training: bool) -> None:
     mechanisms = [{"name": "mixture_of_depths", "capacity": 0.5, "decision": decision}, {"name": "early_exit"}]
     options: dict[str, Any] = {"mechanisms": mechanisms, "activation": {"name": "polyglu"}}

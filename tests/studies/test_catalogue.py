@@ -40,7 +40,9 @@ def built(model: str) -> object:
     return model_config(json.loads(model), 64, {"vocab_size": 64})
 
 
-@pytest.mark.parametrize(("name", "scale"), ALL)
+@pytest.mark.parametrize(
+    ("name", "scale"), [pytest.param(*each, marks=pytest.mark.slow if each[1] == "paper" else ()) for each in ALL]
+)
 def test_every_recipe_can_be_built(name: str, scale: str) -> None:
     for arms in STUDIES[name].variants(scale):
         assert len(arms) > 1 or name == "full_size"

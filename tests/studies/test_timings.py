@@ -85,6 +85,7 @@ SLOW = (
     "neurons_decode",
     "head_loss",
     "mod_training",
+    "ffn_groups_cost",
     "decode_rivals",
     "decode_rivals_gemma",
     "gpu",
