@@ -21,7 +21,6 @@ from skipstone.model.pretrained import four_bit_rows, load_model, load_pretraine
 from skipstone.model.quantise import dequantise, quantise
 from skipstone.nn.int4 import Int4Linear
 from skipstone.nn.int8 import Int8Linear
-from skipstone.ops import int8
 
 ROUTED: dict[str, Any] = {
     "mechanisms": [{"name": "token_selective", "layers": "1:"}],
@@ -40,8 +39,8 @@ def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:
 
 
 def long() -> torch.Tensor:
-    """More tokens than are multiplied with weights as they are stored."""
-    return ids(2, int8.MANY // 2 + 1)
+    """More tokens than are multiplied at a time."""
+    return ids(2, 140 // 2)
 
 
 def bytes_of(given: skipstone.SkipstoneForCausalLM) -> int:
@@ -62,7 +61,7 @@ def test_a_routed_model_is_what_its_restored_weights_are(tied: bool, tmp_path: P
     with torch.no_grad():
         got = small(ids()).logits
         assert torch.allclose(got, whole(ids()).logits, atol=5e-3)  # tokens are rounded to int16
-        assert torch.allclose(small(long()).logits, whole(long()).logits, atol=1e-4)
+        assert torch.allclose(small(long()).logits, whole(long()).logits, atol=5e-3)
         assert torch.allclose(small(ids(1, 3)).logits, whole(ids(1, 3)).logits, atol=5e-3)
         new = small.generate(ids(), max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(new, whole.generate(ids(), max_new_tokens=5, do_sample=False, pad_token_id=0))
@@ -172,7 +171,7 @@ def test_neurons_that_are_chosen_are_read_from_int8() -> None:
     assert small.config.weight_int8 == [f"layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
     with torch.no_grad():
         assert torch.allclose(small(ids()).logits, dequantise(small)(ids()).logits, atol=5e-3)
-        assert torch.allclose(small(long()).logits, dequantise(small)(long()).logits, atol=1e-3)
+        assert torch.allclose(small(long()).logits, dequantise(small)(long()).logits, atol=5e-3)
     assert isinstance(small.model.layers[0].mlp.gate_proj, Int4Linear)
 
 
@@ -239,7 +238,7 @@ def test_a_folder_and_back_to_dense(tmp_path: Path) -> None:
 
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
-        assert torch.allclose(dense(long()).logits, small(long()).logits, atol=1e-4)
+        assert torch.allclose(dense(long()).logits, small(long()).logits, atol=5e-3)
 
 
 def test_the_command_says_which_bits_there_are(tmp_path: Path) -> None:

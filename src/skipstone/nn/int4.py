@@ -13,7 +13,7 @@ class Int4Linear(StoredLinear):
     """A linear layer with four-bit weights (`ops/int4.py`), for inference; parameters are filled in by loading.
 
     in_features, out_features: numbers of inputs I, a multiple of 64, and of outputs O. bias: whether there is a bias.
-    The weight is uint8 [O, 5 I / 8], with scales and offsets in it. On a CPU with numba, calls of at most 64 tokens use
+    The weight is uint8 [O, 5 I / 8], with scales and offsets in it. On a CPU with numba, calls without gradients use
     the weight as it is stored; other calls convert it, part by part, to the input's dtype.
     """
 

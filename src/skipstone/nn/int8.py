@@ -49,7 +49,7 @@ class Int8Linear(Int8Weights, StoredLinear):
     """A linear layer with int8 weights [O, I] and fp32 scales, for inference; parameters are filled in by loading.
 
     in_features, out_features: I and O. bias: whether there is a bias. group: number of inputs that share a scale; None,
-    or a number that does not divide I, means one scale per output. On a CPU with numba, calls of at most 64 tokens use
+    or a number that does not divide I, means one scale per output. On a CPU with numba, calls without gradients use
     the int8 weights directly; other calls convert the weights, part by part, to the input's dtype.
     """
 

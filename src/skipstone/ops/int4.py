@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from skipstone.ops.int8 import MANY, called, in_parts, in_place, product_shape
+from skipstone.ops.int8 import called, in_parts, in_place, product_shape
 
 _namespace = library.Library("skipstone", "FRAGMENT")  # a torch operation, so that FLOP counters see it
 _namespace.define("int4_linear(Tensor x, Tensor weight) -> Tensor")
@@ -154,12 +154,12 @@ def restore(weight_OP: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, for a four-bit weight. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P]. Up to 64 tokens without gradients, on a CPU with numba,
+    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P]. Without gradients, on a CPU with numba, tokens
     are rounded to int16 and multiplied with the numbers as they are stored: sums of 32 products are exact, and are
     scaled and added in fp32. Otherwise parts of the weights are restored in the dtype of x and multiplied as usual.
     """
     inputs = inputs_of(weight_OP)
-    if not in_place(x, inputs, MANY):
+    if not in_place(x, inputs):
         return in_parts(lambda part: functional.linear(x, restore(part, x.dtype)), inputs, weight_OP)
     return called(_native(), NATIVE, x, weight_OP)
 

@@ -33,8 +33,7 @@ _namespace.define("int8_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor"
 library.register_fake("skipstone::int8_linear", product_shape, lib=_namespace)
 NATIVE = torch.ops.skipstone.int8_linear
 
-FEW = 8  # tokens of a call up to which weights are read as they are stored
-MANY = 64  # the same where tokens are rounded to integers, whose products take less time than those of fp32
+FEW = 8  # tokens of a call up to which weights are read as they are stored where tokens are not rounded to integers
 PART = 1 << 20  # numbers that are restored at a time
 LARGEST = 127
 GROUP = 64  # inputs that share a scale
@@ -122,13 +121,13 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
     x: [..., I], fp32, bf16 or fp16. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32].
 
-    Calls with few tokens and without gradients, on a CPU with numba, read the int8 weights as they are stored: up to 64
-    tokens if I is a multiple of 64 and the weights are contiguous, otherwise up to 8. The tokens are rounded to int16
-    if I is a multiple of 64 or each 32 inputs have a scale, and are fp32 otherwise. All other calls restore parts of
-    the weights in the dtype of x and multiply as usual.
+    Calls without gradients on a CPU with numba read the int8 weights as they are stored, with any number of tokens if I
+    is a multiple of 64 and the weights are contiguous, otherwise with up to 8. The tokens are rounded to int16 if I is
+    a multiple of 64 or each 32 inputs have a scale, and are fp32 otherwise. All other calls restore parts of the
+    weights in the dtype of x and multiply as usual.
     """
     inputs = weight_OI.shape[1]
-    if not in_place(x, inputs, MANY if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):
+    if not in_place(x, inputs, None if weight_OI.is_contiguous() and inputs % GROUP == 0 else FEW):
         return in_parts(partial(_part, x), inputs, weight_OI, scale)
     return called(_native(), NATIVE, x, weight_OI, scale)
 
@@ -144,15 +143,15 @@ def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: T
     return native(x, *given)  # torch would take 20 microseconds to call it
 
 
-def in_place(x: Tensor, inputs: int, most: int) -> bool:
-    """Return whether a call multiplies with the weights as they are stored: at most `most` tokens, on a CPU with numba.
+def in_place(x: Tensor, inputs: int, most: int | None = None) -> bool:
+    """Return whether a call multiplies with the weights as they are stored: without gradients, on a CPU with numba.
 
-    x: the tokens [..., I]. inputs: the weight's number of inputs. False for tokens of another width, which the ordinary
-    product refuses.
+    x: the tokens [..., I]. inputs: the weight's number of inputs. most: the largest number of tokens for which it does;
+    None means any number. False for tokens of another width, which the ordinary product refuses.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    return x.shape[-1] == inputs and 0 < x.numel() <= most * inputs and _kernels()
+    return x.shape[-1] == inputs and x.numel() > 0 and (most is None or x.numel() <= most * inputs) and _kernels()
 
 
 @cache
