@@ -171,7 +171,8 @@ def test_neurons_that_are_chosen_are_read_from_int8() -> None:
     assert small.config.weight_int8 == [f"layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
     with torch.no_grad():
         assert torch.allclose(small(ids()).logits, dequantise(small)(ids()).logits, atol=5e-3)
-        assert torch.allclose(small(long()).logits, dequantise(small)(long()).logits, atol=5e-3)
+        far_BT = (small(long()).logits - dequantise(small)(long()).logits).abs().amax(-1)
+        assert (far_BT < 5e-3).float().mean() > 0.95  # a rounded token may choose another neuron
     assert isinstance(small.model.layers[0].mlp.gate_proj, Int4Linear)
 
 
