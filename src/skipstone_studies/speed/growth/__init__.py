@@ -84,13 +84,14 @@ GROWTH = Study(
     about=(
         "**Random weights and tokens**, one thread, forward passes in fp32 without a cache, width 64; 2 blocks, 8 "
         "rows of 256 tokens and a vocabulary of 256 where these do not grow (by context and by rows, one row; by "
-        "context, width 256). Decisions are those of training (top-k for Mixture-of-Depths; gates are soft and compute "
-        "everything). Times are the least CPU seconds of some passes. *By processes*, training steps by FSDP2 of width "
-        "128 and 128 rows in all, by the process that spends most; messages (gloo) are part of its time. Exponents are "
-        "fitted to the last three points of a curve and stand beside those of the cost model's FLOPs, without the "
-        "pairs that the causal mask hides, and of the bytes of the largest tensors that a pass holds at once (the "
-        "stream and the MLP's, or the logits). Memory is the rise of the process's peak resident size. For checkpoints "
-        "it is relative to the size of the weights, and pages of mapped files count."
+        "vocabulary, two; by context, width 256). Decisions are those of training (top-k for Mixture-of-Depths; gates "
+        "are soft and compute everything). Times are the least CPU seconds of some passes. *By processes*, training "
+        "steps by FSDP2 of width 128 and 128 rows in all, by the process that spends most; messages (gloo) are part "
+        "of its time. Exponents are fitted to the last three points of a curve (by processes, to those that have a "
+        "core each) and stand beside those of the cost model's FLOPs, without the pairs that the causal mask hides, "
+        "and of the bytes of the largest tensors that a pass holds at once (the stream and the MLP's, or the logits). "
+        "Memory is the rise of the process's peak resident size. For checkpoints it is relative to the size of the "
+        "weights, and pages of mapped files count."
     ),
     arms=arms,
     seeds={"laptop": (0,)},

@@ -30,12 +30,13 @@ MODELS: dict[str, PlainDict] = {
 }
 SIZE: PlainDict = {"width": 64, "blocks": 2, "rows": 8, "context": 256, "vocabulary": 256, "repeats": 3}
 # By context, products of width 256: narrow ones reach a third of the rate of attention, whose share of the work grows.
-SIZES: dict[str, PlainDict] = {"context": {"rows": 1, "width": 256}, "rows": {"rows": 1}}
+# By vocabulary, the last three points have logits of 34 to 537 MB: none of them fits into a processor's cache.
+SIZES: dict[str, PlainDict] = {"context": {"rows": 1, "width": 256}, "rows": {"rows": 1}, "vocabulary": {"rows": 2}}
 AXES: dict[str, tuple[int, ...]] = {
     "context": (256, 512, 1024, 2048, 4096, 8192),
     "rows": (1, 2, 4, 8, 16, 32, 64),
     "blocks": (2, 4, 8, 16, 32, 64),
-    "vocabulary": (256, 1024, 4096, 16384, 65536),
+    "vocabulary": (1024, 4096, 16384, 65536, 262144),
 }
 LAST = 3  # points of a curve from which its exponent is fitted
 # glibc's options: from how many bytes on it gives free memory back to the system, and maps a block of its own. Memory
@@ -59,19 +60,21 @@ def measured(recipe: RecipeDict) -> Figures:
     return with_exponents([{**point, "peak": peak, "seconds": taken} for point, peak, taken in told])
 
 
-def with_exponents(points: list[dict[str, float]]) -> Figures:
+def with_exponents(points: list[dict[str, float]], largest: float = math.inf) -> Figures:
     """Return the figures of a cost curve: its points, and the exponents with which time and memory grow.
 
     points: in order of size, each with `size`, `seconds` (CPU), `flops` (without masked pairs), `peak` (bytes of peak
-    memory) and `bytes` (of the largest tensors that a pass holds at once). Keys of the result: `points`; `exponents`,
-    by name those of all figures but the size, fitted to the last three points; `apart`, {"time": exponent of the
+    memory) and `bytes` (of the largest tensors that a pass holds at once). largest: no exponent is fitted to points of
+    a larger size. Keys of the result: `points`; `exponents`, by name those of all figures but the size, fitted to the
+    last three points; `apart`, {"time": exponent of the
     seconds minus exponent of the FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the
     GFLOP/s of the `first` and the `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
     """
-    ends = points[-LAST:]
+    ends = [point for point in points if point["size"] <= largest][-LAST:]
     sizes = [point["size"] for point in ends]
     exponents = {key: exponent(sizes, [point[key] for point in ends]) for key in ("seconds", "flops", "peak", "bytes")}
     rates = [point["flops"] / point["seconds"] / 1e9 for point in points]
+    ending = [point["flops"] / point["seconds"] for point in ends]
     return {
         "points": points,
         "exponents": exponents,
@@ -79,7 +82,7 @@ def with_exponents(points: list[dict[str, float]]) -> Figures:
             "time": exponents["seconds"] - exponents["flops"],
             "memory": exponents["peak"] - exponents["bytes"],
         },
-        "rate": {"first": rates[0], "last": rates[-1], "exponent": exponent(sizes, rates[-LAST:])},
+        "rate": {"first": rates[0], "last": rates[-1], "exponent": exponent(sizes, ending)},
         "seconds": points[-1]["seconds"],
         "peak_mb": points[-1]["peak"] / 1e6,
     }

@@ -75,18 +75,11 @@ def text(lines: Mapping[str, Figures], within: float) -> str:
             f"*PolyGLU by context* also mixes activations, {each * 1e9:.0f} ns for each neuron and token by its curve "
             f"by rows beside dense. With that at every length, it is {found['context, polyglu']:+.2f} apart."
         )
-    steps = {axis: _steps(lines, axis) for axis in ("vocabulary", "processes")}
-    if steps["vocabulary"]:
-        before, last = ([pair[i] for pair in steps["vocabulary"]] for i in (-2, -1))
+    if steps := _steps(lines, "processes"):
         parts.append(
-            "*By vocabulary*, the logits presumably outgrow the processor's cache within the fitted points: between "
-            f"the last two, exponents are {_span(last)} apart, between the two before {_span(before)}."
-        )
-    if steps["processes"]:
-        first, last = ([pair[i] for pair in steps["processes"]] for i in (0, -1))
-        parts.append(
-            f"*By processes*, from 1 to 2 they are {_span(first)} apart, from 2 to 4 {_span(last)}: a CPU second "
-            "presumably does less where processes share the cores, whose number the last line of this page states."
+            "*By processes*, exponents are fitted to as many processes as the machine has cores, which the last line "
+            f"of this page states. From 2 to 4 processes, they are {_span([pair[-1] for pair in steps])} apart: a CPU "
+            "second presumably does less where processes share cores."
         )
     if not parts:
         return ""

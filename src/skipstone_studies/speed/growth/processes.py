@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import tempfile
 from pathlib import Path
 
@@ -33,9 +34,9 @@ def measured(recipe: RecipeDict) -> Figures:
     recipe: an entry of `arms` with a key "seed". The result has the keys of a cost curve (`points`, `exponents`,
     `apart`, `rate`, `seconds`, `peak_mb`), with the number of processes as the size; the seconds are CPU seconds of the
     process that spends most, and the memory is what the process that uses most has used. Ideally both fall in
-    proportion to the number of processes.
+    proportion to the number of processes. Exponents are fitted to counts that have a core for each process.
     """
-    return with_exponents([_point(recipe, count) for count in recipe["values"]])
+    return with_exponents([_point(recipe, count) for count in recipe["values"]], largest=max(os.cpu_count() or 1, 2))
 
 
 def _point(recipe: RecipeDict, count: int) -> dict[str, float]:
