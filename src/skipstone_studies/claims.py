@@ -144,7 +144,7 @@ def comparisons(figures: ByArm, compared: Sequence[ArmComparison], refused: bool
 
     Differences are paired by seed and have a confidence interval; arms that share fewer than two seeds with the
     reference are left out. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the
-    compared recipes. compared: the comparisons. refused: whether the verdict is "no headroom" throughout, because a
+    compared recipes. compared: the comparisons. refused: whether the verdict in every row is "no headroom", because a
     deeper model has no lower loss, so that routing has nothing to win. Verdicts are otherwise "better", "worse" or "not
     told apart"; the result is "" without rows.
     """

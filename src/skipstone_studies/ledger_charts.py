@@ -98,10 +98,10 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Return pairs (text, picture), one for each claim of a study; a picture has a row per arm (compared recipe).
+    """Return a picture of the intervals for each rule that a study's claims state, as pairs (rule in words, picture).
 
-    study: the name of the study, for titles. claims: the claims about all of its arms; those of one text share a
-    picture.
+    study: the name of the study, for titles. claims: the claims about all of its arms (compared recipes); those with
+    the same `text`, the rule, share a picture, in which each arm has a row.
     """
     by_text: dict[str, list[Claim]] = {}
     for claim in claims:

@@ -48,8 +48,9 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
     """Return a Markdown table of the arms' differences in test loss from one arm, paired by seed, with intervals.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. against:
-    name of the arm that is subtracted. refused: whether the verdict is "no headroom", because a deeper model has no
-    lower loss. The table is "" if `against` has not run.
+    name of the arm that is subtracted. refused: whether the verdict in every row is "no headroom", because a deeper
+    model has no lower loss; otherwise it is "better", "worse" or "not told apart". The table is "" if `against` has not
+    run.
     """
     rows = []
     for arm in figures:

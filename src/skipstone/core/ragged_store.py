@@ -62,10 +62,11 @@ class RaggedStore:
             self._append_ragged(real_BT, entries)
 
     def reserve(self, count: int, like: Mapping[str, tuple[int, ...]], rows: int = 1) -> None:
-        """Make room for `count` more entries in each row; the caller writes them and adds to `width` or `lengthen`s.
+        """Make room for `count` more entries in each row, which the caller writes.
 
-        like: the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty. rows:
-        the number of rows of an empty store.
+        The caller then counts them, by adding to `width` if all rows have the same length, else by `lengthen`. like:
+        the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty. rows: the
+        number of rows of an empty store.
         """
         if not self.entries:
             self.entries = {name: torch.zeros(rows, GROWTH, *shape) for name, shape in like.items()}

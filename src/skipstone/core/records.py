@@ -159,39 +159,44 @@ def expect(record: Record, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def find(records: Records, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
-    """Return the record called `name` in `records` (by mechanism name), typed as `kind`; None if there is none.
+    """Return what the mechanism `name` decided, its entry of `records`, typed as `kind`; None if it has no entry.
 
-    Raises AssertionError if it is of another class.
+    records: the decisions of a pass in one block, by mechanism name. kind: the class that the entry must have, such as
+    `DepthRecord`; raises AssertionError if it is of another.
     """
     record = records.get(name)
     return None if record is None else expect(record, kind)
 
 
 def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Records:
-    """Convert records made for some selected tokens into records for all tokens that they were selected from.
+    """Convert decisions about some selected tokens into records for all tokens that they were selected from.
 
     In the result, tokens that were not selected have NaN scores, False in masks, and 0 in weights and losses. records:
-    the records, by mechanism name. part: the selection. state: `Tokens.state` of all tokens; in the tensors that a
-    record carries to the next block, tokens that were not selected keep their values from it.
+    the decisions, one record of tensors for each mechanism, by name. part: the selection. state: `Tokens.state` of all
+    tokens; in the tensors that a record carries to the next block, tokens that were not selected keep their values from
+    it.
     """
     return records if part.is_all else {name: record.lift(part, state) for name, record in records.items()}
 
 
 def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return the records of class `kind`, by mechanism name."""
+    """Return those of the `records` (decisions of mechanisms in a pass, by mechanism name) that are of class `kind`."""
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 
 def decisions_only(record: Record) -> DepthRecord:
-    """Return the record of a depth mechanism without auxiliary loss and carried state.
+    """Return what a depth mechanism decided in a pass, `record`, without auxiliary loss and carried state.
 
-    Raises AssertionError for other records.
+    Raises AssertionError for records of other mechanisms.
     """
     return expect(record, DepthRecord)._replace(loss_BT=None, carry={})
 
 
 def carried(records: Iterable[Record]) -> dict[str, Tensor]:
-    """Return the new values [B, T] of all tensors that these records carry to the next block, by tensor name."""
+    """Return the tensors [B, T] that mechanisms carry to the next block, by tensor name, with their new values.
+
+    records: the decisions of mechanisms in a pass, which contain these tensors.
+    """
     return {name: value for record in records for name, value in record.carry.items()}
 
 
@@ -201,13 +206,13 @@ def auxiliary_loss(
     items: Tensor | int | None = None,
     over: Literal["labelled", "all"] | str = "labelled",
 ) -> Tensor | None:
-    """Return the sum of all mechanisms' auxiliary losses as a scalar with gradient; None if no record has one.
+    """Return the sum of all mechanisms' auxiliary losses as a scalar with gradient; None if there are none.
 
-    records: each layer's records, by mechanism name. labelled_BT: bool, the tokens with a training target. over:
-    "labelled" sums each loss over these tokens and divides by their number; any other value takes each loss's mean over
-    the tokens that reached its mechanism, which is also done if labelled_BT is None. items: the divisor to use instead
-    of the number of labelled tokens, for example that number summed over all micro-batches of an optimizer step; means
-    over reached tokens are then first multiplied by the number of labelled tokens.
+    records: decisions of the pass, a dict by mechanism name for each block. labelled_BT: bool, the tokens with a
+    training target. over: "labelled" sums each loss over these tokens and divides by their number; any other value
+    takes each loss's mean over the tokens that reached its mechanism, which is also done if labelled_BT is None. items:
+    the divisor to use instead of the number of labelled tokens, for example that number summed over all micro-batches
+    of an optimizer step; means over reached tokens are then first multiplied by the number of labelled tokens.
     """
     decided = [record for layer in records for record in layer.values()]
     losses = [(r.loss_BT, r.reached_BT) for r in decided if r.loss_BT is not None]

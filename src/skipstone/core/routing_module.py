@@ -21,8 +21,9 @@ class Placement:
     """The position of a mechanism in the model.
 
     layer: index of its block. num_layers: number of blocks of the model. index: its place among the `count` blocks that
-    have this mechanism, from 0. name: its name within the block, which its parameters and records share. noise_key: a
-    number derived from layer and name, which separates its random draws from those of others (`core/noise.py`).
+    have this mechanism, from 0. name: its name within the block, under which its parameters are stored and its
+    decisions returned. noise_key: a number derived from layer and name, which separates its random draws from those of
+    others (`core/noise.py`).
     """
 
     layer: int = 0
@@ -55,7 +56,7 @@ class RoutingModule(nn.Module):
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        """Whether the records of training passes contain an auxiliary loss of this mechanism."""
+        """Whether training passes give this mechanism an auxiliary loss, found in its record (decisions)."""
         return False
 
     @property
@@ -71,8 +72,8 @@ class RoutingModule(nn.Module):
     def statistics(self, record: Record) -> Tensor | None:
         """Return what `advance` needs to know of one micro-batch, an fp32 vector; None if it needs nothing.
 
-        An example is a quantile of the scores. record: the mechanism's record of that forward pass. Callers average the
-        vector over micro-batches and processes.
+        An example is a quantile of the scores. record: what the mechanism decided in that forward pass. Callers average
+        the vector over micro-batches and processes.
         """
         return None
 
@@ -104,7 +105,7 @@ class RoutingModule(nn.Module):
         return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
 
     def empty_record(self, x_BTD: Tensor) -> Record:
-        """Return the record for a call in which no token reached the mechanism.
+        """Return the record (decisions as tensors) for a call in which no token reached the mechanism.
 
         x_BTD: the call's hidden states, from which shape, dtype and device are taken.
         """

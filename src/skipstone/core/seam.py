@@ -3,8 +3,9 @@
     Update    = (x, tokens) -> (delta, records)
     mechanism : (update, x, tokens) -> (delta, records)
 
-`update` computes what a block (or one of its sub-layers) adds to the residual stream. A mechanism may give it fewer
-tokens and scale or drop what it returns; it knows nothing of what the update computes.
+`records` are the decisions of mechanisms, by mechanism name. `update` computes what a block (or one of its sub-layers)
+adds to the residual stream. A mechanism may give it fewer tokens and scale or drop what it returns; it knows nothing of
+what the update computes.
 """
 
 from __future__ import annotations

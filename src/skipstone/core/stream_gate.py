@@ -104,8 +104,8 @@ class Mixture(NamedTuple):
 
     There are A functions, `ops.reference.ACTIVATIONS`; x is the MLP's input, of width D; R is a hidden width. mean: the
     mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
-    None, of the current token alone. name: the name of the record, and of the cache store that holds the running sums.
-    context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
+    None, of the current token alone. name: the name under which the decisions are returned and the running sums are
+    cached. context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
     neurons' learned logits. tau: scalar tensor, the temperature.
     """
 

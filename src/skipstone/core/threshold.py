@@ -47,6 +47,6 @@ class ScoreThreshold:
     def scores(self, record: DepthRecord) -> Tensor:
         """Return the scores, fp32 [B, T], that are compared with the threshold; NaN for tokens without a decision.
 
-        record: the mechanism's record of a forward pass.
+        record: what the mechanism decided in a forward pass.
         """
         return record.score_BT

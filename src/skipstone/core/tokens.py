@@ -37,10 +37,10 @@ class PassMode:
 
     routing: "oracle" (decisions may look at the whole row, as in training) or "causal" (they look at no later token, as
     in generation). noise: whether mechanisms may draw random numbers (exploration in training). executor: "gathered"
-    computes kept tokens only; "masked" computes all tokens and discards the updates of the others (the slow
-    specification of "gathered"). per_row_gather: whether calls with one token per row leave out the rows whose token is
-    not kept. never_empty: whether at least one column is gathered even if no token is kept. single_token: whether the
-    call has one token and needs no gradients, so that weights may be read in part. whole_rows: whether
+    computes kept tokens only; "masked" computes all tokens and discards the updates of the others (slow, with the
+    result that "gathered" must have). per_row_gather: whether calls with one token per row leave out the rows whose
+    token is not kept. never_empty: whether at least one column is gathered even if no token is kept. single_token:
+    whether the call has one token and needs no gradients, so that weights may be read in part. whole_rows: whether
     `Tokens.select_rows` may leave out rows; it may if nothing is cached.
     """
 

@@ -55,7 +55,10 @@ class Activation(nn.Module):
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return the modules of this activation that make decisions, by record name; empty for a fixed function."""
+        """Return the modules of this activation that make decisions, by name; empty for a fixed function.
+
+        The names are those under which forward returns the decisions.
+        """
         return {}
 
     def stream_mix(self) -> StreamMix | None:
@@ -205,7 +208,10 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return the modules that make decisions in this MLP, by record name; the MLP itself may be among them."""
+        """Return the modules that make decisions in this MLP, by name; the MLP itself may be among them.
+
+        The names are those under which forward returns the decisions.
+        """
         return self.activation.routing_modules()
 
     def in_words(self) -> str | None:
@@ -228,14 +234,14 @@ class FeedForward(nn.Module):
         """Return how many passes through the MLP the tokens of one row make, as a number that need not be whole.
 
         A pass is one token through the MLP's matrices, or through those of one expert. tokens: number of the row's
-        tokens that reach the MLP. kept: amounts measured in a forward pass, by record name, as `measured` returns them;
-        without an entry of this MLP, the result follows from the configuration. single_token: whether the call has one
-        token and needs no gradients, so that matrices can be read in part.
+        tokens that reach the MLP. kept: amounts measured in a forward pass, by name of the routing module, as
+        `measured` returns them; without an entry of this MLP, the result follows from the configuration. single_token:
+        whether the call has one token and needs no gradients, so that matrices can be read in part.
         """
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return how much of this MLP a forward pass computed, by record name, for the argument `kept` of `passes`.
+        """Return how much of this MLP a forward pass computed, by name of the routing module: `kept` of `passes`.
 
         What is measured is, for example, the share of neuron groups that were on, or the number of choices of experts
         in a row of tokens. The dict is empty for a dense MLP. records: the decisions recorded in that pass, by name.

@@ -17,8 +17,8 @@ streams.py     streams of documents, for corpora that do not fit into memory
 sharding.py    `write_shards`: tokenised documents on disk, with a manifest; resumes an interrupted call
 shards.py      reads shards by memory mapping
 blend.py       rows from several sources, in shares that change during training
-synthetic.py   Reset-S3: rows with known difficulty
-switched.py    Switched-S3: rows with known difficulty that no token shows by itself
+synthetic.py   Reset-S3: synthetic rows that mark the tokens that need depth
+switched.py    Switched-S3: the same, but no token shows by itself whether it needs depth
 mixed.py       text with spans of Switched-S3
 sequences.py   the copy and sort tasks
 config.py      `DataConfig`: the data of a run, checked without loading torch

@@ -45,10 +45,11 @@ class AtBudget:
 def at_budgets(
     loaded: LoadedRun, data: PreparedData, budget_table: BudgetTable, budgets: Iterable[float], batch_size: int
 ) -> tuple[AtBudget, ...]:
-    """Measure a model as trained and then at each of `budgets`, and return the figures in that order.
+    """Measure FLOPs and loss of a model as trained and then at each of `budgets`, and return one `AtBudget` for each.
 
     loaded: the run, whose model is measured. data: its validation rows are read. budget_table: the model's thresholds
-    for every budget. budgets: shares of the dense model's FLOPs. batch_size: rows of a pass.
+    for every budget. budgets: shares of the dense model's FLOPs. batch_size: rows of a pass. Raises ValueError for a
+    budget that the table cannot meet.
     """
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 

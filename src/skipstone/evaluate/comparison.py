@@ -38,8 +38,9 @@ COLUMNS = 6  # runs that fit beside each other on 120 columns
 class Comparison:
     """Figures of several runs, in the order in which they were named.
 
-    machine: the keys `device`, `threads` and `torch` (its version). dense, forced: on data of known difficulty, the
-    figures of a run without routing and of a run routed by the known difficulty; None if no such runs were named.
+    machine: the keys `device`, `threads` and `torch` (its version). dense, forced: on a synthetic corpus that marks the
+    tokens that need depth, the figures of a run without routing and of a run that keeps these tokens; None if no such
+    runs were named.
     """
 
     runs: tuple[RunMetrics, ...]
@@ -51,8 +52,9 @@ class Comparison:
     def captured(self) -> dict[str, dict[str, float]]:
         """For each run, the share of the gap between two reference runs' accuracies that it closes.
 
-        It is {run: {bin of difficulty: share}}. The references are the dense run (share 0) and the run routed by the
-        known difficulty (share 1). Empty unless both were named.
+        It is {run: {bin of difficulty: share}}. The references are the dense run (share 0) and the run that keeps the
+        tokens marked as needing depth (share 1). Difficulty is the number of operations on which a token of a synthetic
+        corpus depends. Empty unless both were named.
         """
         if self.dense is None or self.forced is None:
             return {}
@@ -102,11 +104,11 @@ def compare(
 ) -> Comparison:
     """Measure several runs on the same machine, and time them in alternation.
 
-    runs: run folders or saved models. dense, forced: both or neither, and only if all runs were trained on data of
-    known difficulty (such as Reset-S3): a run without routing that executes as many FLOPs, and a run routed by the
-    known difficulty. Each run's accuracy is then reported as a position between the accuracies of these two. rounds:
-    timings of each task after one to warm up. Raises ValueError or FileNotFoundError for folders that cannot be
-    measured.
+    runs: run folders or saved models. dense, forced: both or neither, and only if all runs were trained on a synthetic
+    corpus that marks the tokens that need depth (such as Reset-S3): a run without routing that executes as many FLOPs,
+    and a run that keeps the marked tokens. Each run's accuracy is then reported as a position between the accuracies of
+    these two. rounds: timings of each task after one to warm up. Raises ValueError or FileNotFoundError for folders
+    that cannot be measured.
     """
     if not runs:
         raise ValueError("name at least one run to compare")

@@ -39,7 +39,7 @@ class Evaluation:
 
     A pass is a way to run the model: oracle (routing as in training, which may look at later tokens), causal (decides
     without later tokens, computes all tokens and masks), executed (decides in the same way, computes only kept tokens),
-    forced (routing by a synthetic task's known difficulty).
+    forced (keeps the tokens that a synthetic corpus marks as needing depth).
 
     name: the run's name. corpus, split: the data that was read. rows: number of rows of the split. num_bytes: UTF-8
     bytes of their text; None if it is not text. measured: losses and other figures, by the name of the pass.

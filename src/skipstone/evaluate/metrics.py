@@ -30,13 +30,14 @@ class RunMetrics:
     """The figures that `compare` reports of one run.
 
     name: the run's name. parameters: the model's number of parameters. pass_name: the pass that was measured: executed
-    (really skips), oracle (as trained) or forced (by known difficulty). context: tokens of a row. flops: forward FLOPs
-    per token, counted and predicted. layers: for each block, the figures of its mechanisms by the mechanism's name.
-    cache: the cache's bytes per token; None if the model cannot decide without later tokens. overhead: the shares of a
-    training step's time that routing and activation mixing take; None for a model that is not trained (quantised).
-    result: the content of result.json, which training writes at its end; empty for a saved model or unfinished run.
-    rates: timings by task: "prefill", "decode 1", "decode 8" (number of rows). accuracy: accuracy by bin of the known
-    difficulty; None for data without one.
+    (really skips), oracle (as trained) or forced (keeping the tokens that a synthetic corpus marks as needing depth).
+    context: tokens of a row. flops: forward FLOPs per token, counted and predicted. layers: for each block, the figures
+    of its mechanisms by the mechanism's name. cache: the cache's bytes per token; None if the model cannot decide
+    without later tokens. overhead: the shares of a training step's time that routing and activation mixing take; None
+    for a model that is not trained (quantised). result: the content of result.json, which training writes at its end;
+    empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode 8" (number of
+    rows). accuracy: on such a corpus, accuracy by bin of difficulty (the number of operations on which a token
+    depends); else None.
     """
 
     name: str
@@ -281,8 +282,9 @@ def headroom_section(
 ) -> Section:
     """Tabulate accuracy by difficulty, and the share of the gap between dense and forced accuracy that each run closes.
 
-    runs: the runs whose accuracies are placed in the gap. dense: a run without routing. forced: a run routed by the
-    known difficulty. captured: the shares, {run: {bin of difficulty: share}}.
+    runs: the runs whose accuracies are placed in the gap. dense: a run without routing. forced: a run that keeps the
+    tokens marked as needing depth. Difficulty is the number of operations on which a token of a synthetic corpus
+    depends. captured: the shares, {run: {bin of difficulty: share}}.
     """
     rows = []
     for run in (dense, forced, *runs):

@@ -220,10 +220,10 @@ class RoutedDecoder:
         return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
 
     def note(self, layer: int, records: Records) -> None:
-        """Store the records of block `layer` for the caller.
+        """Store what the mechanisms of block `layer` decided, for the caller.
 
-        Tensors that a record hands on to later blocks (`DepthRecord.carry`) become part of the tokens that these blocks
-        get.
+        records: the decisions, by mechanism name. Tensors that they hand on to later blocks (`DepthRecord.carry`)
+        become part of the tokens that these blocks get.
         """
         self.records[layer].update(records)  # type: ignore[attr-defined]
         if self._tokens is not None and (carry := carried(records.values())):

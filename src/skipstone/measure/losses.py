@@ -1,4 +1,4 @@
-"""Loss and accuracy of one pass over all evaluation rows, by difficulty and kind of token where the data have them.
+"""Loss and accuracy of one pass over all evaluation rows; on synthetic data also by difficulty and token kind.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -163,9 +163,9 @@ class Accuracy:
 def headroom_captured(learned: float, dense: float, forced: float) -> float:
     """Return (learned - dense) / (forced - dense), where all three are accuracies at equal executed FLOPs.
 
-    learned: accuracy with the model's own router. dense: accuracy of a dense model. forced: accuracy with routing by
-    the known difficulty. 1 means that the router is as good as the known difficulty, 0 that it gains nothing over the
-    dense model. nan if dense and forced are equal, so that there is nothing to gain.
+    learned: accuracy with the model's own router. dense: accuracy of a dense model. forced: accuracy if blocks keep the
+    tokens that the synthetic corpus marks as needing depth. 1 means that the router is as good as these marks, 0 that
+    it gains nothing over the dense model. nan if dense and forced are equal, so that there is nothing to gain.
     """
     return math.nan if forced == dense else (learned - dense) / (forced - dense)
 
@@ -173,10 +173,11 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
     """Return (learned - dense) / (forced - dense) for each bin of difficulty.
 
-    1 means that the model's router is as good as routing by the known difficulty, 0 that it gains nothing over a dense
-    model, nan that dense and forced are equal. learned: accuracies with the model's own router. dense: accuracies of a
-    dense model. forced: accuracies with routing by the known difficulty. These three and the result are dicts with the
-    keys "0-3", "4-7", "8-15", "16+" and "all operations".
+    Difficulty is the number of operations on which a token of a synthetic corpus depends. 1 means that the model's
+    router is as good as the corpus's marks, 0 that it gains nothing over a dense model, nan that dense and forced are
+    equal. learned: accuracies with the model's own router. dense: accuracies of a dense model. forced: accuracies if
+    blocks keep the tokens marked as operations. These three and the result are dicts with the keys "0-3", "4-7",
+    "8-15", "16+" and "all operations".
     """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 

@@ -1,9 +1,9 @@
 """The kinds of forward pass that measurements distinguish, and the inputs, masks and targets of a batch.
 
 oracle     decisions that look at the whole row, as in training, noise off; gates are soft
-causal     decisions that generation can make, computed by the masked executor: the specification
-executed   the same decisions by the gathered executor: the very pass that skips
-forced     where the data have difficulties: every depth mechanism keeps exactly the tokens known to need depth
+causal     decisions that generation can make, computed for all tokens and masked: slow and plain
+executed   the same decisions, computed for kept tokens only: the very pass that skips
+forced     every depth mechanism keeps exactly the tokens that a synthetic corpus marks as needing depth
 
 Shape letters: B rows, T tokens.
 """
@@ -60,10 +60,10 @@ def targets(batch: Batch) -> Tensor:
 
 
 def known_to_need_depth(batch: Batch) -> Tensor | None:
-    """Return which tokens are known to need depth, bool [B, T] (rows, tokens); None if the data do not state it.
+    """Return which tokens a synthetic corpus marks as needing depth, bool [B, T] (rows, tokens); None without marks.
 
-    batch: the tensors by name. Its `difficulty`, int64 [B, T], is 0 or above for tokens known to need depth and
-    negative for all others; without it, the result is None.
+    batch: the tensors by name. Its `difficulty`, int64 [B, T], is 0 or above for tokens that need several layers, such
+    as operations whose results build on each other, and negative for all others; without it, the result is None.
     """
     return batch["difficulty"] >= 0 if "difficulty" in batch else None
 
@@ -89,8 +89,8 @@ class Pass:
 
     name: the pass's key in `PASSES`: "oracle", "causal", "executed" or "forced". routing: "oracle" (decisions may look
     at the whole row, as in training), "causal" (decisions look at no later token, as in generation) or "forced" (every
-    depth mechanism keeps exactly the tokens whose known difficulty is 0 or above). executor: "gathered" computes only
-    kept tokens; "masked" computes all tokens and discards the updates of the others, with equal results.
+    depth mechanism keeps exactly the tokens whose `difficulty` in the batch is 0 or above). executor: "gathered"
+    computes only kept tokens; "masked" computes all tokens and discards the updates of the others, with equal results.
     """
 
     name: str
@@ -138,11 +138,12 @@ def passes_of(
 ) -> tuple[dict[str, Pass], dict[str, str]]:
     """Return the passes that a model can run, and why others are missing, as two dicts by the names of passes.
 
-    The names are "oracle", "causal", "executed" and "forced". The first dict has the passes themselves. The second has
-    a reason for each that is missing; but "forced" is in neither if the data state no difficulties, because nothing can
-    be imposed then. corpus: name of the data's corpus, by which it is known whether rows state difficulties; None if
-    there is no corpus. was_forced: whether training imposed the known difficulty on the model, so that its own routers
-    have learned nothing and only "forced" is possible.
+    The names are "oracle" (decisions as in training), "causal" (without later tokens), "executed" (the same, computing
+    kept tokens only) and "forced" (keeping the tokens that a synthetic corpus marks as needing depth). The first dict
+    has the passes themselves. The second has a reason for each that is missing; but "forced" is in neither if the
+    corpus marks no tokens. corpus: name of the data's corpus; None if there is none. was_forced: whether blocks kept
+    the marked tokens in training, too, so that the model's own routers have learned nothing and only "forced" is
+    possible.
     """
     unavailable: dict[str, str] = {}
     waits = any(m.needs_masks for m in model.routing_modules())

@@ -1,7 +1,7 @@
 """Figures of mechanisms, layer by layer: one reader for each kind of record.
 
-A new kind of record is a class in `core/records.py` and a reader in `READERS`: the log of a training, evaluation and
-its tables take it from there.
+A record is what a mechanism decided in one pass. A new kind of record is a class in `core/records.py` and a reader in
+`READERS`: the log of a training, evaluation and its tables take it from there.
 
 Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
@@ -63,7 +63,7 @@ class FigureTable:
 
 
 class Reader(Generic[AnyModule, AnyRecord]):
-    """The base class of readers, which accumulate figures from the records of one mechanism in one layer.
+    """The base class of readers, which accumulate figures from the decisions of one mechanism in one layer.
 
     activation_rows: number of rows from which `ActivationReader` takes its figures, which are expensive; other readers
     use all rows. tables: layouts in which the figures are shown.
@@ -84,9 +84,9 @@ class Reader(Generic[AnyModule, AnyRecord]):
         raise NotImplementedError
 
     def add(self, module: AnyModule, record: AnyRecord, known_BT: Tensor | None) -> None:
-        """Add the record of one batch.
+        """Add the decisions of one batch to the figures.
 
-        module: the mechanism. record: the decisions of the pass. known_BT: bool [B, T] (rows, tokens), the tokens that
+        module: the mechanism. record: the mechanism's decisions. known_BT: bool [B, T] (rows, tokens), the tokens that
         are known to need depth; None if the data do not state it.
         """
         raise NotImplementedError
@@ -97,10 +97,11 @@ class Reader(Generic[AnyModule, AnyRecord]):
 
 
 class Summaries:
-    """Accumulates the figures of every mechanism in every layer of a model.
+    """Accumulates figures of every mechanism in every layer of a model, such as the share of tokens that it keeps.
 
-    model: the model whose records are added. activation_rows: number of rows from which figures of activation
-    mechanisms (PolyGLU) are taken, because they take as long as the MLPs themselves; 0 leaves them out.
+    The `Reader` classes list the figures. model: the model whose decisions are added. activation_rows: number of rows
+    from which figures of activation mechanisms (PolyGLU) are taken, because they take as long as the MLPs themselves; 0
+    leaves them out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
@@ -112,10 +113,10 @@ class Summaries:
 
     @torch.no_grad()
     def add(self, records: Sequence[Records], known_BT: Tensor | None = None) -> None:
-        """Add the decisions of one batch.
+        """Add the decisions of one batch to the figures.
 
-        records: a dict by mechanism name for each block. known_BT: bool [B, T] (rows, tokens), the tokens that are
-        known to need depth; None if the data do not state it.
+        records: the decisions, a dict by mechanism name for each block. known_BT: bool [B, T] (rows, tokens), the
+        tokens that are known to need depth; None if the data do not state it.
         """
         for modules, readers, decided in zip(self._blocks, self._readers, records, strict=True):
             for name, record in decided.items():
@@ -163,8 +164,8 @@ class DepthReader(Reader[DepthMechanism, DepthRecord]):
 
     `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
     share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept
-    tokens, against those known to need depth; if the data do not state these, against the tokens of each row with the
-    highest scores (without these, the keys are missing). A figure is None if no token counts towards it.
+    tokens, against those that a synthetic corpus marks as needing depth; without marks, against the tokens of each row
+    with the highest scores (without these, the keys are missing). A figure is None if no token counts towards it.
     """
 
     tables = (

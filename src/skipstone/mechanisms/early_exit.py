@@ -66,10 +66,10 @@ class SurvivalThreshold(OptionThreshold):
         self._state = mechanism.state_name
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return the logit of each token's survival, fp64 [B, T], which is compared with the threshold.
+        """Return what early exit compares with its threshold for each token, fp64 [B, T]: the logit of its survival.
 
-        record: a record of `EarlyExit`. A record of a call that no token reached has no survival; its NaN scores are
-        returned.
+        Survival is the product of a token's gates so far. record: what an `EarlyExit` decided in a call. NaN for all
+        tokens if none reached it in this call.
         """
         return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
 
@@ -108,7 +108,7 @@ class EarlyExit(DepthMechanism):
         return {self.state_name: x_BTD.new_ones(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the block's update scaled by each token's survival, [B, T, D], and the records by mechanism name.
+        """Return the block's update scaled by each token's survival, [B, T, D], and the decisions by mechanism name.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
         that enter the block. tokens: the tokens of this call. Survival scales the updates of attention and MLP

@@ -97,7 +97,7 @@ class GateSkip(DepthMechanism):
         return {self.log_name(kind): value for kind, value in self.decision.moving().items()}
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the sub-layer's update times the gate, [B, T, D], and the records by mechanism name.
+        """Return the sub-layer's update times the gate, [B, T, D], and the decisions by mechanism name.
 
         update: computes the wrapped sub-layer's update, as update(x, tokens) -> (update, records). x_BTD: the hidden
         states that enter it. tokens: the tokens of this call. A recorded score is the logit of the mean of a token's

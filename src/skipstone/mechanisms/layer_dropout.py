@@ -79,7 +79,7 @@ class LayerDropout(DepthMechanism):
         return self.largest if self.progress is None else self.largest * (1 - self.progress.share)
 
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
-        """Return the update [B, T, D], 0 for rows that are left out, and the records by mechanism name.
+        """Return the update [B, T, D], 0 for rows that are left out, and the decisions by mechanism name.
 
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
         that enter the block. tokens: the tokens of this call. Rows are left out only in training passes with noise, or

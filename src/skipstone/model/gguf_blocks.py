@@ -24,10 +24,11 @@ OF_K = 256  # weights of a block of Q4_K
 
 
 class FourBitRows:
-    """The rows of all tensors of a GGUF file whose blocks have four bits, by the values that they restore to.
+    """An index of the rows of a GGUF file with four-bit blocks; `find` returns a loaded matrix as stored there.
 
-    path: the file. any: whether it has any such row. Formats are Q4_0 and Q4_1, whose values are kept exactly, and
-    Q4_K, whose scales are products of two numbers and are rounded to fp16 here.
+    Rows are looked up by their values, because loading renames and permutes them. path: the file. any: whether it has
+    such rows. Formats are Q4_0 and Q4_1, whose values are kept exactly, and Q4_K, whose scales are products of two
+    numbers and are rounded to fp16 here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,8 +53,8 @@ class FourBitRows:
     def find(self, weight_OI: Tensor) -> Tensor | None:
         """Return a matrix in four bits, as the file has it, or None if not all of its rows are four-bit rows there.
 
-        weight_OI: fp32, as loaded from the file. Returns uint8 [O, P], where P is the number of bytes of a row in our
-        four-bit format (`ops/int4.py`).
+        weight_OI: the matrix as loaded from the file, fp32. Returns uint8 [O, P], where P is the number of bytes of a
+        row in our four-bit format (`ops/int4.py`).
         """
         places = [self._places.get(value) for value in _rows(weight_OI.detach().float().numpy())]
         if None in places or not places:

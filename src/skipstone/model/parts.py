@@ -68,7 +68,7 @@ class MechanismEntry(Entry):
 
     @property
     def key(self) -> str:
-        """The name of the mechanism's parameters and records in a block.
+        """The name of the mechanism in a block, under which its parameters are stored and its decisions returned.
 
         It is the kind, followed by "_on_" and the site if that is not the mechanism's default.
         """

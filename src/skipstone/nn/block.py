@@ -113,7 +113,7 @@ class Block(GradientCheckpointingLayer):
         return self._around[0].self_attn.layer_idx if self._around else None
 
     def recorded(self) -> set[str]:
-        """Return the names of the records of this block: one per mechanism in it or around its segment of blocks."""
+        """Return the names under which this block's decisions are returned: one per mechanism in or around it."""
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:

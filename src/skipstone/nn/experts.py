@@ -131,8 +131,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
 
     width: width of the residual stream; neurons: number of neurons in the dense MLP that it replaces; both are
     multiples of 8. activation: the function applied to the gates. dropout: dropout probability for the output.
-    placement: the block's index and the name of the records; None means the name "experts". config: the options; None
-    means that they are given by keyword (`options`).
+    placement: the block's index and the name under which decisions are returned; None means the name "experts". config:
+    the options; None means that they are given by keyword (`options`).
     """
 
     activation: FixedActivation

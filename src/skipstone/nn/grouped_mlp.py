@@ -92,9 +92,9 @@ class DivisibleMLP(FeedForward):
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> Fraction:
         """Return the work of `tokens` tokens in this MLP, in multiples of one token's work in the whole MLP.
 
-        kept: the shares of neuron groups that were on in a measured forward pass, by record name; without an entry of
-        this MLP, the configured share is used. single_token: whether it is a call of one token without gradients, in
-        which some MLPs can multiply fewer weights.
+        kept: the shares of neuron groups that were on in a measured forward pass, by name of the routing module;
+        without an entry of this MLP, the configured share is used. single_token: whether it is a call of one token
+        without gradients, in which some MLPs can multiply fewer weights.
         """
         share = Fraction(number(kept.get(self.router.placement.name, self.router.share_on)))
         return Fraction(tokens) * self._matrix_share(share, single_token)

@@ -1,9 +1,10 @@
 """A gated MLP that leaves out neurons by the magnitude of their activations, token by token.
 
-The gate matrix is multiplied in full; its activations decide which neurons are tried, and the products of these which
-are kept. A call of one token, as in decoding one row, reads and multiplies only these parts of the other two matrices
-(the gathered executor). Several tokens, each with its own neurons, would read more than the whole matrices, so
-everything is multiplied and neurons that are off are set to 0, which is also the specification.
+The gate matrix is multiplied in full. Neurons with large gate activations are tried: their rows of the up projection
+are multiplied. Of these, neurons with a large product of activation and up projection are kept for the down projection.
+A call of one token, as in decoding one row, reads and multiplies only these rows of the two matrices. Several tokens,
+each with its own neurons, would read more than the whole matrices, so everything is multiplied and the others are set
+to 0, with the same result.
 
 Shape letters: B rows, T tokens, D width, F neurons, G groups.
 """

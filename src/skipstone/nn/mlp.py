@@ -176,7 +176,7 @@ FIXED_MIX = "fixed_mix"
 def activated(
     activation: Activation, gate: Tensor, x: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None
 ) -> tuple[Tensor, Records]:
-    """Apply an activation and return its values, shaped as `gate`, and its records by mechanism name.
+    """Apply an activation and return its values, shaped as `gate`, and its decisions by mechanism name.
 
     gate: pre-activations, [B, T, F], or [1, N, F] where `tokens` says that the N real tokens of all rows are
     concatenated without padding. x: the MLP's input, in the same form. cache: where the activation keeps state of

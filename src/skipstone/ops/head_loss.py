@@ -1,4 +1,4 @@
-"""Cross-entropy of the output head without storing all logits: `linear_cross_entropy`, and its plain specification.
+"""Cross-entropy of the output head without storing all logits: `linear_cross_entropy`, and its plain form.
 
 The chunked form computes the logits of some tokens at a time, and their gradients at once:
 
@@ -35,10 +35,11 @@ IGNORED = -100  # target of a token that is not predicted
 def plain_linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, soft_cap: float | None = None
 ) -> Tensor:
-    """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 []; the specification.
+    """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 [].
 
-    x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
-    for tokens without a target. soft_cap: c, if logits become c tanh(logits / c); None means no cap.
+    Faster forms are tested against it. x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of
+    the vocabulary. target_N: int64, -100 for tokens without a target. soft_cap: c, if logits become c tanh(logits / c);
+    None means no cap.
     """
     logits_NV = wide(F.linear(x_ND, weight_VD))
     if soft_cap is not None:

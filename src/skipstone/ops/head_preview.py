@@ -6,7 +6,8 @@ whole head gives them; every other token keeps its previewed logit, so that the 
     p_v = s_v sum_k (q_vk - 8) x'_k + o_v + x'_K     x' = turn x + shift
     y_v = w_v x if p_v is among the m largest of p, else p_v
 
-On a CPU with numba, a compiled kernel reads the preview and the candidates' rows alone. `plain` is its specification.
+On a CPU with numba, a compiled kernel reads the preview and the candidates' rows alone. `plain` is the form that it is
+tested against.
 
 Shape letters: N tokens, D width, V vocabulary, K directions.
 """

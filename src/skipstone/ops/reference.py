@@ -1,4 +1,4 @@
-"""The specification of every tensor function, in plain PyTorch.
+"""Every tensor function in plain PyTorch: the specification, which faster forms must equal.
 
 Shape letters: B rows, T tokens given, K tokens kept, H heads, E head size, D width, F neurons, A activations, N tokens
 of all rows, C choices of a token, X experts.

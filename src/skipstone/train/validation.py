@@ -47,7 +47,7 @@ def loss_sums(
     The passes compute only kept tokens, without exploration noise. model: the model, which is called with each batch.
     rows: pairs of a batch and whether it counts; a batch that does not is run, so that all processes make the same
     passes, but adds nothing to the sums or to the meter's means. routing: a function that returns forward's argument
-    `routing` for a batch. device: the model's device. meter: the meter to which the records of every pass are added.
+    `routing` for a batch. device: the model's device. meter: the meter to which the decisions of every pass are added.
     loss_chunk: number of tokens whose logits exist at a time; 0 means all of them.
     """
     asked: PlainDict = {"noise": False, "use_cache": False, "output_records": True, "loss_chunk": loss_chunk}

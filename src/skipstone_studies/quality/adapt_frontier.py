@@ -194,8 +194,8 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
     """Return the FLOPs and the speed of decoding one row by each compared model, as ratios to the source's.
 
     runs: run folders by name of the model (arm). The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted
-    while steps run, "speed": ratio of the tokens per second, as {"median", "min", "max"} over turns}}}. Steps follow a
-    prompt from the first text, because what is skipped depends on the text. Arms are timed in turns.
+    while steps run, "speed": ratio of the tokens per second, as {"median", "min", "max"} over repetitions}}}. Steps
+    follow a prompt from the first text, because what is skipped depends on the text. Arms are timed in turns.
     """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data

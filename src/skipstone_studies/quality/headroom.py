@@ -77,7 +77,8 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
     """Measure how much blocks of a dense model lower each token's loss, on evenly spaced rows.
 
     model: a dense model. data: prepared text, whose `validation` is read. count: number of rows. A regression that
-    predicts the benefit is fitted to every second row and judged on the others. Returns the dict of `benefit.oracle`.
+    predicts the benefit is fitted to every second row and judged on the others. Returns the dict that `benefit.oracle`
+    returns: losses, benefits, and how well scores predict them.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
@@ -151,11 +152,11 @@ def checkpoints(scale: str) -> dict[str, RecipeDict]:
 
 
 def of_checkpoint(recipe: RecipeDict) -> Figures:
-    """Return by how much a pretrained checkpoint's blocks lower each token's loss, under the key `benefit`.
+    """Return by how much a pretrained checkpoint's blocks lower each token's loss: {"benefit": measured values}.
 
-    The value is the dict of `benefit.oracle`. recipe: an entry of `checkpoints` with a seed, whose `source` names the
-    checkpoint. The text is a corpus, or stories that the checkpoint generates. Raises FileNotFoundError for a
-    checkpoint that does not exist.
+    The values are the dict that `benefit.oracle` returns. recipe: an entry of `checkpoints` with a seed: its `source`
+    names the checkpoint, its `corpus` the text; without `corpus`, the checkpoint generates the text. Raises
+    FileNotFoundError for a checkpoint that does not exist.
     """
     path = _path(recipe["source"])
     model = load_dense(path)

@@ -136,8 +136,8 @@ def measured(folder: Path, rows: int) -> Figures:
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
     """Return the tokens per second of decoding one row, and their spread, for each compared model.
 
-    runs: model folders by name (arm), which are timed in turns. The result is {arm: {"tokens_per_second": median over
-    turns, "spread": half of the range over turns, as a share of the median}}.
+    runs: model folders by name (arm), which are timed alternately. The result is {arm: {"tokens_per_second": median
+    over repetitions, "spread": half of their range, as a share of the median}}.
     """
     tasks = {}
     for arm, folder in runs.items():

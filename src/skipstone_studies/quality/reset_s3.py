@@ -129,12 +129,12 @@ def measured(folder: Path) -> Figures:
 def captured(
     figures: Mapping[str, Figures], judged: Sequence[str] = JUDGED, knowing: str = "mod-forced"
 ) -> dict[str, Figures]:
-    """Return where each judged arm's accuracy lies between a dense model's (0) and that of known decisions (1).
+    """Return where each judged arm's accuracy lies between a dense model (0) and one that keeps the operations (1).
 
-    The result is {arm: {"headroom": {bin of difficulty: value}}}. Dense accuracies are interpolated at the arm's
-    executed FLOPs. figures: what `measured` returned for each arm (compared recipe) with one seed, by arm. judged:
-    names of the arms to judge. knowing: name of the arm that keeps exactly the tokens known to need depth. The result
-    is {} if that arm or the dense arms are missing.
+    The result is {arm: {"headroom": {bin of difficulty: value}}}, where difficulty is the number of operations since
+    the last reset. Dense accuracies are interpolated at the arm's executed FLOPs. figures: what `measured` returned for
+    each arm (compared recipe) with one seed, by arm. judged: names of the arms to judge. knowing: name of the arm that
+    keeps exactly the operations, which need depth. The result is {} if that arm or the dense arms are missing.
     """
     dense = [found for arm, found in figures.items() if arm.startswith("dense-")]
     forced = figures.get(knowing)

@@ -82,7 +82,8 @@ class Decoding:
     """A model that is timed decoding random tokens after a prompt in its cache.
 
     model: the model, whose thresholds are first set on random text. size: a mapping with "vocabulary", "prompt" (tokens
-    of a prompt), "steps" (decoding steps of a turn) and "turns". rows: number of sequences decoded together.
+    of a prompt), "steps" (decoding steps of one timing) and "turns" (number of timings). rows: number of sequences
+    decoded together.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:
@@ -97,7 +98,7 @@ class Decoding:
 
     @torch.inference_mode()
     def lap(self) -> Lap:
-        """Run and time one turn of `steps` decoding steps, then restore the cache."""
+        """Run and time `steps` decoding steps, then restore the cache."""
         fed = self._fed(next(self.turns))
         finish(self.model.device)
         start = time.perf_counter()
@@ -128,7 +129,7 @@ class Decoding:
 
     @torch.inference_mode()
     def memory(self) -> dict[str, int]:
-        """Return the size of a new cache that holds the prompts and the tokens of one turn.
+        """Return the size of a new cache that holds the prompts and the tokens of one timing.
 
         Keys: `entries` (stored tokens, summed over rows and blocks), `bytes` (of their keys, values and int64 indices)
         and `allocated` (bytes that the cache has reserved).
@@ -187,7 +188,7 @@ def figures(
     """Return the figures of decoding at one number of rows.
 
     step: seconds per step of the models "dense" and "routed". speed: tokens per second of the routed model divided by
-    the dense one's, as {"median", "min", "max"} over turns. computed: number of rows, out of `rows`, that a routed
+    the dense one's, as {"median", "min", "max"} over timings. computed: number of rows, out of `rows`, that a routed
     block computes in a step, as a mean. memory: for each of the two models, the dict that `Decoding.memory` returns. In
     the result, `seconds` is `step`; `share` is computed / rows; `memory` has, for each key of `Decoding.memory`, the
     routed model's value divided by the dense one's, and `unused`, the share of the routed model's reserved bytes that

@@ -107,12 +107,12 @@ def measured(recipe: RecipeDict) -> Figures:
     """Measure one way to decode a checkpoint with less work.
 
     recipe: an entry of `arms` or `arms_of_gemma`, with the keys "way", "source" (name of the checkpoint), "prompt" and
-    "new" (tokens), "turns", "threads", and options of the way. Keys of the result: `distance`, how far its predictions
-    are from the source's, as `rivals.source.distance` describes it ({} for ways that change no prediction); `bytes` of
-    weights that decoding one token reads; `share`, these bytes divided by those of the source in fp32; `speed`, tokens
-    per second divided by those of transformers' model in fp32, as {"median", "min", "max"} over turns, absent for ways
-    that only compute what leaving out weights would give; `guessed`, with a draft, the share of the tokens that the
-    draft had proposed.
+    "new" (tokens), "turns" (number of timings), "threads", and options of the way. Keys of the result: `distance`, how
+    far its predictions are from the source's, as `rivals.source.distance` describes it ({} for ways that change no
+    prediction); `bytes` of weights that decoding one token reads; `share`, these bytes divided by those of the source
+    in fp32; `speed`, tokens per second divided by those of transformers' model in fp32, as {"median", "min", "max"}
+    over timings, absent for ways that only compute what leaving out weights would give; `guessed`, with a draft, the
+    share of the tokens that the draft had proposed.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -184,8 +184,8 @@ def speed(recipe: RecipeDict, engine: Engine) -> Figures:
     """Return the tokens per second of an engine divided by transformers' model in fp32, timed in turns.
 
     recipe: has the keys "source" (name of the checkpoint), "prompt" and "new" (tokens of the prompt and of the greedy
-    continuation) and "turns". engine: the engine to time. The result is {"median", "min", "max"} of the ratio over
-    turns.
+    continuation) and "turns" (number of timings). engine: the engine to time. The result is {"median", "min", "max"} of
+    the ratio over timings.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

@@ -88,7 +88,7 @@ def measured(recipe: RecipeDict) -> Figures:
 
     recipe: an entry of `arms`. Keys of the result: `flops`, the FLOPs of a step divided by those of the dense model;
     `place` and `copy`, tokens per second divided by those of the dense model, if rows of the weights are read in place
-    and if they are copied first, as {"median", "min", "max"} over turns.
+    and if they are copied first, as {"median", "min", "max"} over timings.
     """
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)

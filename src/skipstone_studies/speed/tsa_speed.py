@@ -51,7 +51,7 @@ def measured(recipe: RecipeDict) -> Figures:
     recipe: an entry of `arms`. Keys of the result: `skipped`, the share of pairs of a token and a gated block that were
     skipped. For prefill also `flops` and `time`, each divided by that of the dense model, and `over`, the median time
     divided by flops; for decoding `dense_seconds` (seconds per step of the dense model) and `speed` (tokens per second
-    divided by those of the dense model). Time and speed are {"median", "min", "max"} over turns.
+    divided by those of the dense model). Time and speed are {"median", "min", "max"} over timings.
     """
     gate = {"name": "token_selective", "layers": "1:", "capacity": 1 - recipe["skipped"], "training": "hard"}
     dense, model = model_of(recipe, []), model_of(recipe, [{**gate, "kv": recipe["kv"]}])
@@ -70,7 +70,7 @@ def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Fig
     """Return the figures of prefill: `skipped`, `flops`, `time`, and `over`, the median time divided by FLOPs.
 
     skipped: share of pairs of a token and a gated block that were skipped. flops: FLOPs of a prefill divided by the
-    dense model's. time: seconds of a prefill divided by the dense model's, as {"median", "min", "max"} over turns.
+    dense model's. time: seconds of a prefill divided by the dense model's, as {"median", "min", "max"} over timings.
     """
     return {"skipped": skipped, "flops": flops, "time": time, "over": time["median"] / flops}
 

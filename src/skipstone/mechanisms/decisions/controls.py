@@ -32,7 +32,7 @@ class Random(Decision):
 
     With noise, as in training, they are drawn anew in each pass; without, as in evaluation and generation, a fixed
     pseudo-random pattern of positions is kept. width: not used. seed: the seed of this pattern; blocks with different
-    seeds keep different tokens.
+    seeds keep different tokens. options: further options of `Decision`.
     """
 
     is_causal = True

@@ -84,8 +84,8 @@ class Predictor(Decision):
 
     The MLP predicts from the router's input whether training would keep the token. It learns from the training decision
     by binary cross-entropy; its input is detached, so that the model gets no gradient from it (Mixture-of-Depths, arXiv
-    2404.02258, section 3.5, second method). width: size of the input. norm: whether it is divided by its root mean
-    square.
+    2404.02258, section 3.5, second method). width: size of the input. norm: whether the input is divided by its root
+    mean square. options: further options of `Decision`.
     """
 
     is_causal = True
@@ -116,11 +116,11 @@ class Predictor(Decision):
 class ThresholdP(Decision):
     """A decision that keeps tokens with sigmoid(score) > p, in training and generation alike.
 
-    width: not used. threshold: p, in (0, 1). After MoDification (arXiv 2410.14268), which replaces top-k by a
-    threshold. How many tokens are kept depends on the scores; a loss of ours, (load - capacity)^2, pulls the load, the
-    share of a row's tokens that is kept, to the capacity. The load has the gradient of the row's mean of
-    sigmoid(score). The coefficient of the loss, the mechanism's `auxiliary_weight`, must be large enough to outweigh
-    the language-model loss.
+    width: not used. threshold: p, in (0, 1). options: further options of `Decision`. After MoDification (arXiv
+    2410.14268), which replaces top-k by a threshold. How many tokens are kept depends on the scores; a loss of ours,
+    (load - capacity)^2, pulls the load, the share of a row's tokens that is kept, to the capacity. The load has the
+    gradient of the row's mean of sigmoid(score). The coefficient of the loss, the mechanism's `auxiliary_weight`, must
+    be large enough to outweigh the language-model loss.
     """
 
     is_causal = True

@@ -22,10 +22,10 @@ class EmaThreshold(Decision):
     """A decision that keeps tokens whose score exceeds a running average of the (1 - capacity) quantile of scores.
 
     Training and generation decide alike. After Expert Threshold routing (arXiv 2603.11535), proposed there for experts.
-    width: not used. threshold: the running average, fp32 []: a plain mean over the first 10 steps, then an exponential
-    one with momentum .9. steps: int64 [], how many optimizer steps have entered it. Both change only in `advance`,
-    which a trainer calls after each optimizer step. During a warm-up of the capacity the average restarts at each step,
-    because quantiles at other capacities are far from the threshold needed.
+    width: not used. options: further options of `Decision`. threshold: the running average, fp32 []: a plain mean over
+    the first 10 steps, then an exponential one with momentum .9. steps: int64 [], how many optimizer steps have entered
+    it. Both change only in `advance`, which a trainer calls after each optimizer step. During a warm-up of the capacity
+    the average restarts at each step, because quantiles at other capacities are far from the threshold needed.
     """
 
     is_causal = True

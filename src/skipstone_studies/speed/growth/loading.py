@@ -90,10 +90,9 @@ def _python(text: str, *words: str) -> str:
 def imports(recipe: RecipeDict) -> Figures:
     """Measure the CPU seconds of whole processes that import one thing, or print the help of the command line.
 
-    recipe: its "repeats" is the number of turns that the processes take; the least time of each counts. Keys of the
-    result: `imports`, seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` divided by
-    those of `import transformers`; `of_class`, the same for a model class of each; `help`, seconds of `skipstone
-    --help`.
+    recipe: its "repeats" is how often each process is run; its least time counts. Keys of the result: `imports`,
+    seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` divided by those of `import
+    transformers`; `of_class`, the same for a model class of each; `help`, seconds of `skipstone --help`.
     """
     taken: dict[str, list[float]] = {name: [] for name in (*IMPORTS, "skipstone --help")}
     for _ in range(recipe["repeats"]):
