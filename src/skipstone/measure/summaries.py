@@ -1,7 +1,7 @@
-"""Figures of mechanisms, layer by layer: one reader for each kind of record.
+"""Figures of mechanisms by layer, from records (decisions in a pass): one reader for each kind of record.
 
-A record is what a mechanism decided in one pass. A new kind of record is a class in `core/records.py` and a reader in
-`READERS`: the log of a training, evaluation and its tables take it from there.
+A new kind of record is a class in `core/records.py` and a reader in `READERS`: the log of a training, evaluation and
+its tables take it from there.
 
 Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """
@@ -97,11 +97,10 @@ class Reader(Generic[AnyModule, AnyRecord]):
 
 
 class Summaries:
-    """Accumulates figures of every mechanism in every layer of a model, such as the share of tokens that it keeps.
+    """Accumulates figures of every mechanism in every layer of a model, as the `Reader` classes list them.
 
-    The `Reader` classes list the figures. model: the model whose decisions are added. activation_rows: number of rows
-    from which figures of activation mechanisms (PolyGLU) are taken, because they take as long as the MLPs themselves; 0
-    leaves them out.
+    model: the model whose decisions are added. activation_rows: number of rows from which figures of activation
+    mechanisms (PolyGLU) are taken, because they take as long as the MLPs themselves; 0 leaves them out.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, activation_rows: int = ACTIVATION_ROWS) -> None:
