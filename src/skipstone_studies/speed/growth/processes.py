@@ -25,7 +25,7 @@ from skipstone_studies.speed.growth.curves import (
 from skipstone_studies.study import Figures, RecipeDict
 
 COUNTS = (1, 2, 4)
-SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 3}  # rows: of the whole step
+SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 6}  # rows: of the whole step
 
 
 def measured(recipe: RecipeDict) -> Figures:
