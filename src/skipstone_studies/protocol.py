@@ -337,7 +337,7 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
 
 
 def untuned(rate: float) -> PlainDict:
-    """Return the entries of a record for a rate that was not tuned: `losses` ({}), `rate` and `inside` (None)."""
+    """Return what `tuning_figures` returns, for a `rate` that was not tuned: no losses, and None as `inside`."""
     return {"losses": {}, "rate": rate, "inside": None}
 
 

@@ -81,7 +81,7 @@ class NeutralStart:
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
-        """Raise ValueError if `share` exceeds `tolerance`."""
+        """Raise ValueError if logits differ by more than the share `tolerance` of the source's largest one."""
         if not self.share <= tolerance:
             raise ValueError(
                 f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "

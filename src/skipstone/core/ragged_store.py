@@ -197,7 +197,10 @@ class RaggedStore:
         self._settle([min(length, keep) for length in lengths])
 
     def last(self, name: str, rows: RowSubset | None = None) -> Tensor | None:
-        """Return the newest entry of tensor `name` of each of `rows`, [B, ...], or 0; None before any append."""
+        """Return the newest entry of the tensor `name` in each row, [B, ...]; None if nothing was appended yet.
+
+        rows: the rows to read; None means all. A row without entries gets 0.
+        """
         if name not in self.entries or self.width == 0:
             return None
         value = self.entries[name]
@@ -212,7 +215,10 @@ class RaggedStore:
         return torch.where(has.view(-1, *[1] * (newest.dim() - 1)), newest, torch.zeros_like(newest))
 
     def crop(self, slots: int, window: int | None = None) -> None:
-        """Drop tokens with an index in the row of `slots` or more; ValueError if `window` needs dropped entries."""
+        """Keep each row's tokens up to index `slots` - 1, counting skipped ones and padding.
+
+        window: the block's attention window, or None. Raises ValueError if it needs entries that were dropped before.
+        """
         if not self.entries:
             return
         stays = self.entries["slot"] < slots

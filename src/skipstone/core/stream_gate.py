@@ -76,7 +76,7 @@ class StreamGate(NamedTuple):
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a decoding step reads: those of the fields, of `scorer` and of `line`."""
+        """Return every tensor that a decoding step reads: `scale`, the limit's tensor, and those of the routers."""
         scorers = (self.scorer, self.line.scorer or Scorer())
         found = [x for scorer in scorers for x in scorer if isinstance(x, Tensor)]
         return [*found, *(x for x in (self.line.threshold, self.scale) if x is not None)]

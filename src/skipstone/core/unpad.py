@@ -51,11 +51,11 @@ class Unpadding:
         return _scattered(y_1ND, self.place_N, self.shape)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the same N tokens as `unpad`, [1, N, ...], from the rows x_BTD [B, T, ...] before the selection."""
+        """Return the N real tokens, [1, N, ...], from x_BTD [B, T, ...], which has all T tokens of each row."""
         return _picked(x_BTD, self.source_N)
 
     def scatter(self, y_1ND: Tensor, length: int) -> Tensor:
-        """Return [B, T, ...] with the N tokens y_1ND at their places before selection, else 0; inverse of `gather`.
+        """Return [B, T, ...] with the N tokens y_1ND at their places among all T tokens, else 0; inverse of `gather`.
 
         length: T.
         """

@@ -1,7 +1,7 @@
 """The interface of MLPs, as blocks use it, and of the activations and neuron-group routers inside an MLP.
 
 Depth mechanisms wrap updates (`core/seam.py`); mechanisms that save inside an MLP are parts of it. Each part reports
-its routing modules, their records, and how often a token passes the MLP's matrices, for block, cost model and
+its routing modules, their decisions, and how often a token passes the MLP's matrices, for block, cost model and
 generation.
 
 Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, G groups of neurons, K
@@ -132,12 +132,12 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of groups per token for which the second matrix is currently multiplied."""
+        """The number of groups per token for which the second matrix (up projection) is currently multiplied."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """The number of groups per token for which the last matrix is currently multiplied, at most `tried`."""
+        """The number of groups per token that the last matrix (down projection) currently multiplies."""
         raise NotImplementedError
 
     @property

@@ -127,11 +127,11 @@ def oracle_keep(input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def accuracy_by_bin(predictions: ArrayLike, labels: ArrayLike, difficulty: ArrayLike) -> dict[str, float]:
-    """Return the share of correct predictions in each of the bins of difficulty "0-3", "4-7", "8-15" and "16+".
+    """Return the share of correct predictions by bin of difficulty; the bins are "0-3", "4-7", "8-15" and "16+".
 
-    An empty bin has nan. predictions, labels, difficulty: integer arrays or CPU tensors of one shape; predictions at t
-    are the argmax of the logits at t, and labels are `shift_labels`. Fillers (difficulty -1) are in no bin. Raises
-    ValueError for different shapes.
+    Difficulty is the number of operations since the last reset. An empty bin has nan. predictions, labels, difficulty:
+    integer arrays or CPU tensors of one shape; predictions at t are the argmax of the logits at t, and labels are
+    `shift_labels`. Fillers (difficulty -1) are in no bin. Raises ValueError for different shapes.
     """
     predictions, labels, difficulty = np.asarray(predictions), np.asarray(labels), np.asarray(difficulty)
     if not predictions.shape == labels.shape == difficulty.shape:  # those of one entry would be stretched to the others

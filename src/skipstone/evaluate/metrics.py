@@ -120,7 +120,7 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
 
     loaded: the run. others: a run whose text is used if `loaded` has none; None means random tokens. rates: the speeds,
     by task ("prefill", "decode 1", "decode 8"). Raises ValueError for a model that needs the caller to decide which
-    tokens to keep (decision `forced`), on data that do not state it.
+    tokens to keep (decision `forced`), on data that do not say which.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)

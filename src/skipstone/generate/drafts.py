@@ -56,7 +56,7 @@ class Draft:
         """
 
     def rest(self) -> None:
-        """Learn that the model is going to compute some tokens whose hidden states `see` will not receive."""
+        """Learn that the model will compute tokens of which `see` will not receive the hidden states."""
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
@@ -130,7 +130,7 @@ class OwnDraft(Draft):
         self.model, self.cost, self.seconds = model, cost, CALL_S
 
     def cheaper(self) -> AbstractContextManager[None]:
-        """Return a context manager that makes the model cheaper inside a `with` block."""
+        """Return a context manager in which a pass of the model computes less, for example fewer blocks."""
         raise NotImplementedError
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:

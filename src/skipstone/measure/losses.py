@@ -37,9 +37,9 @@ class LossResult:
     nats: cross-entropy summed over all predictions, in double precision. predictions: number of tokens that have a
     label. right: number of predictions whose most probable token is the label. summaries: the figures of the
     mechanisms; `summaries.layers()` returns them by layer. accuracy: share of correct predictions by bin of difficulty
-    ("0-3", "4-7", "8-15", "16+") and over "all operations". kinds: for each of "operations", "fillers" and "text" that
-    occurs, "loss" in nats and "depth", the mean number of blocks that update a token. Both are None unless the data
-    state each token's difficulty.
+    ("0-3", "4-7", "8-15" and "16+" operations since the last reset) and over "all operations". kinds: for each of
+    "operations", "fillers" and "text" that occurs, "loss" in nats and "depth", the mean number of blocks that update a
+    token. Both are None unless the data state each token's difficulty.
 
     Raises ValueError without predictions, which have no mean loss.
     """
@@ -79,11 +79,11 @@ def measure_loss(
     """Measure loss, accuracy and the figures of mechanisms in one kind of forward pass.
 
     model: should be in evaluation mode. forward: the kind of pass, which says how the model decides and executes.
-    batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and optionally
-    `difficulty`, int64 [B, T]. Apart from rounding, no figure depends on how rows are batched. activations: whether the
-    result has figures of activation mechanisms such as PolyGLU, which take about as long as the pass itself and are
-    therefore those of the first 64 rows. Raises ValueError for a model that is not a Skipstone model, and if no token
-    has a label.
+    batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and on synthetic
+    data `difficulty`, int64 [B, T], the number of operations on which a token depends. Apart from rounding, no figure
+    depends on how rows are batched. activations: whether the result has figures of activation mechanisms such as
+    PolyGLU, which take about as long as the pass itself and are therefore those of the first 64 rows. Raises ValueError
+    for a model that is not a Skipstone model, and if no token has a label.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0

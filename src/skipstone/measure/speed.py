@@ -47,22 +47,22 @@ class Rate:
 
     @property
     def each(self) -> list[float]:
-        """The tokens per second of each lap."""
+        """The tokens per second of each timed run."""
         return [lap.tokens / lap.seconds for lap in self.laps]
 
     @property
     def tokens_per_second(self) -> float:
-        """The median over laps of the tokens per second."""
+        """The median over timed runs of the tokens per second."""
         return statistics.median(self.each)
 
     @property
     def spread(self) -> float:
-        """Half of the range of tokens per second over laps, divided by their median."""
+        """Half of the range of tokens per second over timed runs, divided by their median."""
         return (max(self.each) - min(self.each)) / 2 / self.tokens_per_second
 
     @property
     def joules_per_token(self) -> float | None:
-        """The joules per token over all laps together (energy counters are coarse); None without an energy meter."""
+        """The joules per token over all timed runs (energy counters are coarse); None without an energy meter."""
         joules = [lap.joules for lap in self.laps if lap.joules is not None]
         return sum(joules) / sum(lap.tokens for lap in self.laps) if len(joules) == len(self.laps) else None
 
@@ -75,8 +75,9 @@ K = TypeVar("K", bound=Hashable)
 def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
     """Time every task once per round, in alternating order, so that changes in the machine's speed affect all alike.
 
-    tasks: by name, functions without arguments that run one lap and return it as `Lap`. rounds: number of laps of each
-    task in the result; one more round runs first to warm up and is discarded. Returns the laps of each task, by name.
+    tasks: by name, functions without arguments that run the task once, timed, and return the `Lap`. rounds: number of
+    timed runs of each task in the result; one more round runs first to warm up and is discarded. Returns the timed runs
+    of each task, by name.
     """
     names = list(tasks)
     laps: dict[K, list[Lap]] = {name: [] for name in names}

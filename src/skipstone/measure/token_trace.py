@@ -119,7 +119,7 @@ class TokenTrace:
 
     @property
     def strongest(self) -> float:
-        """The largest absolute weight of any block with a depth mechanism; 0 without one."""
+        """The largest absolute factor on an update of any block with a depth mechanism; 0 without one."""
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
     def to_dict(self) -> PlainDict:

@@ -44,8 +44,9 @@ FLOAT_BYTES, SLOT_BYTES = 4, 8
 class DynamicChunkingConfig:
     """The options of dynamic chunking, in which a router learns where chunks of tokens begin.
 
-    share: the share of a document's tokens that the ratio loss pulls the router to keep, in (0, 1); its inverse N is
-    the intended mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at least 0.
+    share: the share of a document's tokens that H-Net's ratio loss, an auxiliary loss, pulls the router to keep, in (0,
+    1); its inverse N is the intended mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at
+    least 0.
     """
 
     share: float = 0.2
@@ -93,7 +94,7 @@ class DynamicChunking(DepthMechanism):
 
     @property
     def capacity(self) -> float:
-        """The share of the tokens that the ratio loss aims to keep; 1 after `set_identity`, which keeps all tokens."""
+        """The share of the tokens that the auxiliary loss aims to keep; 1 after `set_identity`, which keeps all."""
         return 1.0 if self.keeps_all else float(self.config.share)
 
     @property

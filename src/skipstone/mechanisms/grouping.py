@@ -140,7 +140,7 @@ class ScheduledGroups(GroupRouter):
 
 
 def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
-    """Return the record of an MLP that no token reached in this call: all scores are NaN and no group is on.
+    """Return the decisions of an MLP that no token reached in this call: all scores are NaN and no group is on.
 
     x_BTD: the MLP's input, which gives B, T and the device. total: the number of neuron groups, G. Scores and masks are
     [B, T, G]; scores are fp32, or fp64 if x_BTD is fp64.

@@ -166,7 +166,7 @@ class TokenSelective(DepthMechanism):
 
     @property
     def capacity(self) -> float | None:
-        """The share of a document's tokens that passes with skipping keep after any warm-up.
+        """The share of a document's tokens that are kept by passes that skip the others, after any warm-up.
 
         None if a threshold decides.
         """

@@ -80,7 +80,7 @@ class ZeroNeurons(ActivationGroupRouter):
         self.register_buffer("typical_F", torch.ones(neurons), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Set typical_F, which no file holds, to 1."""
+        """Set `typical_F`, a factor on each neuron's magnitude that checkpoints do not store, to 1."""
         init.ones_(self.typical_F)
 
     @property

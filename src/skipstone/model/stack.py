@@ -4,9 +4,9 @@ A segment's mechanism wraps the update of a stack of blocks, as others wrap the 
 
     update(x, tokens) = block_j(... block_i(x, tokens) ...) - x
 
-It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks refer to that block. Its record
-is given with those of every block of the segment, so that what a block computed can be read from its own records; the
-auxiliary loss and the carried state are in the record of the first block alone.
+It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks refer to that block. Its
+decisions are returned with those of every block of the segment, so that what a block computed can be read there; the
+auxiliary loss and the carried state are returned with the first block alone.
 
 Shape letters: B rows, T tokens, D width.
 """

@@ -1,4 +1,4 @@
-"""Consecutive blocks that run as one compiled call: the arguments of the call, and the decisions made of its results.
+"""Consecutive blocks that run as one compiled call: its arguments, and the decisions that it returns.
 
 Shape letters: B rows, T tokens, D width, G depth mechanisms (called gates here), A activations.
 """

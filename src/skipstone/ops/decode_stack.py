@@ -101,8 +101,8 @@ class Ran(NamedTuple):
 
     x_BTD: the stream after all blocks. stored: for each block the numbers that `decode_frame.py` names (OUTCOMES): how
     many tokens had their keys and values stored and which, how many its MLP computed and which, and how many neurons'
-    up projections at least one of these needed. The others are None if no records were requested. said_FGBT: fp32,
-    F = 4: the score, weight, loss and state after each gate (depth mechanism) for each token. flag_2GBT: bool, whether
+    up projections at least one of these needed. The others are None if no decisions were requested. said_FGBT: fp32, F
+    = 4: the score, weight, loss and state after each gate (depth mechanism) for each token. flag_2GBT: bool, whether
     the gate kept the token, and whether the token reached the gate. logit_LBTA: fp32, the logits of activation
     mixtures, NaN for tokens that the MLP did not compute; empty without mixtures. fed_LBT: bool, the tokens that the
     MLP computed; empty if no activation is a mixture and no MLP chooses neurons. score_LN: fp32, the scores of the

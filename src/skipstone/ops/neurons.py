@@ -41,10 +41,10 @@ class Runs:
 
     @classmethod
     def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
-        """Build runs of N tokens. The host waits once for the device.
+        """Divide N tokens into runs, consecutive tokens that keep the same groups of neurons.
 
-        group_NK: int64, the groups that each token keeps, ascending. begins_N: bool, tokens at which a run begins,
-        including the first. total: number of all groups. size: neurons per group.
+        The host waits once for the device. group_NK: int64, the groups that each token keeps, ascending. begins_N:
+        bool, tokens at which a run begins, including the first. total: number of all groups. size: neurons per group.
         """
         start_M = begins_N.nonzero()[:, 0]
         group_MK = group_NK.index_select(0, start_M)

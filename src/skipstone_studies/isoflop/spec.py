@@ -153,7 +153,7 @@ class GridSpec:
         return replace(own, sampling="once") if once else own
 
     def parsed_sizes(self) -> list[GridSize]:
-        """Return the model sizes of the grid, in the order of `sizes`; without a number of blocks, a size has one."""
+        """Return the model sizes of the grid, in the order of `sizes`; a size written as WIDTH alone has one block."""
         return [parse_size(word, 1) for word in self.sizes]
 
     def to_dict(self) -> PlainDict:

@@ -1,8 +1,8 @@
 """A forward and backward pass of a mixture of experts compared with the dense MLP of equal FLOPs per token.
 
-All in fp32, and the MLP alone, including its balancing loss. The arms named `mixtral` are transformers' own block, with
-its loop over experts (eager) and with its grouped products (grouped_mm); it computes no loss. In the arm with no-ops,
-there are half as many of them as experts, and they are chosen equally often.
+All in fp32, and the MLP alone, including its balancing loss. The arms (compared implementations) named `mixtral` are
+transformers' own block, with its loop over experts (eager) and with its grouped products (grouped_mm); it computes no
+loss. In the arm with no-ops, there are half as many of them as experts, and they are chosen equally often.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of released layouts, and conversion from a file to a model folder and back."""
+"""The table of layouts in which papers released weights, and conversion from such a file to a model folder and back."""
 
 from __future__ import annotations
 

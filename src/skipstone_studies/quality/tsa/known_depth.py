@@ -52,8 +52,8 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run: accuracy by difficulty, FLOPs, and claimed and realised savings.
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
-    --json`; `accuracy`, the share of correct operations by bin of difficulty; `flops`, counted per token; `alpha`,
-    `claimed`, `skipped` and `gap`, as `gates.savings` describes them.
+    --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
+    `flops`, counted per token; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them.
     """
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}

@@ -65,10 +65,10 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run, with losses and depths of the executed pass by kind of token.
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
-    --json`; `accuracy`, the share of correct operations by bin of difficulty; `flops`, counted per token; `alpha`,
-    `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `kinds`, {"text", "operations" or "fillers":
-    {"loss" in nats per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of
-    operations divided by that of text.
+    --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
+    `flops`, counted per token; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `kinds`,
+    {"text", "operations" or "fillers": {"loss" in nats per prediction, "depth": mean number of blocks that update a
+    token}}; `deeper`, the depth of operations divided by that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]

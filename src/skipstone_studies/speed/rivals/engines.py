@@ -78,7 +78,7 @@ class Drafted:
 
     model: the model. draft: the source of guesses, such as "lookup", "exit" or "skip"; how many tokens are guessed at a
     time follows from measured times. guessed: [number of tokens that the draft had proposed, number of all tokens],
-    over all laps so far.
+    over all timings so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
