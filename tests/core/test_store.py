@@ -115,3 +115,21 @@ def test_types_are_kept(dtype: torch.dtype) -> None:
     store.append(torch.arange(2)[None], real, value=torch.ones(2, 2, 1, dtype=dtype))
     assert store.view("value").dtype == dtype
     assert store.view("slot").dtype == torch.int64
+
+
+def test_a_tensor_that_comes_later_is_as_wide_as_the_others() -> None:
+    """Documents may be given for the first time when everything has been cropped away."""
+    store = RaggedStore()
+    store.append(torch.arange(70)[None], None, value=torch.ones(1, 70, 1))
+    store.crop(0)
+    for slot in range(3):
+        at = torch.tensor([[slot]])
+        store.append(at, None, value=torch.ones(1, 1, 1), document=at)
+    assert store.view("document").tolist() == [[0, 1, 2]]
+
+
+def test_an_empty_store_makes_as_much_room_as_it_is_asked_for() -> None:
+    store = RaggedStore()
+    store.reserve(100, {"value": (2,)}, rows=3)
+    assert store.entries["value"].shape == (3, 100, 2)
+    assert store.entries["slot"].shape == (3, 100)

@@ -69,8 +69,9 @@ class RaggedStore:
         number of rows of an empty store.
         """
         if not self.entries:
-            self.entries = {name: torch.zeros(rows, GROWTH, *shape) for name, shape in like.items()}
-            self.entries["slot"] = torch.full((rows, GROWTH), EMPTY)
+            room = max(count, GROWTH)
+            self.entries = {name: torch.zeros(rows, room, *shape) for name, shape in like.items()}
+            self.entries["slot"] = torch.full((rows, room), EMPTY)
         elif self.entries["slot"].shape[1] < self.width + count:
             self._reserve(self.width + count, self.entries, len(self.entries["slot"]))
 
@@ -124,17 +125,18 @@ class RaggedStore:
 
     def _reserve(self, width: int, like: dict[str, Tensor], total: int) -> None:
         """Make room for `width` columns in `total` rows, with the trailing axes and dtypes of the tensors in `like`."""
-        if like.keys() <= self.entries.keys() and self.entries["slot"].shape[1] >= width:  # all are equally wide
+        room = self.entries["slot"].shape[1] if self.entries else 0
+        if like.keys() <= self.entries.keys() and room >= width:  # all are equally wide
             return
+        if room < width:
+            room += max(width - room, GROWTH, room // 2) if room else width
         for name, new in like.items():
-            have = self.entries.get(name)
-            if have is None:
-                fill = EMPTY if name == "slot" else 0
-                self.entries[name] = new.new_full((total, max(width, 1), *new.shape[2:]), fill)
-            elif have.shape[1] < width:
-                extra = max(width - have.shape[1], GROWTH, have.shape[1] // 2)
-                pad = (0, 0) * (have.dim() - 2) + (0, extra)
-                self.entries[name] = F.pad(have, pad, value=EMPTY if name == "slot" else 0)
+            have, fill = self.entries.get(name), EMPTY if name == "slot" else 0
+            if have is None:  # as wide as the others, also if these are there already
+                self.entries[name] = new.new_full((total, max(room, 1), *new.shape[2:]), fill)
+            elif have.shape[1] < room:
+                pad = (0, 0) * (have.dim() - 2) + (0, room - have.shape[1])
+                self.entries[name] = F.pad(have, pad, value=fill)
 
     def _settle(self, lengths: list[int]) -> None:
         """Set `lengths` and `width` from the number of entries of each row."""

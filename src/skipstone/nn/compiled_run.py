@@ -117,16 +117,20 @@ class CompiledRun:
             None if x is None or x.decay is None else layer.store(x.name)
             for layer, x in zip(layers, self.mixes, strict=True)
         ]
-        if not all(is_usual(x, 3, rows) for x in kv) or not all(x is None or is_usual(x, 2, rows) for x in sums):
-            return None
         groups, size = self.program.sizes.groups, self.program.sizes.head_size
-        for block, layer, store, more, mix in zip(self.blocks, layers, kv, sums, self.mixes, strict=True):
+        entry = {"key": (groups, size), "value": (groups, size)}
+        sum_of = [{} if mix is None else {"sum": (len(mix.context_bias) + 1,)} for mix in self.mixes]
+        if not all(is_usual(x, entry, rows) for x in kv):
+            return None
+        if not all(x is None or is_usual(x, like, rows) for x, like in zip(sums, sum_of, strict=True)):
+            return None
+        for block, layer, store, more, like in zip(self.blocks, layers, kv, sums, sum_of, strict=True):
             layer.window = block.self_attn.window
             if not store.entries:
                 layer.lazy_initialization(torch.empty(0, groups, 0, size), torch.empty(0, groups, 0, size))
-            store.reserve(count, {"key": (groups, size), "value": (groups, size)}, rows)
-            if more is not None and mix is not None:
-                more.reserve(count, {"sum": (len(mix.context_bias) + 1,)}, rows)
+            store.reserve(count, entry, rows)
+            if more is not None:
+                more.reserve(count, like, rows)
         windows = [block.self_attn.window or 0 for block in self.blocks]
         found = layers[0].scratch[PLACES] = Places(self, kv, sums, windows)
         return found

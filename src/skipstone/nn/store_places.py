@@ -6,7 +6,7 @@ Shape letters: B rows, L blocks, M columns of the table of addresses.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class Places:
             line += (0, 0) if more is None else [more.entries[name].data_ptr() for name in SUMS]
             line += [store.entries["slot"].shape[1], 0 if more is None else more.entries["slot"].shape[1], window]
             table.append(line + [0] * (MEMORY - len(line)))
-        self.table_LM = torch.tensor(table)
+        with torch.inference_mode(False):  # a later step outside of inference mode writes lengths into it
+            self.table_LM = torch.tensor(table)
 
     def __deepcopy__(self, memo: object) -> None:
         return None
@@ -99,16 +100,22 @@ class Places:
             store.lengthen([which >> row & 1 for row in range(self.rows)])
 
 
-def is_usual(store: Any, entries: int, rows: int) -> bool:
+def is_usual(store: Any, like: Mapping[str, tuple[int, ...]], rows: int) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    store: any store of a cache layer. entries: the number of tensors that it should consist of, fp32 and int64, if it
-    holds anything yet. rows: the number of rows that it should then have.
+    store: any store of a cache layer. like: the shape of one entry in each fp32 tensor, by tensor name, that the store
+    should have beside the int64 slots if it holds anything yet; those of another model's cache may differ. rows: the
+    number of rows that it should then have.
     """
     if type(store) is not RaggedStore:
         return False
-    return not store.entries or (
-        len(store.entries) == entries
-        and all(x.dtype in (torch.float32, torch.long) and not x.requires_grad for x in store.entries.values())
-        and len(store.entries["slot"]) == rows
+    if not store.entries:
+        return True
+    shapes = {**like, "slot": ()}
+    return store.entries.keys() == shapes.keys() and all(
+        x.shape[0] == rows
+        and x.shape[2:] == shapes[name]
+        and x.dtype == (torch.long if name == "slot" else torch.float32)
+        and not x.requires_grad
+        for name, x in store.entries.items()
     )
