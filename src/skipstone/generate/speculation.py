@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LENGTHS = (1, 2, 3, 5, 7)  # the compiled blocks and int8 products take eight tokens, one of which is no guess
+LENGTHS = (1, 2, 3, 5, 7)  # 8 tokens, one of which is no guess, are as many as few-bit kernels multiply at once
 MARGIN = 1.02  # drafts must be expected to be so many times as fast
 # What drafts may lose, in plain steps: this much at first, and this share of every token since. So a text of some
 # length is never slower than .98 of decoding without drafts, however badly they guess.

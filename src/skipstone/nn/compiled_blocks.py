@@ -56,7 +56,7 @@ def runs_of(
     """Return consecutive ranges of blocks, each with the compiled call that computes it, or None if it runs uncompiled.
 
     blocks: the decoder's blocks. spans: ranges of blocks that must stay together: a segment (blocks that a mechanism
-    skips as a whole) or one block. x_BTD: the residual stream before the first block; compiled code takes at most 8
+    skips as a whole) or one block. x_BTD: the residual stream before the first block; compiled code takes at most 16
     tokens, of one row or one of each row. tokens: the tokens of this call. layers: the cache layer of each block.
     """
     general: list[tuple[range, CompiledRun | None]] = [(range(len(blocks)), None)]

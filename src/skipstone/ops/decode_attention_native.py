@@ -83,7 +83,10 @@ def turn(frame_at: int, given: int, count: int) -> None:
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
     H, G, E, part, parts = frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE], frame[of.PART], frame[of.PARTS]
     row, memory = _lying(frame[of.ROW], (of.COLUMNS,), 0), _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0)
-    numbers, slots = _lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0)), _lying(frame[of.SLOT], (8,), 0)
+    numbers, slots = (
+        _lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0)),
+        _lying(frame[of.SLOT], (frame[of.TOKENS],), 0),
+    )
     K, query = len(there), _lying(frame[of.Q_AT], (len(asking), H, E), ONE)
     key, value = _lying(frame[of.K_AT], (K, G, E), ONE), _lying(frame[of.V_AT], (K, G, E), ONE)
     for j in range(K):
@@ -142,7 +145,12 @@ def attend(frame_at: int, given: int, count: int) -> None:
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
-    H, G, E, slots = frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE], _lying(frame[of.SLOT], (8,), 0)
+    H, G, E, slots = (
+        frame[of.HEADS],
+        frame[of.GROUPS],
+        frame[of.HEAD_SIZE],
+        _lying(frame[of.SLOT], (frame[of.TOKENS],), 0),
+    )
     memory, each = _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), H // G
     scaling = np.float32(_lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0))[2])
     pair, last = share_of(count * H, frame[of.PART], frame[of.PARTS])

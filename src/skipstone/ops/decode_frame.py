@@ -8,12 +8,12 @@ arrays lie in the frame itself.
 Mechanisms act at four sites: around a segment of blocks, a block, its attention and its MLP. At each site, a token is
 absent, only gives keys and values, or gets an update (`KINDS`).
 
-Shape letters: T tokens (at most 8), S sites, and one entry for what lies outside of all of them.
+Shape letters: T tokens (at most 16), S sites, and one entry for what lies outside of all of them.
 """
 
 from __future__ import annotations
 
-MOST_TOKENS = 8  # of a step
+MOST_TOKENS = 16  # of a step
 MIXTURE = 8  # columns of a mixture in the table of a block
 CHOICE = 6  # columns of a choice of neurons
 
