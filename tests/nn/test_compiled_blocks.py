@@ -326,22 +326,6 @@ def test_gradients_and_several_tokens_of_several_rows_go_one_by_one(counted: lis
     assert not counted
 
 
-@pytest.mark.parametrize("bits", [32, pytest.param(8, marks=pytest.mark.slow)])
-@torch.no_grad()
-def test_a_batch_as_large_as_a_step_takes(bits: int, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 16, of which a mechanism keeps different ones; of 17, every block runs as usual."""
-    given, found = model(**OPTIONS["routed"]), []
-    given = given if bits == 32 else quantise(given, bits)
-    for rows, most in ((16, 16), (16, 0), (17, 16)):
-        monkeypatch.setattr(decode_stack, "MOST_TOKENS", most)
-        cache, row = DynamicCache(config=given.config), torch.Generator().manual_seed(2)
-        given_ids = torch.randint(0, 61, (17, 8), generator=row)[:rows]
-        calls = [given_ids[:, :4], *given_ids[:, 4:].split(1, 1)]
-        found.append(torch.cat([given(x, past_key_values=cache, use_cache=True).logits for x in calls], 1))
-    assert len(counted) == 4
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4 if bits == 32 else 2e-3)
-
-
 def test_what_decides_is_read_in_every_step(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A threshold, an option and a capacity that change in the middle of a text."""
     gates = [{"name": "mixture_of_depths", "layers": "1:"}, {"name": "token_selective", "layers": ":"}]
