@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 
@@ -20,3 +22,10 @@ def tiny_model(seed: int | None = 0, **options: Any) -> SkipstoneForCausalLM:
     if seed is not None:
         torch.manual_seed(seed)
     return SkipstoneForCausalLM(SkipstoneConfig(**{**SIZES, **options})).eval()
+
+
+def on_disk(model: SkipstoneForCausalLM, folder: Path) -> PreTrainedModel:
+    """Save a model below `folder` and load it so that accelerate reads its weights from disk as they are needed."""
+    model.save_pretrained(folder / "model")
+    places = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
+    return AutoModelForCausalLM.from_pretrained(folder / "model", **places).eval()

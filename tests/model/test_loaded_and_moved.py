@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import skipstone
+from models import on_disk
 from skipstone.mechanisms import DEPTH
 
 MECHANISMS: dict[str, dict[str, Any]] = {
@@ -69,10 +70,7 @@ def test_every_buffer_is_there_after_loading(name: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_weights_on_disk_compute_the_same(name: str, ids: Tensor, tmp_path: Path) -> None:
     model = net(name)
-    model.save_pretrained(tmp_path / "model")
-    spread = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
-    ).eval()
+    spread = on_disk(model, tmp_path)
     torch.testing.assert_close(spread(ids).logits, model(ids).logits)
     assert torch.equal(spread.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
 

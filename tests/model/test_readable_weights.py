@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
 
 import skipstone
-from models import tiny_model
+from models import on_disk, tiny_model
 
 GROUPS: dict[str, dict[str, Any]] = {
     "groups": {"capacity": 0.5, "group_size": 8},
@@ -93,10 +92,7 @@ def test_what_acts_around_a_layer_acts(name: str, around: str, ids: Tensor) -> N
 @torch.no_grad()
 def test_weights_on_disk_compute_the_same(name: str, ids: Tensor, tmp_path: Path) -> None:
     model = net(name)
-    model.save_pretrained(tmp_path / "model")
-    spread = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
-    ).eval()
+    spread = on_disk(model, tmp_path)
     torch.testing.assert_close(spread(ids).logits, model(ids).logits)
     assert torch.equal(spread.generate(ids[:1], **GREEDY), model.generate(ids[:1], **GREEDY))
     with pytest.raises(ValueError, match="loss_chunk needs direct access to the head's weight"):
