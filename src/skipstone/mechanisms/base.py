@@ -25,8 +25,8 @@ class DepthMechanism(DepthModule):
     """The base class of depth mechanisms: modules that decide which tokens get a block's update, and its weight.
 
     Subclasses set `Config`, a frozen keyword-only dataclass of their options. The constructor accepts hidden_size (the
-    width D of the model), placement (the block in which the mechanism is used), and either a `config` or its fields as
-    keyword arguments.
+    width D of the model), placement (the block in which the mechanism is used; None outside of a model), and either a
+    `config` or its fields as keyword arguments.
     """
 
     Config: ClassVar[type]
@@ -55,7 +55,7 @@ class DepthMechanism(DepthModule):
     def initial_state(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Return the initial values of the tensors [B, T] that the mechanism passes from block to block, by name.
 
-        By default there are none. x_BTD: the hidden states that enter block 0.
+        The dict is empty by default. x_BTD: the hidden states that enter block 0.
         """
         return {}
 
@@ -68,10 +68,12 @@ class DepthMechanism(DepthModule):
     ) -> TokenCounts:
         """Return how many tokens of a row the wrapped block works on, given how many reach the mechanism.
 
-        counts: the mean numbers per row that reach the mechanism. kept: the measured numbers that it keeps; None means
-        that they were not measured and follow from the configuration. oracle: whether the pass is a training pass,
-        whose decisions may look at the whole row. By default, skipped tokens still provide keys and values, and nothing
-        is skipped in a training pass or if `kept` is None.
+        Counts are means per row: `kv_tokens`, whose keys and values are computed, and `query_tokens`, whose update is.
+        counts: the tokens that reach the mechanism. kept: those that it kept in a measured pass, as counts or as one
+        number; None means that nothing was measured, so that the configuration decides. oracle: whether the pass is a
+        training pass, whose decisions may look at the whole row. This default suits mechanisms that compute everything
+        in training: it returns `counts` for a training pass or without `kept`; otherwise skipped tokens still count as
+        keys and values.
         """
         if oracle or kept is None:
             return counts
@@ -98,12 +100,13 @@ class DepthMechanism(DepthModule):
         loss_BT: Tensor | None = None,
         carry: Mapping[str, Tensor] | None = None,
     ) -> Records:
-        """Return a dict with a `DepthRecord` of these tensors under the mechanism's name (else its class name).
+        """Return a dict with a `DepthRecord` of these tensors under the mechanism's name.
 
-        All tensors are [B, T]. score_BT: fp32 router logits. kept_BT: bool, the tokens that get the update. weight_BT:
-        fp32 factor on the update, 0 for skipped tokens. reached_BT: bool, tokens that are neither padding nor skipped
-        by an outer mechanism. loss_BT: fp32 auxiliary loss of each token, or None. carry: new values of the tensors
-        that are passed to the next block, by name; None means that there are none.
+        Outside of a model, the key is the class name. All tensors are [B, T]. score_BT: fp32 router logits. kept_BT:
+        bool, the tokens that get the update. weight_BT: fp32 factor on the update, 0 for skipped tokens. reached_BT:
+        bool, tokens that are neither padding nor skipped by an outer mechanism. loss_BT: fp32 auxiliary loss of each
+        token, or None. carry: new values of the tensors that are passed to the next block, by name; None means that
+        there are none.
         """
         record = DepthRecord(score_BT, kept_BT, weight_BT, reached_BT, loss_BT, carry or {})
         return {self.placement.name or type(self).__name__: record}

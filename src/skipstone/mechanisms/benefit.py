@@ -3,10 +3,10 @@
     benefit_i = loss_i without the update of token i - loss_i with it        in nats, of the prediction at token i
     auxiliary loss = Huber(score_i, benefit_i)                               on the tokens where it was measured
 
-Guidance asks where the gradient of the loss is large, which is also where the next token cannot be predicted at all;
-the benefit is what the update really changes. A trainer measures it in two passes over a few rows, which keep one
-random half of the tokens each (`train/benefit.py`), and hands it over before the training pass. The router reads the
-detached stream.
+The alternative, `guidance`, favours tokens with a large gradient of the loss, but the gradient is also large where the
+next token cannot be predicted at all; the benefit is what the update really changes. A trainer measures it in two
+passes over a few rows, which keep one random half of the tokens each (`train/benefit.py`), and stores it in the model
+before the training pass. The router reads the detached stream.
 
 Shape letters: B rows, T tokens.
 """
@@ -24,9 +24,9 @@ def benefit_loss(score_BT: Tensor, tokens: Tokens, layer: int) -> Tensor:
     """Return a loss per token, fp32 [B, T], that trains router scores to predict a block's measured benefit.
 
     A token's benefit is the number of nats by which its loss falls because the block updates it; a trainer measures it
-    and stores it in `tokens.state` under `BENEFIT` with the index `layer`, NaN where it was not measured. score_BT: the
-    scores, fp32. The loss is the Huber loss between score and benefit, 0 for unmeasured tokens, scaled so that its mean
-    over all tokens equals the mean over the measured ones. It is 0 everywhere if nothing was measured.
+    and stores it in `tokens.state` under `BENEFIT` with the index `layer` of the block, NaN where it was not measured.
+    score_BT: the scores, fp32. The loss is the Huber loss between score and benefit, 0 for unmeasured tokens, scaled so
+    that its mean over all tokens equals the mean over the measured ones. It is 0 everywhere if nothing was measured.
     """
     benefit_BT = tokens.state.get(BENEFIT.format(layer=layer))
     if benefit_BT is None:

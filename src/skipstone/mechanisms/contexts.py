@@ -44,9 +44,10 @@ class Memory:
         return None if value is None else value[:, None]
 
     def here(self) -> Tensor | float:
-        """Return 1 for tokens whose document is that of their row's newest cached token, else 0, fp32 [B, T, 1].
+        """Return whether each token belongs to the document of its row's newest cached token, fp32 [B, T, 1]: 1 or 0.
 
-        Returns the number 1.0 if rows are not divided into documents or nothing is cached.
+        The tokens are those of this call. Returns the number 1.0 if rows are not divided into documents or nothing is
+        cached.
         """
         last_B1 = self.last("document")
         if self.tokens.document_BT is None or last_B1 is None:
@@ -54,9 +55,10 @@ class Memory:
         return (self.tokens.document_BT == last_B1)[..., None].float()
 
     def keep(self, **entries_BTS: Tensor) -> None:
-        """Append values of this call's tokens to the cache, with their documents if given; without a cache, do nothing.
+        """Append values of this call's tokens to the cache; without a cache, do nothing.
 
-        entries_BTS: tensors [B, T, S] by name, with S values per token.
+        entries_BTS: tensors [B, T, S] by name, with S values per token. If rows are divided into documents, the index
+        of each token's document is stored too, under the name "document".
         """
         if self.cache is None:
             return
@@ -84,8 +86,8 @@ def sequence_mean(z_BTR: Tensor, tokens: Tokens) -> Tensor:
 def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
     """Return the mean of z over the tokens of the same document up to and including each token, fp32 [B, T, R].
 
-    z_BTR: fp32, R features of each token; padding is left out. memory: the sums stored by earlier calls, to which this
-    call's sums are appended.
+    z_BTR: fp32, R features of each token. tokens: the tokens of this call, with their documents; padding is left out.
+    memory: the sums stored by earlier calls, to which this call's sums are appended.
     """
     total_BTS = _running_sum(z_BTR, tokens, memory, memory.last("sum"))
     memory.keep(sum=total_BTS)
@@ -95,9 +97,9 @@ def running_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory) -> Tensor:
 def exponential_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float) -> Tensor:
     """Return the exponentially weighted mean of z up to and including each token of a document, fp32 [B, T, R].
 
-    z_BTR: fp32, R features of each token. tokens: the tokens of this call; padding is left out. memory: the sums stored
-    by earlier calls, to which this call's sums are appended. decay: a number in (0, 1); a token n places back, not
-    counting padding, has weight decay^n. The weighted sum is divided by the sum of the weights.
+    z_BTR: fp32, R features of each token. tokens: the tokens of this call, with their documents; padding is left out.
+    memory: the sums stored by earlier calls, to which this call's sums are appended. decay: a number in (0, 1); a token
+    n places back, not counting padding, has weight decay^n. The weighted sum is divided by the sum of the weights.
     """
     total_BTS = _decayed_sum(z_BTR, tokens, memory, decay, memory.last("sum"))
     memory.keep(sum=total_BTS)
@@ -108,7 +110,8 @@ def chunk_mean(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int) -> Tens
     """Return for each token the mean of z over all chunks before its own, fp32 [B, T, R]; 0 in the first chunk.
 
     A document is divided into chunks of `size` tokens, padding not counted. z_BTR: fp32, R features of each token.
-    memory: the sums stored by earlier calls, to which this call's sums are appended.
+    tokens: the tokens of this call, with their documents. memory: the sums stored by earlier calls, to which this
+    call's sums are appended.
     """
     last_B1S, done_B1S = memory.last("sum"), memory.last("done")
     total_BTS = _running_sum(z_BTR, tokens, memory, last_B1S)
@@ -128,8 +131,9 @@ def chunk_start(z_BTR: Tensor, tokens: Tokens, memory: Memory, size: int, decay:
 
     All tokens of a chunk thus share one context, which is known when the chunk begins. A document is divided into
     chunks of `size` tokens, padding not counted; padding before the first token of a row is a chunk of its own. z_BTR:
-    fp32, R features of each token. memory: the state stored by earlier calls, to which this call's state is appended.
-    decay: a number in (0, 1); in the mean, the token n places back, not counting padding, has weight decay^n.
+    fp32, R features of each token. tokens: the tokens of this call, with their documents. memory: the state stored by
+    earlier calls, to which this call's state is appended. decay: a number in (0, 1); in the mean, the token n places
+    back, not counting padding, has weight decay^n.
     """
     state, R = memory.last("state"), z_BTR.shape[-1]
     last_B1S, last_B11, last_B1R = (None, None, None) if state is None else state.split((R + 1, 1, R), -1)
@@ -190,10 +194,10 @@ def _decayed_sum(z_BTR: Tensor, tokens: Tokens, memory: Memory, decay: float, la
 
 
 def linear_scan(x_BTS: Tensor, keep_BT1: Tensor) -> Tensor:
-    """Return total_t = keep_t * total_(t-1) + x_t over the second axis, [B, T, S], from 0.
+    """Return the running totals total_t = keep_t * total_(t-1) + x_t over the second axis, [B, T, S].
 
-    x_BTS: the terms. keep_BT1: the share of the earlier total that each position keeps, [B, T, 1]. It takes log2 T
-    steps and no division.
+    The total before the first position is 0. x_BTS: the terms x_t. keep_BT1: the share of the earlier total that each
+    position keeps, [B, T, 1]. It takes log2 T steps and no division.
     """
     step = 1
     while step < x_BTS.shape[1]:

@@ -46,7 +46,7 @@ class DynamicChunkingConfig:
 
     share: the share of a document's tokens that H-Net's ratio loss, an auxiliary loss, pulls the router to keep, in (0,
     1); its inverse N is the intended mean chunk length in tokens. ratio_weight: the coefficient of the ratio loss, at
-    least 0.
+    least 0. Raises ValueError for values out of range.
     """
 
     share: float = 0.2
@@ -209,8 +209,9 @@ class DynamicChunking(DepthMechanism):
     ) -> TokenCounts:
         """Return how many tokens of a row the wrapped blocks work on: `kept`; if None, the configured share.
 
-        counts: the mean numbers per row that reach the mechanism. kept: the measured numbers of kept tokens. `oracle`
-        changes nothing, because training skips tokens by the same rule as generation.
+        Counts are means per row. counts: the tokens that reach the mechanism. kept: those that it kept in a measured
+        pass, as counts or as one number. `oracle` changes nothing, because training skips tokens by the same rule as
+        generation.
         """
         return counts.restricted_to(self.capacity * counts.kv_tokens if kept is None else kept)
 

@@ -39,7 +39,8 @@ class EarlyExitConfig:
 
     start_bias: initial b (3: each block multiplies survival by .95). depth_weight: coefficient of the mean survival in
     the loss, at least 0. execution: what evaluation and generation do: "hard" skips exited tokens, "soft" only scales
-    updates by survival. threshold: the survival, in (0, 1), at or below which a token exits.
+    updates by survival. threshold: the survival, in (0, 1), at or below which a token exits. Raises ValueError for
+    values out of range.
     """
 
     start_bias: float = 3.0

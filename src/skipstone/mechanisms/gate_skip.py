@@ -43,7 +43,7 @@ class GateSkipConfig:
     capacity: share of tokens that execution "hard" computes, in (0, 1]. gate: whether a gate is one number per
     "channel" or one per "token". start_bias: initial bias of the gate's logit (5: gates start at .993).
     sparsity_weight: coefficient of the mean gate in the loss, at least 0. execution: what evaluation and generation do:
-    "hard" skips tokens with low gates, "soft" only scales updates.
+    "hard" skips tokens with low gates, "soft" only scales updates. Raises ValueError for values out of range.
     """
 
     capacity: float = 0.75

@@ -16,8 +16,9 @@ from skipstone.core.tokens import Tokens
 def is_hard(execution: str, tokens: Tokens) -> bool:
     """Return whether a pass of a gate skips tokens instead of only scaling their updates.
 
-    execution: the option of the gate, "hard" or "soft". A pass skips tokens if execution is "hard" and its decisions
-    are causal (made without later tokens, as in generation), or if the caller imposes decisions (`tokens.forced_BT`).
+    execution: the option of the gate, "hard" or "soft". tokens: the tokens of the pass, whose `mode` tells how it
+    decides. A pass skips tokens if execution is "hard" and its decisions are causal (made without later tokens, as in
+    generation), or if the caller imposes decisions (`tokens.forced_BT`).
     """
     return tokens.forced_BT is not None or (execution == "hard" and tokens.mode.routing == "causal")
 

@@ -38,7 +38,7 @@ class GroupingConfig(NeuronChoiceConfig):
 
     group_size: neurons per group. capacity: share of the groups that is on for a token, in (0, 1]. capacity_warmup:
     fraction of the training, in [0, 1), over which the capacity falls from 1 to its value. left: the number of groups
-    left after pruning, one per layer; None means that nothing was pruned.
+    left after pruning, one per layer; None means that nothing was pruned. Raises ValueError for values out of range.
     """
 
     group_size: int = 64

@@ -41,7 +41,7 @@ class LayerDropoutConfig:
     rate: the largest probability of leaving out a block for a row, in [0, 1). over_depth: "rising" linearly from 0 in
     block 0 to `rate` in the model's last block, or "constant". over_training: "falling" linearly from `rate` to 0 over
     the training, or "constant". scaled: whether the updates of kept rows are divided by the probability of keeping a
-    row.
+    row. Raises ValueError for a rate out of range.
     """
 
     rate: float = 0.2
@@ -122,8 +122,9 @@ class LayerDropout(DepthMechanism):
     ) -> TokenCounts:
         """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        kept: the measured numbers of kept tokens, used if given. oracle: whether this is a training pass. If it is, and
-        nothing was measured, the share of rows is reduced by the mean dropout rate over the training. Other passes keep
+        Counts are means per row. kept: the tokens that it kept in a measured pass, as counts or as one number, which is
+        used if given; None means that nothing was measured. oracle: whether this is a training pass; without a
+        measurement, the share of rows is then reduced by the mean dropout rate over the training. Other passes keep
         all.
         """
         if kept is not None:

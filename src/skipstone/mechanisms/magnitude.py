@@ -175,5 +175,5 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         self.down_schedule.pin(1.0)
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0: sums of magnitudes are not matrix products, and only these are counted."""
+        """Return 0 for any `tokens` and `routing`: only matrix products count as FLOPs, and the choice needs none."""
         return 0

@@ -328,9 +328,10 @@ class MixtureOfDepths(DepthMechanism):
     ) -> TokenCounts:
         """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        Skipped tokens are not counted; with `kv: full` they count as keys and values. kept: the measured numbers of
-        kept tokens; None means that the configured capacity is assumed. oracle: whether this is a training pass; with a
-        decision such as top-k, it then computes floor(capacity * tokens) tokens whatever was measured.
+        Counts are means per row. Skipped tokens are not counted; with `kv: full` they count as keys and values. kept:
+        the tokens kept in a measured pass, as counts or as one number; None means that the configured capacity is
+        assumed. oracle: whether this is a training pass; with a decision such as top-k, it then computes floor(capacity
+        * tokens) tokens whatever was measured.
         """
         static = oracle and self.decision.static
         if kept is None:

@@ -140,11 +140,12 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
         return share
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Return the groups that are on for each token, the factor of each one's output, and a record of the decision.
+        """Return the K groups that are on for each token, the factors on their outputs, and a record of the decision.
 
-        x_BTD: the MLP's input [B, T, D], padding included. tokens: the tokens' positions and documents. cache: the
-        layer's KV cache, which also stores the sums over earlier tokens of the input's projections, from which the
-        router computes its scores; None means no earlier tokens.
+        The result has `group_BTK` (int64, ascending indices), `gain_BTK` (fp32) and `record`. x_BTD: the MLP's input
+        [B, T, D], padding included. tokens: the tokens' positions and documents. cache: the layer's KV cache, which
+        also stores the sums over earlier tokens of the input's projections, from which the router computes its scores;
+        None means no earlier tokens.
         """
         score_BTG = self._scores(x_BTD, tokens, cache) if self.learns else self._random(x_BTD, tokens)
         ranked_BTG = score_BTG if self.balance_bias is None else score_BTG + self.balance_bias

@@ -65,7 +65,8 @@ class PolyGLUConfig:
     tau_end: softmax temperature at the start and the end of the training. noise: whether training adds Gumbel noise to
     the logits. router_width: hidden width of the router. preference_scale: factor between a neuron's preference
     parameters and its logits; above 1, preferences learn faster. price: coefficient of an auxiliary loss on the
-    expected share of neurons with a nonzero activation.
+    expected share of neurons with a nonzero activation. Raises ValueError for values out of range and for options that
+    the context does not use.
     """
 
     context: Context = "running_mean"
@@ -160,7 +161,8 @@ class PolyGLU(MixFigures, Activation):
         gate_BTF: pre-activations W_gate x of F neurons. x_BTD: the MLP's input, from which the context is computed.
         tokens: the tokens of this call (documents, padding, random seed). cache: the layer's cache, which also stores
         sums over earlier tokens; None means no earlier tokens. runs: the neuron groups that are on, if not all;
-        `gate_BTF` then holds only their neurons.
+        `gate_BTF` then holds only their neurons. Raises ValueError with context "sequence" if a cache is given or the
+        pass must not look at later tokens.
         """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise
@@ -305,7 +307,7 @@ class PolyGLU(MixFigures, Activation):
         return 2 * tokens * self.context_weight.numel() + 2 * contexts * self.mix_weight.numel()
 
     def cache_bytes(self, tokens: float) -> float:
-        """Return how many bytes of its own the router caches for a row of `tokens` tokens.
+        """Return how many bytes the router caches, besides keys and values, for a row of `tokens` tokens.
 
         For each token it stores sums of the projected inputs so far and their count, fp32, and the token's index,
         int64; nothing if its context needs no sums.

@@ -41,9 +41,9 @@ class LinearRouter(nn.Module):
             init.constant_(self.score_bias, self.start_bias)
 
     def forward(self, x_BTD: Tensor, every: bool = False) -> Tensor:
-        """Return the score of each token, fp32 [B, T]; for routers with one output.
+        """Return the score of each token, fp32 [B, T], or all scores of each token, [B, T, outputs].
 
-        x_BTD: hidden states. every: return all scores of each token instead, [B, T, outputs].
+        x_BTD: hidden states. every: whether to return all scores; with False, the router must have one output.
         """
         score_BTO = score_linear(x_BTD, self.weight, self.score_bias, self.norm)
         return score_BTO if every else score_BTO.squeeze(-1)
@@ -134,7 +134,7 @@ class ConstantRouter(nn.Module):
         return ops.wide(self.score_bias) + x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
 
     def constant(self, score: float) -> None:
-        """Set the score of all tokens."""
+        """Set the score of all tokens to `score`."""
         with torch.no_grad():
             self.score_bias.fill_(score)
 
@@ -146,7 +146,10 @@ class ConstantRouter(nn.Module):
 
 
 class NoRouter(nn.Module):
-    """A router without parameters whose score is always 0, used if tokens are kept by their ids with weight 1."""
+    """A router without parameters whose score is always 0, used if nothing depends on the score.
+
+    Tokens are then kept by their ids, and kept updates have weight 1.
+    """
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return zeros, fp32 [B, T]. x_BTD: hidden states, whose values are not used."""

@@ -41,7 +41,7 @@ def require_capacity(name: str, value: float) -> None:
 class Ramp:
     """A capacity that changes over depth, from `start` in the first routed block to `end` in the last, both in (0, 1].
 
-    shape: "linear" or "cosine" (half a cosine wave).
+    shape: "linear" or "cosine" (half a cosine wave). Raises ValueError for a capacity out of range.
     """
 
     start: float
@@ -84,9 +84,9 @@ def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> f
 class Progress(nn.Module):
     """The progress of a schedule that ends at the share `until` of the training, in (0, 1].
 
-    It is stored in a buffer, in millionths, for checkpoints and as a Python number for the host. Once the schedule has
-    ended, the Python values do not change any more, so that torch.compile, which treats them as constants, need not
-    recompile.
+    millionths: the progress in millionths, int64 [], a buffer that checkpoints contain. The host reads a Python number
+    instead. Once the schedule has ended, the Python values do not change any more, so that torch.compile, which treats
+    them as constants, need not recompile.
     """
 
     millionths: Tensor
@@ -157,7 +157,7 @@ class Capacity(nn.Module):
         return self.progress is not None and self.progress.share < 1
 
     def pin(self, capacity: float) -> None:
-        """Replace `final` by the share `capacity`; a running warm-up falls towards the new one."""
+        """Replace `final` by the share `capacity`; a running warm-up then falls towards the new value."""
         self.final = capacity
 
     def advance(self, progress: float) -> None:

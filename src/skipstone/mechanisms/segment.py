@@ -22,8 +22,8 @@ from skipstone.mechanisms.mixture_of_depths import MixtureOfDepths, MixtureOfDep
 class SegmentConfig(MixtureOfDepthsConfig):
     """The options of a segment, several neighbouring blocks that share one decision.
 
-    They are those of `MixtureOfDepthsConfig`, except that `capacity` must be a single number. Raises ValueError for a
-    list or a ramp.
+    The options are those of `MixtureOfDepthsConfig`, except that `capacity` must be a single number. Raises ValueError
+    for a list or a ramp.
     """
 
     def __post_init__(self) -> None:

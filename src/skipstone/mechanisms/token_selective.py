@@ -62,7 +62,8 @@ class TokenSelectiveConfig:
     threshold decides. capacity_warmup: fraction of the training over which the capacity falls from 1. decision:
     "ema_threshold" (p below a running quantile), or "random" or "positional" as controls. guidance: whether the router
     learns from the gradient norms at the block's output (`guided`), with coefficient auxiliary_weight; it then sends no
-    gradient into the model. kv: whether skipped tokens provide keys and values, "full" (yes) or "kept" (no).
+    gradient into the model. kv: whether skipped tokens provide keys and values, "full" (yes) or "kept" (no). Raises
+    ValueError for values out of range and options that exclude each other.
     """
 
     start_bias: float = -1.0
@@ -334,10 +335,10 @@ class TokenSelective(DepthMechanism):
     ) -> TokenCounts:
         """Return how many tokens of a row the block works on, given how many reach the mechanism (`counts`).
 
-        kept: the measured numbers of kept tokens; None means that they were not measured: the configured capacity is
-        then assumed, or all tokens if there is none or `execution` is "soft". oracle: whether this is a training pass,
-        which skips tokens only with the option `training: hard`. Skipped tokens count as keys and values unless the
-        option `kv` is "kept".
+        Counts are means per row. kept: the tokens kept in a measured pass, as counts or as one number; None means that
+        nothing was measured: the configured capacity is then assumed, or all tokens if there is none or `execution` is
+        "soft". oracle: whether this is a training pass, which skips tokens only with the option `training: hard`.
+        Skipped tokens count as keys and values unless the option `kv` is "kept".
         """
         if oracle and self.config.training != "hard":
             return counts

@@ -40,7 +40,8 @@ class ZeroNeuronsConfig(NeuronChoiceConfig):
     """The options of leaving out neurons whose activation is exactly 0.
 
     price: coefficient of an auxiliary loss in training, the mean |activation| over the neurons, which makes zeros more
-    frequent; at least 0. decision: always "zeros"; it distinguishes these options from those of neuron groups.
+    frequent; at least 0. decision: always "zeros"; it distinguishes these options from those of neuron groups. Raises
+    ValueError for a negative price.
     """
 
     price: float = 0.0
@@ -137,7 +138,7 @@ class ZeroNeurons(ActivationGroupRouter):
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """Return the magnitudes of all activations, fp32 [B, T, F], and which of them are not 0, bool [B, T, F].
 
-        a_BTF: the activations.
+        a_BTF: the activations of all F neurons.
         """
         return a_BTF.detach().float().abs(), a_BTF != 0
 
@@ -158,5 +159,5 @@ class ZeroNeurons(ActivationGroupRouter):
         """Do nothing: the MLP's output never depends on this mechanism."""
 
     def flops(self, tokens: float, routing: str) -> float:
-        """Return 0: comparisons are not matrix products, and only these are counted."""
+        """Return 0 for any `tokens` and `routing`: only matrix products count as FLOPs, and the choice needs none."""
         return 0

@@ -2,20 +2,29 @@
 
 recipe.py       `TrainConfig` and `Recipe`: the definition of a run, parsed strictly
 early.py        checks of a recipe that do not load torch
-decay.py        the parameters that weight decay leaves out
+decay.py        the parameters that weight decay leaves out, and the learning rate of routers
 training.py     `train`: trains a recipe into a run folder
 estimate.py     estimates FLOPs, memory and hours on a named GPU
+plan.py         the same for many GPUs, with the bytes sent between them
 setup.py        builds model configuration, model and Trainer's arguments from a recipe
 folder.py       writes run folders
 environment.py  versions, commit, machine
-mixin.py        `RoutingMixin`, `RoutingTrainer`: for any training; seen.py shows them its passes
+mixin.py        `RoutingMixin`, `RoutingTrainer`: for any training
+seen.py         shows them the forward passes of a model
 trainer.py      the trainer of `train`
 callback.py     `RoutingCallback`: advances thresholds and schedules once per optimizer step
+benefit.py      measures what a block's update of a token is worth
+average.py      `TailAverage`: the mean of the last steps' weights
+finite.py       `FiniteGuard`: stops before a number that is not finite changes a weight
+router_watch.py `RouterWatch`: warns of routers that are dead, saturated or no better than chance
 validation.py   oracle and causal loss on validation rows
 log_window.py   sums for the next log line, saved in checkpoints
 checkpoints.py  checks checkpoints before a run is resumed from one
+sharded.py      checkpoints of a sharded model
+parallel.py     several processes: DDP and FSDP2
+same_state.py   `SameState`: checks that all processes hold equal values
+peers.py        ends this process soon after another one has failed
 best.py         `KeepBest`: keeps the model of the lowest validation loss
-environment.py  versions, commit, machine
 watch.py        metrics.jsonl, progress bar, stop signals
 """
 

@@ -1,11 +1,11 @@
-"""Measure what a block's update of a token is worth, for routers that learn it (option `benefit`).
+"""Measure what a block's update of a token is worth, for routers that learn it (option `benefit` of Mixture-of-Depths).
 
     benefit_i = loss_i of a pass that skips token i in the block - loss_i of one that keeps it
 
 Two passes without gradients over one row in `ONE_IN` keep one half of its tokens each, drawn at random, in one of the
-blocks whose routers want to know; the blocks take turns from step to step. Both passes together cost an eighth of a
-forward pass. All other decisions of these passes are causal. Skipped tokens give keys and values as the block's `kv`
-says.
+blocks whose routers learn the benefit; these blocks take turns from step to step. Both passes together cost an eighth
+of a forward pass. All other decisions of these passes are causal. Skipped tokens give keys and values if the block's
+option `kv` is "full".
 
 Shape letters: B rows, T tokens, R measured rows.
 """

@@ -37,8 +37,8 @@ def check(checkpoint: Path) -> None:
 def tidy(folder: Path, keep: int) -> None:
     """Remove partly written checkpoints, and all complete ones except the newest `keep`.
 
-    A process that was killed while it wrote a checkpoint leaves such files behind. folder: the run folder. keep: at
-    least 1.
+    A process that was killed while it wrote a checkpoint leaves partly written ones behind. folder: the run folder.
+    keep: at least 1.
     """
     atomic_write.remove(folder / CHECKPOINTS / PARTIAL)
     for old in checkpoints(folder)[:-keep]:
@@ -50,8 +50,8 @@ def restore_other(checkpoint: Path, rank: int, count: int) -> bool:
 
     The generators of Python, numpy and torch are equal in all processes, so the first process's states serve every
     process. checkpoint: the folder RUN/checkpoints/checkpoint-N. rank: the index of this process. count: the number of
-    processes now. Returns whether anything was restored. That is not the case if as many processes wrote the checkpoint
-    (Trainer restores it then), or if it has no random states.
+    processes now. Returns True if the generators were restored; False if as many processes wrote the checkpoint as
+    train now (Trainer itself then restores them), or if it has no random states.
     """
     import random
 

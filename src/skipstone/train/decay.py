@@ -20,7 +20,8 @@ def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | N
     """Return those of `names` (parameter names of `model`) to which weight decay applies, in the same order.
 
     spared: the kinds of parameters without weight decay, out of "biases", "norms", "embeddings", "preferences" (of
-    PolyGLU's neurons) and "routers"; None means biases, norms and preferences.
+    PolyGLU's neurons) and "routers"; None means biases, norms and preferences. The matrices of attention and MLP always
+    decay.
     """
     kinds = kinds_of(model)
     return [name for name in names if kinds[name] not in (USUAL if spared is None else spared)]

@@ -23,7 +23,7 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RowTurns:
-    """Which training rows a process reads when several processes take turns by micro-batches.
+    """Tells which training rows a process reads when several processes take turns by micro-batches.
 
     rows: number of rows that one process reads in a micro-batch. parts: micro-batches of an optimizer step. rank: index
     of this process. count: number of processes.

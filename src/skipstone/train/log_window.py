@@ -63,7 +63,7 @@ class LogWindow:
         return 0 < self.skipped == step - self.began
 
     def start(self) -> None:
-        """Start measuring time."""
+        """Start measuring the time of the window, in seconds."""
         self._since = time.perf_counter()
 
     @contextmanager

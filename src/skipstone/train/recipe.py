@@ -61,8 +61,8 @@ class TrainConfig:
     activation_checkpointing: recompute blocks in the backward pass instead of saving their intermediate tensors.
     loss_chunk: number of tokens whose logits exist at a time; 0 means all of them; None means 1,024 if the vocabulary
     has 65,536 tokens or more, else all. routing: learned (by the mechanisms), or difficulty: every block with a depth
-    mechanism keeps exactly the tokens whose known `difficulty` is not negative (an upper bound on the synthetic
-    Reset-S3).
+    mechanism keeps exactly the tokens whose known `difficulty` is not negative (an upper bound for routers, on
+    synthetic corpora that tell the difficulty, such as reset-s3).
 
     eval_every, log_every, save_every: steps between validations, log lines and checkpoints; 0 means only at the end
     (log_every is at least 1). save_minutes: also save a checkpoint when this many minutes have passed since the last
@@ -77,7 +77,8 @@ class TrainConfig:
     optimizer state. compare_every: steps between checks that tensors which all processes hold are equal in all of them;
     0 means never. max_skipped_steps: how many steps of the training may be skipped because their loss, gradient or
     router scores are not finite; one more stops the training. loggers: where metrics are written, out of jsonl,
-    tensorboard, trackio and wandb; metrics.jsonl is always written.
+    tensorboard, trackio and wandb; metrics.jsonl is always written. Raises ValueError for values out of range and
+    options that exclude each other.
     """
 
     steps: int = 1000
@@ -199,7 +200,8 @@ class Recipe:
 
     name: name of the default run folder, runs/NAME; None means a name from corpus and time. model: fields of
     SkipstoneConfig, or {preset: NAME} with fields that differ from the preset. data: which text or synthetic task is
-    read, and how. train: the options of the training.
+    read, and how. train: the options of the training. Raises ValueError for a name that is not that of a folder, and
+    for routing "difficulty" with data that do not tell it.
     """
 
     name: str | None = None

@@ -37,7 +37,7 @@ class SameState(TrainerCallback):
 def compare(tensors: dict[str, Tensor], numbers: dict[str, float], device: torch.device, step: int) -> None:
     """Raise ValueError in every process if a tensor or number differs between processes; all must call it.
 
-    The message names the first value that differs, and the step. tensors, numbers: the values of this process, by name.
+    The message names the first value that differs, and the step. tensors, numbers: what this process holds, by name.
     device: the device on which hashes are exchanged. step: the optimizer step.
     """
     named = tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}

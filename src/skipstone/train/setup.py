@@ -97,9 +97,9 @@ def build_model(config: SkipstoneConfig, train: TrainConfig) -> SkipstoneForCaus
 def check_batch(config: SkipstoneConfig, train: TrainConfig, context: int) -> None:
     """Raise ValueError if the hidden states of a micro-batch, or of a validation batch, exceed the machine's memory.
 
-    They are the least that a pass holds at once: one vector for each token, in fp32, and in training with its gradient.
-    So a batch of millions of rows is refused before its rows are built. config: the model's. train: the training
-    options. context: tokens of a row. Nothing is checked where an accelerator computes.
+    Hidden states are the least that a pass holds at once: one vector for each token, in fp32, and in training with its
+    gradient. So a batch of millions of rows is refused before its rows are built. config: the model's configuration.
+    train: the training options. context: tokens of a row. Nothing is checked if the training uses an accelerator.
     """
     if train.device == "auto" and torch.accelerator.is_available():
         return

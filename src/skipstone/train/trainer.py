@@ -115,7 +115,7 @@ class RunTrainer(RoutingTrainer):
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of the micro-batch `inputs` as Trainer does, and add it to the sums of the log line."""
+        """Return the loss of the micro-batch `inputs`, or (loss, outputs), and add it to the sums of the log line."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         with self._noise_of_step(len(inputs["input_ids"])):

@@ -113,9 +113,9 @@ def held(recipe: Recipe, out: Path | None, resume: bool) -> Iterator[Path]:
 
 
 def open_run(recipe: Recipe, folder: Path, resume: bool) -> Run | None:
-    """Return the run to resume, or None for a new one; also set the number of torch's threads to the recipe's.
+    """Return the run to resume, or None for a new one, and set the number of torch's CPU threads.
 
-    recipe: provides the number of threads; None there leaves it unchanged. folder: the run's folder. resume: whether
+    recipe: provides the number, `train.threads`; None leaves it unchanged. folder: the run's folder. resume: whether
     the run is resumed. If that run is already finished, it is returned, and a message on stderr says so.
     """
     if recipe.train.threads is not None:
@@ -235,8 +235,9 @@ def _interrupted(stop: StopSignals, folder: Path, step: int) -> None:
 def finish(data: PreparedData, folder: Path, trainer: RunTrainer, **more: object) -> None:
     """Save the final model to RUN/model with its model card, then the summary of the run to RUN/result.json.
 
-    A report's view of the model is measured and kept, too. data: provides the tokenizer and the rows for that view.
-    folder: the run folder, RUN. trainer: the trainer after its last step. more: further entries of the summary.
+    What reports show of the model is measured on a few validation rows and saved as well. data: provides the tokenizer
+    and these rows. folder: the run folder, RUN. trainer: the trainer after its last step. more: further entries of the
+    summary.
     """
     lines = Run(folder).metrics()
     training = [line for line in lines if line["split"] == "train"]

@@ -62,5 +62,5 @@ def loss_sums(
 
 
 def predictions(batch: Row) -> Tensor:
-    """Return how many tokens of a batch have a target, as an integer tensor []."""
+    """Return how many tokens of a batch (tensors by name) have a target, as an integer tensor []."""
     return (targets(batch) != IGNORE).sum()

@@ -28,8 +28,8 @@ SHOWN = {"loss": "loss", "eval_oracle_loss": "oracle", "eval_causal_loss": "caus
 class MetricsFile(TrainerCallback):
     """A callback that appends one JSON object per log line to metrics.jsonl, with step, split and the metrics by name.
 
-    The split is "train" or "validation". path: path of metrics.jsonl. In validation lines of models that cannot decide
-    without later tokens, `causal_loss` is null.
+    The split is "train" or "validation". path: path of metrics.jsonl. In validation lines, `causal_loss` is null for
+    models that cannot decide without later tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -160,9 +160,10 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM, as the class describes, during a `with` block.
+        """Handle SIGINT and SIGTERM during a `with` block: the first signal stops the training after its current step.
 
-        Does nothing outside of the main thread, where Python cannot handle signals.
+        A second signal ends the process at once. Does nothing outside of the main thread, where Python cannot handle
+        signals.
         """
         try:
             before = {number: signal.signal(number, self._receive) for number in self.HANDLED}

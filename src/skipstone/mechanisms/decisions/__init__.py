@@ -60,10 +60,11 @@ def build_decision(
 ) -> Decision:
     """Build a decision, a rule that turns router scores into kept tokens, by its name in `DECISIONS`.
 
-    capacity: share of tokens to keep, in (0, 1], or its schedule. width: size of a hidden state, for "predictor". seed:
-    the seed of the fixed patterns of "random" and "boundary". threshold: the probability p of "threshold_p". norm:
-    whether "predictor" normalises its input. noise_key: separates the random draws of "random" from those of other
-    modules. boundary: the options of "boundary"; None means its defaults. Raises ValueError for an unknown name.
+    capacity: share of tokens to keep, in (0, 1], or a `Capacity`, which changes during training. width: size of a
+    hidden state, for "predictor". seed: the seed of the fixed patterns of "random" and "boundary". threshold: the
+    probability p of "threshold_p", which keeps tokens with sigmoid(score) > p. norm: whether "predictor" normalises its
+    input. noise_key: separates the random draws of "random" from those of other modules. boundary: the options of
+    "boundary"; None means its defaults. Raises ValueError for an unknown name.
     """
     kind = choose("decision", name, DECISIONS)
     more = {"boundary": boundary} if issubclass(kind, Boundary) else {}

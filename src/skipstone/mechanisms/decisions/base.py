@@ -19,14 +19,14 @@ from skipstone.ops import reference as ops
 class Decision(nn.Module):
     """A rule that turns router scores into kept tokens; the base class keeps each document's top `capacity` share.
 
-    The constructor takes what every decision may need: the capacity (a share of tokens, or its schedule), the width of
-    the hidden states, seed (of fixed pseudo-random patterns), threshold (a probability), norm (whether a network of the
-    decision normalises its input) and noise_key (separates its random draws from others). is_causal: whether it can be
-    made without later tokens, as generation requires. static: whether the number of kept tokens is known in training
-    before the scores are, so that the CPU need not wait for the GPU to gather them. has_loss: whether it adds an
-    auxiliary loss. trains_router: whether this loss sends gradients into the router. reads_scores: whether kept tokens
-    depend on the scores. reads_ids: whether they depend on token ids, found in `Tokens.state`. imposed: whether the
-    caller decides. causal_names: names of all decisions with is_causal.
+    The constructor takes what every decision may need: the capacity (a share of tokens, or a `Capacity`, which changes
+    during training), the width of the hidden states, seed (of fixed pseudo-random patterns), threshold (a probability),
+    norm (whether a network of the decision normalises its input) and noise_key (separates its random draws from
+    others). is_causal: whether it can be made without later tokens, as generation requires. static: whether the number
+    of kept tokens is known in training before the scores are, so that the CPU need not wait for the GPU to gather them.
+    has_loss: whether it adds an auxiliary loss. trains_router: whether this loss sends gradients into the router.
+    reads_scores: whether kept tokens depend on the scores. reads_ids: whether they depend on token ids, found in
+    `Tokens.state`. imposed: whether the caller decides. causal_names: names of all decisions with is_causal.
     """
 
     is_causal = False
@@ -66,10 +66,10 @@ class Decision(nn.Module):
         return ops.select_top(score_BT.detach(), self.capacity.now, tokens.group_BT)
 
     def causal(self, score_BT: Tensor, x_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Return the tokens to keep, bool [B, T], none of them depending on later tokens; only if `is_causal`.
+        """Return the tokens to keep, bool [B, T], a choice that does not depend on later tokens.
 
-        score_BT: router scores, fp32. x_BTD: the hidden states that the router read. tokens: documents, padding and
-        positions.
+        Decisions whose `is_causal` is False raise NotImplementedError. score_BT: router scores, fp32. x_BTD: the hidden
+        states that the router read. tokens: documents, padding and positions.
         """
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class Decision(nn.Module):
         return None
 
     def statistics(self, score_BT: Tensor, reached_BT: Tensor) -> Tensor | None:
-        """Return what `advance` has to know of a micro-batch's scores, an fp32 vector; None if nothing.
+        """Return the figures of a micro-batch's scores that `advance` needs, as an fp32 vector; None if it needs none.
 
         score_BT: router scores. reached_BT: bool, tokens that are neither padding nor skipped by an outer mechanism.
         """
@@ -100,7 +100,7 @@ class Decision(nn.Module):
         """
 
     def not_ready_reason(self) -> str | None:
-        """Return why the decision is not reliable yet in generation (an untrained threshold); else None."""
+        """Return why generation cannot rely on the decision yet, such as an untrained threshold; None if it can."""
         return None
 
     def score_threshold(self) -> ScoreThreshold | None:
@@ -110,8 +110,8 @@ class Decision(nn.Module):
     def stream_line(self) -> Line | None:
         """Return the score that a token must exceed to be kept in generation, as data for compiled decoding steps.
 
-        The `Line` also names the router of the score, if it is not the mechanism's. None for decisions that are made in
-        another way; compiled steps then call the mechanism as usual.
+        The `Line` holds this threshold and, if the score is not that of the mechanism's router, the network that
+        computes it. None for decisions that are made in another way; compiled steps then call the mechanism as usual.
         """
         return None
 

@@ -47,7 +47,8 @@ class Boundaries:
     ids: the boundary tokens. "bytes": for the byte tokenizer, every byte but letters, digits and UTF-8 continuation
     bytes; "tokenizer": derived from the tokenizer when a training begins (`boundary_ids`), which stores the list here;
     or a list of ids and inclusive ranges, such as [10, "32-47"]. at: which tokens are kept around a run of boundary
-    tokens: its "first", "every" one, or the one "after" it.
+    tokens: "first" (of the run), "every" (token of the run), or "after" (the token that follows the run). Raises
+    ValueError for an empty list and for invalid ids or ranges.
     """
 
     ids: Literal["bytes", "tokenizer"] | list[int | str] = "bytes"
@@ -60,7 +61,7 @@ class Boundaries:
             listed_ids(self.ids)
 
     def resolved(self) -> list[int]:
-        """Return the ids of the boundary tokens, ascending; [] while `ids` is "tokenizer", not yet a list."""
+        """Return the ids of the boundary tokens, ascending; [] as long as `ids` is "tokenizer"."""
         if self.ids == "tokenizer":
             return []
         return byte_boundaries() if isinstance(self.ids, str) else listed_ids(self.ids)
@@ -138,9 +139,11 @@ def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokeniz
 class Boundary(Decision):
     """A decision that keeps tokens at word boundaries, recognised by their ids, and each document's first token.
 
-    width: not used. boundary: the options; None means the defaults. seed: the seed of the pattern of positions that are
-    kept too during a warm-up of the capacity. table_V: bool, whether each token id is a boundary; ids beyond the table
-    are not. With bytes and the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
+    capacity: has an effect only during its warm-up, if it has one: fewer and fewer other tokens are then kept as well.
+    width: not used. boundary: the options; None means the defaults. seed: the seed of the fixed pattern of positions by
+    which those other tokens are chosen. table_V: bool, whether each token id is a boundary; ids beyond the table are
+    not. A pass raises ValueError without token ids, or as long as `boundary.ids` is "tokenizer". options: further
+    options of `Decision`. With bytes and the defaults, this is the rule of SpaceByte (arXiv 2404.14408).
     """
 
     is_causal = True

@@ -30,9 +30,9 @@ def hashed(position_BT: Tensor, seed: int) -> Tensor:
 class Random(Decision):
     """A control that keeps random tokens at the rate `capacity`.
 
-    With noise, as in training, they are drawn anew in each pass; without, as in evaluation and generation, a fixed
-    pseudo-random pattern of positions is kept. width: not used. seed: the seed of this pattern; blocks with different
-    seeds keep different tokens. options: further options of `Decision`.
+    In passes with noise, as in training, they are drawn anew; in passes without, as in evaluation and generation, a
+    fixed pseudo-random pattern of positions is kept. width: not used. seed: the seed of this pattern; blocks with
+    different seeds keep different tokens. options: further options of `Decision`.
     """
 
     is_causal = True
@@ -57,7 +57,8 @@ class Random(Decision):
 class Positional(Decision):
     """A control that keeps evenly spaced positions of a document, the share `capacity` of all.
 
-    Its constructor is that of `Decision`.
+    The constructor takes the arguments of `Decision`, of which only `capacity` (the share, or a `Capacity`) changes
+    what is kept.
     """
 
     is_causal = True
@@ -80,7 +81,8 @@ class Positional(Decision):
 class Forced(Decision):
     """A decision that the caller makes in every call, by `forward(routing={layer: mask})` with bool masks [B, T].
 
-    Its constructor is that of `Decision`. A call without a mask raises ValueError.
+    layer: the index of a block. mask: True for tokens to keep. The constructor takes the arguments of `Decision`, none
+    of which changes what is kept. A call without a mask raises ValueError.
     """
 
     is_causal = True

@@ -23,8 +23,9 @@ from skipstone.mechanisms.schedules import Capacity
 class TopK(Decision):
     """A decision that keeps the `capacity` share of each document's tokens with the highest scores.
 
-    Mixture-of-Depths decides so in training (arXiv 2404.02258). It looks at the whole row, so it cannot generate. Its
-    constructor is that of `Decision`.
+    Mixture-of-Depths decides so in training (arXiv 2404.02258). It looks at the whole row, so it cannot generate. The
+    constructor takes the arguments of `Decision`, of which only `capacity` (the share, or a `Capacity`) changes what is
+    kept.
     """
 
     def require_causal(self) -> None:
@@ -58,7 +59,8 @@ class Threshold(Decision):
 
     A loss makes both agree: the binary cross-entropy of the scores, as logits, against the training decision
     (Mixture-of-Depths, arXiv 2404.02258, section 3.5, first method). Its gradient reaches the router and, unless the
-    router's input is detached, the model. The constructor is that of `Decision`.
+    router's input is detached, the model. The constructor takes the arguments of `Decision`, of which only `capacity`
+    (the share, or a `Capacity`) changes what is kept.
     """
 
     is_causal = True
