@@ -1,6 +1,7 @@
 """Functions on tensors; `reference` has the plain form of each, which the faster ones must equal.
 
-They have no parameters, and import no other package of Skipstone (floor 0 in docs/architecture.md).
+None of the functions owns parameters. This package imports no other package of Skipstone (floor 0 in
+docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ def _eager(device: str) -> ModuleType:
 def apply_experts(*args: Any) -> Tensor:
     """Return the outputs [N, D] of a mixture of SwiGLU experts for N tokens, by grouped matrix products.
 
-    args, by position: the inputs x_ND; expert_NC, int64, the C experts that each token chose; weight_NC, their factors;
-    idle_NC, bool, choices that add nothing, or None; gate_XFD, up_XFD and down_XDF, the weights of X experts of F
-    neurons; and the function of the gates. The plain form of `ops/reference.py` is used under torch.compile and in
-    fp64, because PyTorch 2.13 compiles grouped products in bf16 only and has none in fp64.
+    args, by position: the inputs x_ND; expert_NC, int64, the C experts that each token chose; weight_NC, the factors on
+    these experts' outputs; idle_NC, bool, choices that add nothing, or None if there are none; gate_XFD, up_XFD and
+    down_XDF, the weights of X experts of F neurons; and the activation function, which is applied to the gate
+    projection. The plain form of `ops/reference.py` is used under torch.compile and in fp64, because PyTorch 2.13
+    compiles grouped products in bf16 only and has none in fp64.
     """
     plain = torch.compiler.is_compiling() or args[0].dtype == torch.float64
     return (reference if plain else grouped).apply_experts(*args)

@@ -73,11 +73,12 @@ def attention(frame_at: int) -> None:
 
 @unit(3)
 def turn(frame_at: int, given: int, count: int) -> None:
-    """Normalise and rotate queries and keys, and store keys, values and the tokens' indices in the row in the cache.
+    """Normalise and rotate queries and keys, and store keys, values and slots in the cache.
 
-    Compiled by numba. Norms are applied if the block has them (QK-norm). Of P threads, thread p computes heads p, p +
-    P, p + 2P and so on. frame_at: address of the thread's frame, its int64 array of addresses and sizes
-    (`decode_frame.py`). given: number of tokens with keys and values. count: number of tokens with queries.
+    Compiled by numba. A slot is a token's index in its row. Norms are applied if the block has them (QK-norm). Of P
+    threads, thread p computes heads p, p + P, p + 2P and so on. frame_at: address of the thread's frame, its int64
+    array of addresses and sizes (`decode_frame.py`). given: number of tokens with keys and values. count: number of
+    tokens with queries.
     """
     frame = framed(frame_at)
     there, asking = _lying(frame_at + 8 * of.THERE, (given,), 0), _lying(frame_at + 8 * of.ASKING, (count,), 0)
@@ -125,10 +126,11 @@ def _angles(memory: Array, token: int, width: int) -> Array:
 
 @inner
 def place_of(frame: Array, memory: Array, token: int, index: int) -> tuple[int, int]:
-    """Return the row of a token in the cache, and its place among that row's entries.
+    """Return the row of the KV cache to which a token belongs, and the place in that row where its key is stored.
 
-    frame: the thread's frame. memory: the block's row in the table of caches. token: index of the token in the call.
-    index: its index among the tokens whose keys are stored.
+    Compiled by numba. frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). memory: int64, the
+    addresses and lengths of the block's cache, by the indices `KEYS` to `SUM_LENGTHS` of `decode_frame.py`. token:
+    index of the token in the call. index: its index among the call's tokens whose keys are stored.
     """
     if frame[of.BY_ROW]:
         return token, memory[of.LENGTHS + token]

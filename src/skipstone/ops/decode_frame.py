@@ -1,14 +1,14 @@
 """The layout of the tables that the compiled functions of a decoding step share: their column numbers, as constants.
 
-A step runs all blocks of a decoder for a few tokens (`decode_stack_native.py`), of one row or one of each of several.
-Its functions are compiled one by one (`workers.Unit`) and pass each other the address of a frame. Each thread has one:
-an array of int64 with addresses, sizes and the thread's own intermediate values, whose indices are named here. Small
-arrays lie in the frame itself.
+A step runs all blocks of a decoder for a few tokens (`decode_stack_native.py`): several tokens of one row, or one token
+of each of several rows. The functions of a step are compiled one by one (`workers.Unit`). Each thread has a frame,
+whose address they pass each other: an array of int64 with addresses, sizes and the thread's own intermediate values.
+The constants of this module name the frame's indices. Small arrays lie in the frame itself.
 
 Mechanisms act at four sites: around a segment of blocks, a block, its attention and its MLP. At each site, a token is
 absent, only gives keys and values, or gets an update (`KINDS`).
 
-Shape letters: T tokens (at most 16), S sites, and one entry for what lies outside of all of them.
+Shape letters: T tokens (at most 16), S scopes: the four sites, and one for what lies outside of all of them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The step is in `decode_stack_native.py`.
 
-At each site (a segment, a block, its attention, its MLP), its gates decide about the tokens one after the other, the
-outermost first. All threads share the matrix products of the routers; one thread then decides, so that rounding can
-never make two of them decide differently.
+At each site (a segment, a block, its attention, its MLP), the gates of that site decide about the tokens one after the
+other, the outermost first. All threads share the matrix products of the routers; one thread then decides, so that
+rounding can never make two of them decide differently.
 
 Shape letters: T tokens, D width, R hidden width of a router, G gates, S sites, F results per gate and token.
 """
@@ -50,7 +50,8 @@ def decide(frame_at: int, site: int) -> None:
     BLOCK, OF_ATTENTION or OF_MLP. For each token of the site, the frame then holds its kind (absent, only gives keys
     and values, or gets an update), the factor on the updates of attention and MLP (gain), and the factor on the site's
     whole update. The gates' scores, weights, losses and masks are written to the call's results, and the tensors
-    carried from block to block are updated. If a factor on a whole update is not 1, the stream is copied, for `weigh`.
+    carried from block to block are updated. If a factor on a whole update is not 1, a copy of the stream is kept, from
+    which `weigh` finds the update.
     """
     frame = framed(frame_at)
     T, D, G, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.GATE_COUNT], frame[of.PART], frame[of.PARTS]

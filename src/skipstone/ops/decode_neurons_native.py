@@ -34,8 +34,8 @@ def chosen_neurons(frame_at: int, count: int) -> None:
 
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
     addresses of the activations, fp32 [K, F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up
-    projection at least one token needs and the choice itself are returned to the caller (`Ran.stored`, `score_LN` and
-    `mark_2LN`).
+    projection at least one token needs is written to the results of `decode_stack.run` (`Ran.stored`), and so are the
+    scores and choices of the neuron groups (`Ran.score_LN`, `Ran.mark_2LN`).
     """
     frame = framed(frame_at)
     D, F, K, part, parts = frame[of.WIDTH], frame[of.NEURONS], count, frame[of.PART], frame[of.PARTS]
@@ -152,7 +152,8 @@ def spread(score_at: int, groups: int, count: int, size: int, on_at: int) -> Non
 def needed(on: Array, rows: Array) -> int:
     """Write the indices of the neurons that at least one token needs to `rows`, ascending, and return their number.
 
-    Compiled by numba. on: bool [K, F], the neurons that each of K tokens needs. rows: int64 [F].
+    Compiled by numba. on: bool [K, F], the neurons that each of K tokens needs. rows: int64 [F], of which the entries
+    behind the last index are left as they are.
     """
     count = 0
     for f in range(on.shape[1]):
@@ -182,10 +183,10 @@ def or_all(count: int, rows: Array) -> int:
 def note(frame: Array, choice: Array, tokens: Array, on: Array, scores: Array, which: int) -> None:
     """Write the scores of neuron groups, and which groups are on, into the tables that become the caller's records.
 
-    Compiled by numba. frame: the addresses and sizes with which a thread computes its part (`ops/decode_frame.py`); its
-    address of scores is 0 if no records are wanted. choice: numbers that say how neurons are chosen, by the indices
-    `DECISION` to `BY_NEURON`. tokens: indices of the K tokens among those of the call. on: whether each of the F
-    neurons is on, bool [K, F], equal within a group. scores: scores of the G groups, fp32 [K, G]. which: 0 for the
+    Compiled by numba. frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); its address of scores
+    is 0 if no records are wanted, and then nothing is written. choice: numbers that say how neurons are chosen, by the
+    indices `DECISION` to `BY_NEURON`. tokens: indices of the K tokens among those of the call. on: whether each of the
+    F neurons is on, bool [K, F], equal within a group. scores: scores of the G groups, fp32 [K, G]. which: 0 for the
     groups that are tried, 1 for those that are kept.
     """
     (K, G), T, F = scores.shape, frame[of.TOKENS], frame[of.NEURONS]

@@ -3,7 +3,7 @@
 Several threads share the rows of every matrix and wait for each other; norms and roundings, which take no time, are
 repeated by each.
 
-Shape letters: T tokens of the call, K of them, D width, O outputs, I inputs.
+Shape letters: T tokens of the call, K of these tokens, D width, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def together(frame: Array) -> None:
 def share_of(rows: int, part: int, parts: int) -> Array:
     """Return the range of rows that one thread computes: its first row and the row after its last; compiled by numba.
 
-    rows: total number of rows. part, parts: index and number of threads.
+    rows: total number of rows; threads get multiples of 16, the last ones what is left. part, parts: index and number
+    of threads.
     """
     each = -(-rows // (16 * parts)) * 16
     return min(part * each, rows), min((part + 1) * each, rows)
@@ -203,8 +204,8 @@ def single_rows(
 
     Compiled by numba, for up to four tokens at a time; sums are fp32. weight_at, bias_at, x_at, y_at: addresses of
     weight, bias (0: none), tokens and result. kind: FLOAT32, BFLOAT16 or FLOAT16 (`single_dot.py`), the dtype of the
-    weight; with the last two, I has to be a multiple of 32. tokens, outputs, inputs: K, O, I. The other arguments are
-    unused: kernels for int8 weights, which can take this one's place, need them.
+    weight; for BFLOAT16 and FLOAT16, I has to be a multiple of 32. tokens, outputs, inputs: K, O, I. The other
+    arguments are unused: kernels for int8 weights, which can take this one's place, need them.
     """
     x, y = _lying(x_at, (tokens, inputs), ONE), _lying(y_at, (tokens, outputs), ONE)
     steps, row, fours = inputs // STEP, 4 * inputs, tokens - tokens % 4

@@ -4,7 +4,8 @@ The tokens belong to one row, or each to a row of its own.
 
 This needs numba (`decode_stack_native.py`); `nn/block_table.py` says which blocks can be part of it.
 
-Shape letters: B rows, T tokens of a row, N = B T tokens, L blocks, D width, G gates, S states, A activations.
+Shape letters: B rows, T tokens of a row, N = B T tokens, L blocks, D width, G gates, S tensors that mechanisms carry
+from block to block, A activations.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ class Program(NamedTuple):
     """The description of a decoder's blocks that a compiled step reads.
 
     sizes: what all blocks have in common. table_LC: int64, one row of addresses and counts for each of L blocks, with
-    the columns of `decode_frame.py`. number_LN: fp32, further numbers of each block. gate_GC, number_GN: the same for
-    each of G gates (depth mechanisms), with the columns of `decode_gates_native.py`. hidden: the largest number of
-    hidden values of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any
-    MLP chooses which neurons it computes. int8, int4: whether any weights are int8, and whether any have four bits.
+    the columns of `decode_frame.py`. number_LN: fp32, decay and preference scale of each block's activation mixture.
+    gate_GC: int64, one row of addresses and options for each of G gates (depth mechanisms), with the columns of
+    `decode_gates_native.py`. number_GN: fp32, the constants of each gate. hidden: the largest number of hidden values
+    of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any MLP chooses
+    which neurons it computes. int8, int4: whether any weights are int8, and whether any have four bits.
     """
 
     sizes: Sizes
@@ -97,17 +99,17 @@ class Program(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """The results of a call of `run`.
+    """The results of a call of `run`; all but x_BTD and stored are None if no decisions were requested.
 
-    x_BTD: the stream after all blocks. stored: for each block the numbers that `decode_frame.py` names (OUTCOMES): how
-    many tokens had their keys and values stored and which, how many its MLP computed and which, and how many neurons'
-    up projections at least one of these needed. The others are None if no decisions were requested. said_FGBT: fp32, F
-    = 4: the score, weight, loss and state after each gate (depth mechanism) for each token. flag_2GBT: bool, whether
-    the gate kept the token, and whether the token reached the gate. logit_LBTA: fp32, the logits of activation
-    mixtures, NaN for tokens that the MLP did not compute; empty without mixtures. fed_LBT: bool, the tokens that the
-    MLP computed; empty if no activation is a mixture and no MLP chooses neurons. score_LN: fp32, the scores of the
-    neuron groups: for a block of n groups, the first B T n entries are a [B, T, n] array, undefined for tokens that the
-    MLP did not compute. mark_2LN: bool, in the same layout, which groups were tried and which were kept.
+    x_BTD: the stream after all blocks. stored: five integers for each block: how many tokens had their keys and values
+    stored; how many its MLP computed; how many neurons' up projections at least one of the latter needed; and which
+    tokens were stored and which computed, as bit masks. said_FGBT: fp32, F = 4: the score, weight, loss and carried
+    state after each gate (depth mechanism) for each token. flag_2GBT: bool, whether the gate kept the token, and
+    whether the token reached the gate. logit_LBTA: fp32, the logits of activation mixtures, NaN for tokens that the MLP
+    did not compute; empty without mixtures. fed_LBT: bool, the tokens that the MLP computed; empty if no activation is
+    a mixture and no MLP chooses neurons. score_LN: fp32, the scores of the neuron groups: for a block of n groups, the
+    first B T n entries are a [B, T, n] array, undefined for tokens that the MLP did not compute. mark_2LN: bool, in the
+    layout of score_LN, which groups were tried and which were kept.
     """
 
     x_BTD: Tensor
@@ -169,8 +171,7 @@ def prepare(program: Program) -> tuple[int, ...]:
     """Compile the functions that a program's calls need, unless they are on disk, and return their addresses.
 
     The addresses are in the order of `decode_stack_native.UNITS`; a function that the program does not need has the
-    address 0. What has been compiled stays in the folder that the function `kept` returns. program: the description of
-    the blocks.
+    address 0. Compiled functions are kept in the folder that `kept()` returns. program: the description of the blocks.
     """
     return _units(program.int8, program.int4, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
@@ -188,9 +189,9 @@ def said_if_long(line: str) -> Iterator[None]:
 
 
 def kept() -> Path:
-    """Return the folder in which numba keeps the compiled parts, unless it cannot be written to.
+    """Return the folder in which numba keeps the compiled functions; if it cannot be written to, they are not kept.
 
-    It is the one that the environment variable NUMBA_CACHE_DIR names, else `__pycache__` beside this file.
+    It is the folder that the environment variable NUMBA_CACHE_DIR names, else `__pycache__` beside this file.
     """
     return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
 

@@ -1,6 +1,6 @@
-"""All blocks of a decoder for a few tokens of one row, compiled by numba to one call.
+"""All blocks of a decoder for a few tokens, of one row or one of each of several rows, compiled by numba to one call.
 
-Weights are read as they are stored, in fp32, 16, 8 or 4 bits, and once for all tokens; those that no token needs are
+Weights are read as they are stored, in fp32, 16, 8 or 4 bits, and once for all tokens; weights that no token needs are
 not read. Several threads share the rows of every matrix; they wait for each other six times a block. Norms and
 roundings, which take no time, are repeated by each. The functions of a step are compiled one by one, and only those
 that a model needs.
@@ -43,7 +43,7 @@ UNITS = (*ALWAYS, *INT8, *INT4, *ROUNDS, *MIXES, *CHOOSES, *GATES)  # in the ord
 
 
 def units(int8: bool, int4: bool, mixes: bool, chooses: bool, gated: bool) -> tuple[int, ...]:
-    """Compile the functions of a decoding step that a model needs; return the addresses of all, 0 for the others.
+    """Compile the functions of a decoding step that a model needs; return the addresses, 0 for the others.
 
     The addresses are in the order of `UNITS`. int8, int4: whether any weights are int8, and whether any have four bits.
     mixes: whether any activation is a mixture. chooses: whether any MLP chooses its neurons. gated: whether there are
@@ -62,8 +62,9 @@ def units(int8: bool, int4: bool, mixes: bool, chooses: bool, gated: bool) -> tu
 def crew(packet: int) -> None:
     """Run all blocks of a decoder as one of several threads, adding their updates to the stream x [T, D] in place.
 
-    Compiled by numba. Each thread computes its share of the rows of every matrix. packet: address of the arguments
-    (`workers.share`): the numbers with which a frame begins (`decode_frame.py`).
+    Compiled by numba. Each thread computes its share of the rows of every matrix. packet: address of the arguments,
+    which `workers.share` has stored: the first `GIVEN` numbers of a thread's int64 array of addresses and sizes
+    (`decode_frame.py`).
     """
     part, parts, given = part_of(packet), parts_of(packet), _lying(packet + PACKET, (of.GIVEN,), 0)
     frame_at = given[of.WORK] + 8 * of.FRAME * part

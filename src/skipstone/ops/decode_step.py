@@ -60,10 +60,10 @@ def attend_newest(
     """Rotate one token's query and key, store key, value and slot, and attend to all stored keys, by one compiled call.
 
     query: [1, 1, H E] for H heads of size E. key, value: [1, 1, G E] for G key/value heads. rotary: cos and sin of the
-    rotary angles, [1, 1, E], the first half of sin negated; None means no rotation. stored: "key" and "value", [1, C,
-    G, E], and "slot", int64 [1, C], of which index `column` is written and the columns up to it are read. slot: int64
-    [1, 1], the token's index in the row. scaling: factor on scores. Returns [1, 1, H E]. Tensors must be such that
-    `takes` accepts them.
+    rotary angles, [1, 1, E], the first half of sin negated; None means no rotation. stored: the cache, with "key" and
+    "value", [1, C, G, E] for C columns, and "slot", int64 [1, C]; it is changed in place. column: where key, value and
+    slot are written; this column and all before it are read. slot: int64 [1, 1], the token's index in the row. scaling:
+    factor on scores. Returns [1, 1, H E]. Tensors must be such that `takes` accepts them.
     """
     query, key, value = (x.float().contiguous() for x in (query, key, value))
     y = torch.empty_like(query)

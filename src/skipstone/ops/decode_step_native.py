@@ -45,8 +45,8 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
 
     Compiled by numba. addresses: the addresses of query [H, E], key and value [G, E], cos, sin [E] (0 means no
     rotation), slot, stored keys and values [C, G, E], stored slots [C], and output [H, E]; slots are int64, all others
-    fp32. sizes: H query heads, G key/value heads, head size E, columns C of the store, and the column to write, up to
-    which keys are read. scaling: factor on scores.
+    fp32. sizes: H query heads, G key/value heads, head size E, columns C of the store, and the column to write; this
+    column and all before it are read. scaling: factor on scores.
     """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
     H, G, E, C, column = sizes
@@ -90,10 +90,10 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
 def attend_heads(query: Array, key_at: int, value_at: int, step: int, count: int, scaling: Array, out: Array) -> None:
     """Attend with each of some query heads to the same `count` keys, and write the weighted values to `out` [H, E].
 
-    Keys and values are read a tile at a time by all heads, so that those after the first find them in the cache.
-    query: [H, E]. key_at, value_at: addresses of the first key and value [E]. step: bytes from one key or value to the
-    next. scaling: factor on the scores. Rows are given by address to tell the compiler that their numbers lie one after
-    the other; otherwise it reads them one by one.
+    Compiled by numba. Keys and values are read a tile at a time by all heads, so that heads after the first find them
+    in the processor's cache. query: fp32 [H, E] for H heads of size E. key_at, value_at: addresses of the first key and
+    value [E]. step: bytes from one key or value to the next. scaling: factor on the scores. Rows are given by address
+    to tell the compiler that their numbers lie one after the other; otherwise it reads them one by one.
     """
     heads, width = query.shape
     weight = np.empty((heads, count), np.float32)

@@ -30,11 +30,11 @@ STEP = 32  # inputs that the kernel multiplies at a time
 
 
 def format_of(weights: list[Tensor]) -> torch.dtype:
-    """Return the 16-bit dtype in which weights lose least.
+    """Return the 16-bit dtype, torch.bfloat16 or torch.float16, in which weights lose least.
 
-    bf16 if it holds every number exactly, else fp16, whose rounding is finer, unless numbers are too large for it or so
-    small that it rounds them more coarsely than bf16. weights: floating-point tensors, of which each counts alike.
-    Raises ValueError for weights that are not finite.
+    It is bf16 if that holds every number exactly, else fp16, whose rounding is finer, unless numbers are too large for
+    fp16 or so small that it rounds them more coarsely than bf16. weights: floating-point tensors; the relative errors
+    of all tensors are added, whatever their sizes. Raises ValueError for weights that are not finite.
     """
     if not all(bool(weight.isfinite().all()) for weight in weights):
         raise ValueError("weights that are not finite cannot be stored in 16 bits")

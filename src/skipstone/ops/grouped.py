@@ -32,9 +32,10 @@ def apply_experts(
 
         y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc
 
-    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose. weight_NC: their factors. idle_NC:
-    bool, choices that add nothing, or None. gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons; D and F are
-    multiples of 8. activation: the function act. The result has the dtype of the products, which follows autocast.
+    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose. weight_NC: the factors on these
+    experts' outputs. idle_NC: bool, choices that add nothing; None means there are none. gate_XFD, up_XFD, down_XDF:
+    weights of X experts of F neurons; D and F are multiples of 8. activation: the function act. The result has the
+    dtype of the products, which follows autocast.
     """
     dtype = _product_dtype(gate_XFD)
     key_NC = expert_NC if idle_NC is None else torch.where(idle_NC, len(gate_XFD), expert_NC)

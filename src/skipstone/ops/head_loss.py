@@ -35,11 +35,11 @@ IGNORED = -100  # target of a token that is not predicted
 def plain_linear_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, soft_cap: float | None = None
 ) -> Tensor:
-    """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 [].
+    """Return the cross-entropy of a linear output head, summed over tokens, in nats, fp32 [], from all logits at once.
 
-    Faster forms are tested against it. x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of
-    the vocabulary. target_N: int64, -100 for tokens without a target. soft_cap: c, if logits become c tanh(logits / c);
-    None means no cap.
+    It is the plain form against which faster ones are tested. x_ND: hidden states of N tokens. weight_VD: the head's
+    weight, for V tokens of the vocabulary. target_N: int64, -100 for tokens without a target. soft_cap: c, if logits
+    become c tanh(logits / c); None means no cap.
     """
     logits_NV = wide(F.linear(x_ND, weight_VD))
     if soft_cap is not None:
@@ -72,8 +72,8 @@ def linear_cross_entropy(
 
     x_ND: hidden states of N tokens. weight_VD: the head's weight, for V tokens of the vocabulary. target_N: int64, -100
     for tokens without a target. chunk: number of tokens whose logits are computed at a time. soft_cap: c, if logits
-    become c tanh(logits / c); None means no cap. Gradients are computed at once, so the result can be differentiated
-    once only: a second backward pass raises RuntimeError. Raises ValueError for a chunk below 1.
+    become c tanh(logits / c); None means no cap. Gradients are computed in the forward pass, so the result can be
+    differentiated once only: a second backward pass raises RuntimeError. Raises ValueError for a chunk below 1.
     """
     return _loss(x_ND, weight_VD, target_N, None, chunk, soft_cap)[0]
 

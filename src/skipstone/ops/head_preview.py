@@ -46,11 +46,12 @@ NO_NUMBA = (
 
 @dataclass(frozen=True)
 class Preview:
-    """The output head in K directions of the hidden states, in four-bit numbers q: an approximation of its logits.
+    """The output head in K directions of the hidden states, as four-bit numbers q: it approximates the head's logits.
 
-    The logit of token v is scale_v sum_k (q_vk - 8) t_k + offset_v + t_K, with t = turn x + shift. turn: fp32 [K + 1,
-    D], the directions, and last the mean row of the head. shift: fp32 [K + 1]. packed: uint8 [V, K / 2], two numbers q
-    in each byte (`pack`). scale, offset: fp32 [V]. V: vocabulary, D: width of x.
+    The approximate logit of vocabulary entry v is scale_v sum_k (q_vk - 8) t_k + offset_v + t_K, with t = turn x +
+    shift. turn: fp32 [K + 1, D], the directions, and last the mean row of the head. shift: fp32 [K + 1]. packed: uint8
+    [V, K / 2], two numbers q in each byte (`pack`). scale, offset: fp32 [V]. V: vocabulary, D: width of a hidden state
+    x.
     """
 
     turn: Tensor
@@ -63,7 +64,7 @@ class Preview:
 def pack(number_VK: Tensor) -> Tensor:
     """Pack integers from -8 to 7 into bytes, two in each, and return uint8 [V, K / 2].
 
-    number_VK: [V, K], with K a multiple of 64.
+    number_VK: [V, K] for V rows of K numbers, K a multiple of 64.
     """
     low, high = (number_VK + ZERO).to(torch.uint8).unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
     return (low | (high << 4)).flatten(1)
@@ -76,7 +77,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
-    """Return the approximate logits that a preview gives, fp32 [N, V].
+    """Return the approximate logits that a preview gives, fp32 [N, V] for V vocabulary entries.
 
     x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head.
     """
@@ -85,12 +86,13 @@ def previewed(x_ND: Tensor, preview: Preview) -> Tensor:
 
 
 def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None, candidates: int) -> Tensor:
-    """Return logits that are exact for the best candidates, fp32 [N, V], by ordinary operations; specifies `logits`.
+    """Return logits that are exact for the best candidates, fp32 [N, V], by plain PyTorch.
 
     The `candidates` vocabulary tokens with the largest logits by the preview (at most V) get their exact logits, all
-    others keep the preview's. x_ND: hidden states of N tokens. preview: a low-rank four-bit copy of the head.
-    weight_VD: weight of the head. scale: fp32 scales of an int8 head, [V] or [V, G] for G groups of inputs
-    (`ops/int8.py`); None if the weight is in floating point.
+    others keep the preview's. The faster `logits` is tested against this function. x_ND: hidden states of N tokens.
+    preview: a low-rank four-bit copy of the head. weight_VD: weight of the head, for V vocabulary entries. scale: fp32
+    scales of an int8 head, [V] or [V, G] for G groups of inputs (`ops/int8.py`); None if the weight is in floating
+    point.
     """
     guess_NV = previewed(x_ND, preview)
     whole = weight_VD.float() if scale is None else int8.restore(weight_VD, scale)
@@ -101,9 +103,9 @@ def plain(x_ND: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | Non
 def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
     """Return whether the compiled kernel can compute `logits`: for one token without gradients, on a CPU with numba.
 
-    x: hidden states [..., D]; of more than one token, the result is False. weight_VD: weight of the head [V, D]; where
-    `readable` returns False, for example for a dtype that the kernel does not know, the result is False, too. scale:
-    fp32 scales of an int8 head, [V, D / 64]; None if the head is in floating point.
+    x: hidden states [..., D]; for more than one token, the result is False. weight_VD: weight of the head [V, D]; if
+    the kernel cannot read it (`readable`), for example because of its dtype, the result is False, too. scale: fp32
+    scales of an int8 head, [V, D / 64]; None if the head is in floating point.
     """
     if (
         x.numel() != weight_VD.shape[1]

@@ -42,8 +42,8 @@ def logits(
 
     x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`, a
     low-rank four-bit copy of the head, which picks the candidates and gives all other logits. weight_VD: weight of the
-    head, fp32, bf16, fp16 or int8. weight_scale: fp32 scales of an int8 head, or None. candidates: number of tokens
-    that get exact logits.
+    head, fp32, bf16, fp16 or int8. weight_scale: fp32 scales of an int8 head; None for other dtypes. candidates: number
+    of tokens that get exact logits.
     """
     V, D = weight_VD.shape
     K, given = turn.shape[0] - 1, x.reshape(-1).float()
@@ -191,8 +191,8 @@ def _exact(addresses: Array, sizes: Array, first: int, last: int) -> None:
 
 @team
 def crew(packet: int) -> None:
-    """Compute one thread's part of the logits; compiled by numba.
+    """Compute one thread's part of the result of `logits`; compiled by numba.
 
-    packet: the address of the arguments in memory, which `workers.share` has put there.
+    packet: address of the arguments in memory, where `workers.share` has stored them.
     """
     _run(integers(packet, 0, 12), integers(packet, 12, 5), part_of(packet), parts_of(packet), packet + BARRIER)

@@ -61,7 +61,7 @@ def inputs_of(weight_OP: Tensor) -> int:
 def pack(number_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
     """Return the four-bit matrix, uint8 [O, P], with these numbers, scales and offsets.
 
-    number_OI: integers from 0 to 15, I a multiple of 64. scale_OG, offset_OG: fp16, of 32 inputs each.
+    number_OI: integers from 0 to 15, I a multiple of 64. scale_OG, offset_OG: fp16, one for each 32 inputs.
     """
     low, high = _woven(number_OI.to(torch.uint8)).unflatten(1, (-1, 2, GROUP)).unbind(2)
     parts = (offset_OG, scale_OG, (low | (high << 4)).flatten(1))
@@ -100,11 +100,12 @@ def _unwoven(number_OI: Tensor) -> Tensor:
 
 
 def quantise(weight_OI: Tensor) -> Tensor:
-    """Round a weight matrix to four bits and return it as uint8 [O, P], as `pack` does.
+    """Round a weight matrix to four bits and return it packed (`pack`), uint8 [O, P].
 
     weight_OI: [O, I], I a multiple of 64. Of several scales for a group, each with the offset and scale of least
     squares for the numbers that it gives, the one with the smallest squared error is taken, as in `make_qkx2_quants` of
-    llama.cpp. Raises ValueError for weights that are not finite, or that do not fit (`fits`).
+    llama.cpp. Raises ValueError for weights that are not finite, or whose largest magnitude is too large or too small
+    for fp16 scales (`fits`).
     """
     if not bool(weight_OI.isfinite().all()):
         raise ValueError("weights that are not finite cannot be rounded to int4")

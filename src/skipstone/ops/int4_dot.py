@@ -1,8 +1,9 @@
 """Inner products of unsigned four-bit weights with tokens in int16, as LLVM operations inside numba's functions.
 
-Half a block of 64 weights lies in the low halves of 32 bytes, the other half in their high halves. The previews of a
-head have one scale for a row, whose sum is exact in int32 up to `MOST` weights (`nibbles`). Weights with a scale for 32
-inputs (`ops/int4.py`) alternate between two groups, so that the lanes of a vector of sums do as well.
+64 weights lie in 32 bytes: one half of them in the low four bits of each byte, the other half in the high four bits. A
+row of a head's preview (`ops/head_preview.py`) has one scale, and its sum is exact in int32 up to `MOST` weights
+(`nibbles`). In rows with a scale for each 32 inputs (`ops/int4.py`), weights alternate between two groups, and so do
+the entries of a vector of sums.
 """
 
 from __future__ import annotations
@@ -97,10 +98,10 @@ def _add_scaled(builder: ir.IRBuilder, total: ir.Value, number: ir.Value, factor
 
 @intrinsic
 def widen(context, source, target, count):  # type: ignore[no-untyped-def]
-    """Convert fp16 numbers to fp32, 16 at a time, also those behind the last one; for code compiled by numba only.
+    """Convert fp16 numbers to fp32, 16 at a time; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. source, target: addresses, of memory for a multiple of 16 numbers.
-    count: how many are converted at least.
+    context: supplied by numba, not by the caller. source: address of the fp16 numbers. target: address of the fp32
+    results. count: how many are converted, rounded up to a multiple of 16, for which both memories need room.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -123,8 +124,8 @@ one_row, two_rows, four_rows, eight_rows = (_grouped(tokens) for tokens in (1, 2
 def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
     """Return the inner product of a row of four-bit weights and an int16 token, int32; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. weight: address of the packed weights, unsigned. x: address of the
-    token. groups: number of groups of 64 weights.
+    context: supplied by numba, not by the caller. weight: address of the weights, 0 to 15, two in a byte. x: address of
+    the int16 token. groups: number of groups of 64 weights.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -148,7 +149,7 @@ def nibbles(context, weight, x, groups):  # type: ignore[no-untyped-def]
 def prefetch(context, address, size):  # type: ignore[no-untyped-def]
     """Ask the processor to load `size` bytes at `address` into its cache; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller.
+    context: supplied by numba, not by the caller. address, size: int64.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]

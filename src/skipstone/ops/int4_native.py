@@ -102,12 +102,12 @@ def four_bit_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
+    """Multiply N tokens, rounded to int16, with rows `first` to `last` - 1 of a four-bit matrix; compiled by numba.
 
     weight_at, bias_at: the addresses of the four-bit weights [O, P] and of fp32 biases (0: none). x_at, unit_at: the
-    addresses of the int16 tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O].
-    tokens, outputs, inputs: N, O and I, a multiple of 64. The other arguments are unused: the kernel for int8 weights,
-    in whose place this one is called, needs them.
+    addresses of the int16 tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O], of
+    which these columns are written. tokens, outputs, inputs: N, O and I, a multiple of 64. The other arguments are
+    unused: the kernel for int8 weights, in whose place this one is called, needs them.
     """
     if last <= first:
         return

@@ -23,7 +23,8 @@ from torch.nn import functional
 def product_shape(x: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
     """Return an empty tensor in the shape and dtype of a product of tokens with a matrix that is stored row by row.
 
-    It stands for the product where torch computes shapes alone (FakeTensorMode). x: [..., I]. weight: [O, ...].
+    It stands for the product where torch computes shapes alone (FakeTensorMode). x: the tokens [..., I]. weight: [O,
+    ...]. others: the product's further arguments, such as scales; not used. Returns [..., O].
     """
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -50,9 +51,9 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
     """Round a weight matrix to int8, with one scale for each row or for each group of inputs.
 
     weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None means a whole
-    row. In groups of 32, weights that lie on a grid (`on_a_grid`) keep their values. Returns int8 [O, I] in [-127,
-    127], and the fp32 scales [O], or [O, I / group], by which `restore` multiplies it. Raises ValueError for weights
-    that are not finite.
+    row. In groups of 32, weights that are multiples of one number in each group (`on_a_grid`) keep their values.
+    Returns the numbers, int8 [O, I] in [-127, 127], and their fp32 scales, [O], or [O, I / group] if `group` is given.
+    Raises ValueError for weights that are not finite.
     """
     weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
     largest_OG = weight_OGI.abs().amax(2)
@@ -66,10 +67,10 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
 
 
 def on_a_grid(weight_OI: Tensor) -> bool:
-    """Return whether every 32 inputs of a row are multiples of one number, by factors up to 127, as far as looked at.
+    """Return whether, in groups of 32 inputs, all weights are multiples, up to 127-fold, of one number for each group.
 
-    That is so in a file of blocks such as Q8_0, Q5_0 or Q4_0 of llama.cpp, and not in any other. weight_OI: [O, I]; if
-    I is no multiple of 32, the result is False. 64 groups are looked at, spread over the matrix.
+    That is so for weights from blocks such as Q8_0, Q5_0 or Q4_0 of llama.cpp, and hardly for any others. weight_OI:
+    [O, I]; if I is not a multiple of 32, the result is False. Only 64 groups, spread over the matrix, are looked at.
     """
     if weight_OI.shape[1] % FINE or not weight_OI.numel():
         return False
@@ -133,10 +134,11 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 
 
 def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: Tensor, *given: object) -> Tensor:
-    """Call a compiled function, or, where torch has to see the call, the torch operation that wraps it.
+    """Call a compiled function, or, where torch has to see the call, the torch operation that wraps this function.
 
-    That is where something listens to operations, such as a FLOP counter or a trace, or x is of a subclass of Tensor.
-    native, operation: the function and the operation, of the same arguments. x, given: these arguments, x the first.
+    Torch has to see the call if a FLOP counter or a trace listens to operations, or if x is of a subclass of Tensor.
+    native: the compiled function. operation: the torch operation. x, given: the arguments of either, x the first.
+    Returns what is returned by the one that is called.
     """
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return operation(x, *given)
@@ -146,8 +148,9 @@ def called(native: Callable[..., Tensor], operation: Callable[..., Tensor], x: T
 def in_place(x: Tensor, inputs: int, most: int | None = None) -> bool:
     """Return whether a call multiplies with the weights as they are stored: without gradients, on a CPU with numba.
 
-    x: the tokens [..., I]. inputs: the weight's number of inputs. most: the largest number of tokens for which it does;
-    None means any number. False for tokens of another width, which the ordinary product refuses.
+    x: the tokens [..., I]. inputs: the weight's number of inputs. most: the largest number of tokens for which the
+    result is True; None means any number. It is False, too, for tokens whose width is not `inputs`; the ordinary
+    product then raises an error.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         return False
@@ -174,7 +177,7 @@ def _native() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def in_parts(product: Callable[..., Tensor], inputs: int, *stored: Tensor) -> Tensor:
     """Return a product [..., O] of tokens with a stored matrix, computed for a part of the matrix's rows at a time.
 
-    So only a part of the weights is restored at once. product: called with a part of each of `stored`, returns the
+    Only one part of the weights is restored at a time. product: called with a part of each of `stored`, returns the
     outputs of these rows, [..., part]. inputs: number of inputs of a row. stored: tensors with one entry for each row,
     such as weights and scales.
     """

@@ -2,7 +2,7 @@
 
 Numba multiplies small integers as int64, so the sums are written for LLVM directly: neighbouring products are added in
 pairs, which LLVM recognises and turns into one instruction (vpdpwssd with AVX512-VNNI, vpmaddwd with AVX2, smlal on
-ARM). Sums of `GROUP` products are exact in int32; they are scaled and added in fp32.
+ARM). Sums of 64 products (`GROUP`) are exact in int32; they are scaled and added in fp32.
 """
 
 from __future__ import annotations

@@ -45,11 +45,12 @@ def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
 def multiplied(
     x: Tensor, rows: Unit, matrix: tuple[int, int, int, int], sizes: tuple[int, int], rounded: bool = True
 ) -> Tensor:
-    """Return the product of few tokens x with a matrix, [..., O] in the dtype of x, on one thread or several.
+    """Return the product of few tokens x [..., I] with a stored matrix, [..., O] in the dtype of x.
 
-    rows: the kernel that computes a range of the outputs, such as `grouped_rows`. matrix: the kernel's first arguments,
-    which are the addresses of weights, scales and biases, and the number of scales. sizes: numbers of outputs and
-    inputs. rounded: whether the kernel takes the tokens in int16.
+    One thread or several compute it. rows: the kernel that computes a range of the outputs, such as `grouped_rows`.
+    matrix: the kernel's first arguments, which are the addresses of weights, scales and biases, and the number of
+    scales per output. sizes: O and I, the numbers of outputs and inputs. rounded: whether the kernel takes the tokens
+    in int16; if not, in fp32.
     """
     (outputs, inputs), given = sizes, _plain(x)
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)

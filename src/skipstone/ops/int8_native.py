@@ -95,12 +95,12 @@ def grouped_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute the outputs with indices from `first` to `last` - 1 for N tokens rounded to int16; compiled by numba.
+    """Multiply N tokens, rounded to int16, with rows `first` to `last` - 1 of an int8 matrix; compiled by numba.
 
     weight_at, scale_at, bias_at: the addresses of int8 weights [O, I], of their fp32 scales and of fp32 biases (0:
     none). scales: scales per output: 1, or one for each 64 or 32 inputs. x_at, unit_at: the addresses of the int16
-    tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O]. tokens, outputs, inputs:
-    N, O and I, a multiple of 64, or of 32 with a scale for each 32.
+    tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O], of which these columns
+    are written. tokens, outputs, inputs: N, O and I, a multiple of 64, or of 32 with a scale for each 32.
     """
     y, unit = _lying(y_at, (tokens, outputs), SINGLE), _lying(unit_at, (tokens,), SINGLE)
     fine, stride, row = scales * FINE == inputs, 4 if scales > 1 else 0, 2 * inputs
@@ -148,11 +148,11 @@ def single_rows(
     first: int,
     last: int,
 ) -> None:
-    """Compute outputs `first` to `last` - 1 in fp32, without biases, for any number of inputs; compiled by numba.
+    """Multiply N fp32 tokens with rows `first` to `last` - 1 of an int8 matrix of any width; compiled by numba.
 
     It takes the place of `grouped_rows` where the number of inputs is not a multiple of 64. weight_at, scale_at: the
     addresses of int8 weights [O, I] and of their fp32 scales [O]. x_at, y_at: the addresses of the fp32 tokens [N, I]
-    and outputs [N, O]. tokens, outputs, inputs: N, O, I. The other arguments are unused.
+    and outputs [N, O]. tokens, outputs, inputs: N, O, I. The other arguments are unused; biases are not added.
     """
     single = np.float32(0)
     weight, scale = _lying(weight_at, (outputs, inputs), np.int8(0)), _lying(scale_at, (outputs,), single)
@@ -213,9 +213,9 @@ def _two_by_four(weight: Array, scale: Array, x: Array, y: Array, o: int, n: int
 
 @team
 def crew(packet: int) -> None:
-    """Compute one thread's part of the outputs; compiled by numba.
+    """Compute one thread's part of the outputs of a product of tokens with a stored matrix; compiled by numba.
 
-    packet: the address of the arguments in memory, which `workers.share` has put there.
+    packet: address of the arguments in memory, where `workers.share` has stored them.
     """
     numbers, (rows,), part, parts = integers(packet, 0, 10), integers(packet, 10, 1), part_of(packet), parts_of(packet)
     outputs = numbers[8]

@@ -39,7 +39,7 @@ class CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
 
 
 class KeptCode(FunctionCache):  # type: ignore[misc]
-    """The compiled code that numba keeps of one function, valid for as long as none of the `SOURCES` changes.
+    """The compiled code that numba keeps of one function, valid until a source file listed in `SOURCES` changes.
 
     function: the Python function. Raises RuntimeError if there is no folder that can be written to.
     """
@@ -71,9 +71,10 @@ class KeptCode(FunctionCache):  # type: ignore[misc]
 
 
 def keep(compiled: Any, function: Any) -> Any:
-    """Make numba keep the code of a function on disk, if there is a folder for it, and return the function.
+    """Make numba keep the code of a function on disk, if there is a folder for it, and return `compiled`.
 
-    compiled: numba's object for `function` (what `njit` returns), before it has compiled anything; it is returned.
+    compiled: numba's object for `function` (what `njit` returns), which has not compiled anything yet. function: the
+    Python function.
     """
     with suppress(RuntimeError):  # no folder can be written to
         compiled._cache = KeptCode(function)
@@ -81,7 +82,10 @@ def keep(compiled: Any, function: Any) -> Any:
 
 
 def kept_njit(**options: Any) -> Any:
-    """Return numba's decorator `njit` with these options, for functions that are kept on disk where possible."""
+    """Return numba's decorator `njit` with these options; what it compiles is kept on disk where possible.
+
+    options: the keyword arguments of `njit`.
+    """
     compile_ = njit(**options)
     return lambda function: keep(compile_(function), function)
 

@@ -42,11 +42,11 @@ NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.
 
 
 class MagnitudeWeights(NamedTuple):
-    """The weights of one token's MLP, in groups of `size` adjacent neurons.
+    """The weights of one token's MLP, and how many of its groups of `size` adjacent neurons are computed.
 
     typical_F: fp32, typical magnitude (root mean square) of the up projection's output for each of F neurons. up_FD:
-    weight of the up projection. down_FD: transposed weight of the down projection. tried: number of groups whose up
-    projection is computed. kept: number of groups, at most `tried`, whose down projection is computed.
+    weight of the up projection for D inputs. down_FD: transposed weight of the down projection. tried: number of groups
+    whose up projection is computed. kept: number of groups, at most `tried`, whose down projection is computed.
     """
 
     typical_F: Tensor
@@ -89,7 +89,8 @@ def sizes(value: Tensor, size: int, typical_F: Tensor | None = None) -> Tensor:
 def largest(score: Tensor, count: int) -> Tensor:
     """Return which values are the `count` largest of the last axis, bool in the shape of `score` [..., G].
 
-    score: fp32, not negative. On a CPU with numba, the first of equal values are chosen; elsewhere `topk` decides.
+    score: fp32, not negative. On a CPU with numba, the first of equal values are chosen; elsewhere `torch.topk` decides
+    between them.
     """
     if score.is_cpu and not torch.compiler.is_compiling() and _kernels() is not None:
         return NATIVE_LARGEST(score, count)  # type: ignore[no-any-return]

@@ -38,10 +38,10 @@ def one_token(
 
     The `tried` groups with the largest mean of |a| typical_F are tried; of these, the `kept` groups with the largest
     mean of |a (up x)| are multiplied by the down projection. x_11D: the MLP's input. a_11F: activations of its gates.
-    typical_F: fp32, typical magnitude of each neuron's up projection. up_FD, down_FD: weights of the up projection and,
-    transposed, of the down projection, contiguous fp32 or bf16 on a CPU. size: number of neurons per group. Returns the
-    update [1, 1, D], and for each of the G groups [1, 1, G] its fp32 score, whether it was tried and whether it was
-    kept.
+    typical_F: fp32, typical magnitude of each neuron's up projection. up_FD: weight of the up projection. down_FD:
+    transposed weight of the down projection; both are contiguous, fp32 or bf16, on a CPU. size: number of neurons per
+    group. Returns the update [1, 1, D], and for each of the G groups [1, 1, G] its fp32 score, whether it was tried and
+    whether it was kept.
     """
     F, D = up_FD.shape
     given = [x_11D.float().contiguous(), a_11F.float().contiguous(), typical_F.float(), up_FD, down_FD]

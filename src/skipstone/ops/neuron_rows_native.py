@@ -35,9 +35,10 @@ one_apart, two_apart, four_apart, eight_apart = (_dots(tokens, 0) for tokens in 
 def multiplied_single(weight_at: int, x_at: int, width: int, rows: Array, h: Array, single: int) -> None:
     """Multiply tokens with the fp32 rows of listed neurons, four rows at a time; compiled by numba.
 
-    The last rows are repeated, so that each product is computed alike. weight_at, x_at: addresses of the fp32 weight
-    [F, width] and of the tokens [K, width]. rows: indices of the neurons. h: fp32 [K, F], where the products are
-    written. single: the address of `decode_products_native.single_rows`, which multiplies four tokens or more.
+    If their number is not a multiple of four, the last row is repeated, so that all products are computed alike.
+    weight_at, x_at: addresses of the fp32 weight [F, width] and of the tokens [K, width]. rows: indices of the neurons.
+    h: fp32 [K, F], where the products are written. single: the address of `decode_products_native.single_rows`, which
+    multiplies four tokens or more.
     """
     (K, F), count = h.shape, len(rows)
     weight, x = _lying(weight_at, (F, width), ONE), _lying(x_at, (K, width), ONE)

@@ -143,7 +143,7 @@ def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 def fetch(context, address, size):  # type: ignore[no-untyped-def]
     """Ask the processor to load `size` bytes at `address` into its cache; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller.
+    context: supplied by numba, not by the caller. address, size: int64.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]

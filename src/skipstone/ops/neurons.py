@@ -1,4 +1,4 @@
-"""Matrix products of tokens with some groups of neurons only; groups that are off are not multiplied, in either pass.
+"""Matrix products of tokens with some groups of neurons only; the others are not multiplied, nor in the backward pass.
 
 Groups of neurons have equal sizes and are contiguous. Consecutive tokens that keep the same groups form a run; adjacent
 groups of a run form a block. A block's weights are multiplied in place, without copies.
@@ -59,7 +59,7 @@ class Runs:
 
 
 def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
-    """Return for each block of adjacent groups its slice among the neurons that are on, and its slice among all.
+    """Return for each block of adjacent groups its slice of the neurons that are on, and its slice of all neurons.
 
     groups: indices of the groups that are on, ascending. size: neurons per group.
     """
@@ -71,10 +71,11 @@ def blocks_of(groups: tuple[int, ...] | list[int], size: int) -> list[Block]:
 
 
 def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tensor:
-    """Compute F.linear for N tokens with only the neurons that are on, J for each token; follows autocast.
+    """Return torch's `linear` for N tokens with only the neurons that are on, J for each token; it follows autocast.
 
-    weight_OI: the whole weight. runs: which neurons are on for which tokens. axis: 0 if neurons are the outputs: x_NI
-    is [N, I] and the result [N, J]; 1 if they are the inputs: x_NI is [N, J] and the result [N, O].
+    weight_OI: the whole weight, for O outputs and I inputs. runs: which neurons are on for which tokens. axis: 0 if
+    neurons are the outputs: x_NI is [N, I] and the result [N, J]; 1 if they are the inputs: x_NI is [N, J] and the
+    result [N, O].
     """
     device, dtype = weight_OI.device.type, weight_OI.dtype
     if torch.is_autocast_enabled(device):  # autocast does not cover custom functions
@@ -86,8 +87,8 @@ def kept_linear(x_NI: Tensor, weight_OI: Tensor, runs: Runs, axis: int) -> Tenso
 def kept_part(weight_OI: Tensor, group_K: Tensor, total: int, axis: int) -> Tensor:
     """Return a copy of the weights of some neuron groups, [J, I] or [O, J] for the J neurons of these groups.
 
-    weight_OI: the whole weight. group_K: int64, indices of the groups. total: number of all groups. axis: the axis of
-    the weight along which the neurons lie, 0 or 1.
+    weight_OI: the whole weight, for O outputs and I inputs. group_K: int64, indices of the groups. total: number of all
+    groups. axis: the axis of the weight along which the neurons lie, 0 or 1.
     """
     return weight_OI.unflatten(axis, (total, -1)).index_select(axis, group_K).flatten(axis, axis + 1)
 

@@ -20,7 +20,7 @@ ROUNDING = 1 + 1e-9
 
 
 def quota(capacity: float, length: int) -> int:
-    """Return how many of `length` tokens a block of this capacity keeps: floor(capacity * length).
+    """Return how many of `length` tokens are kept at this capacity: floor(capacity * length).
 
     capacity: the share of the tokens to keep, in [0, 1]. Products that floating point puts just below an integer are
     rounded to it.
@@ -254,9 +254,10 @@ def apply_experts(
 
     y_n = sum_c weight_nc down_e(act(gate_e x_n) * up_e x_n), e = expert_nc
 
-    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose, distinct. weight_NC: their factors.
-    idle_NC: bool, choices that add nothing (padding, no-ops), whatever their expert and weight; None means there are
-    none. gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons. activation: the function act.
+    x_ND: inputs of N tokens. expert_NC: int64, the C experts that each token chose, distinct. weight_NC: the factors on
+    these experts' outputs. idle_NC: bool, choices that add nothing (padding, no-ops), whatever their expert and weight;
+    None means there are none. gate_XFD, up_XFD, down_XDF: weights of X experts of F neurons. activation: the function
+    act.
     """
     y_ND = torch.zeros_like(x_ND)
     for e, (gate_FD, up_FD, down_DF) in enumerate(zip(gate_XFD, up_XFD, down_XDF, strict=True)):

@@ -64,10 +64,11 @@ def threads() -> int:
 
 
 class Unit:
-    """A function of integers that numba compiles by itself, when its address is first asked for, and keeps on disk.
+    """A function of integers that numba compiles separately, when its address is first asked for, and keeps on disk.
 
-    function: takes and returns nothing but int64. count: number of its arguments. Other compiled functions call it by
-    its address (`call`), so that its code is compiled once, not again within each of them, and only where it is used.
+    function: takes int64 arguments alone and returns nothing. count: number of its arguments. Other compiled functions
+    call a unit by its address (`call`), so that its code is compiled once, not again within each of them, and only
+    where it is used.
     """
 
     def __init__(self, function: Callable[..., None], count: int) -> None:
@@ -104,10 +105,10 @@ def unit(count: int) -> Callable[[Callable[..., None]], Unit]:
 
 
 def team(function: Callable[[int], None]) -> Unit:
-    """Return a `Unit` of a function that `share` can run in several threads; it is compiled when it is first used.
+    """Return a `Unit` (separately compiled function) that `share` can run in several threads.
 
-    function: takes the address of a packet (its arguments in memory), calls `part_of` once for the index of its part,
-    and reads the packet with `parts_of` and `integers`.
+    It is compiled when it is first used. function: takes the address of a packet (its arguments in memory), calls
+    `part_of` once for the index of its part, and reads the packet with `parts_of` and `integers`.
     """
     return Unit(function, 1)
 
@@ -115,8 +116,9 @@ def team(function: Callable[[int], None]) -> Unit:
 def share(run: Any, given: Sequence[Sequence[float]], parts: int) -> None:
     """Run a compiled function in several threads at once, and return when all have finished.
 
-    run: the function that `team` returned. given: its arguments, tuples of integers or floats, which are stored one
-    after the other in the packet. parts: number of threads; 1 runs it in the calling thread.
+    run: the `Unit` that `team` returned. given: the function's arguments, as tuples of integers (int64) or of floats
+    (fp64), which are stored one after the other in a packet; each thread calls the function with the packet's address
+    in memory. parts: number of threads; 1 means that only the calling thread runs it.
     """
     numbers = [number for each in given for number in each]
     kinds = "".join(("d" if isinstance(each[0], float) else "q") * len(each) for each in given)
@@ -197,10 +199,10 @@ def parts_of(context, packet):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def integers(context, packet, first, count):  # type: ignore[no-untyped-def]
-    """Return int64 arguments of a packet (see `share`) as a tuple; for code compiled by numba only.
+    """Return int64 arguments that `share` has stored in a packet, as a tuple; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. packet: address of the packet. first, count: index of the first
-    argument and number of arguments, constants.
+    context: supplied by numba, not by the caller. packet: the packet's address, which the function of a `team`
+    receives. first, count: index of the first argument and number of arguments, constants.
     """
     at, length = first.literal_value, count.literal_value
 
