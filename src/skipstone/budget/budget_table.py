@@ -32,8 +32,8 @@ class OperatingPoint:
     """A set of thresholds, and the share of the dense model's FLOPs that the model executes with it.
 
     share: forward FLOPs per token as a share of the dense model's, measured with these thresholds. thresholds: one
-    score per entry of `BudgetTable.handles`; tokens above it are kept. kept: for each threshold, the share that it
-    keeps of the tokens that reach its blocks, from 0 to 1.
+    for each name in `BudgetTable.handles`; tokens whose score is above it are kept. kept: for each threshold, the share
+    that it keeps of the tokens that reach its blocks, from 0 to 1.
     """
 
     share: float
@@ -86,8 +86,8 @@ class BudgetTable:
 
         These are the measured points with the nearest smaller and larger share. budget: share of the dense FLOPs.
         Raises ValueError for a budget outside of `range`, and for one between two points of which the larger share is
-        more than 1.1 times the smaller, unless it is one of them but for rounding to three decimals: the scores do not
-        tell tokens apart there.
+        more than 1.1 times the smaller, because the scores do not tell tokens apart there. A budget that equals one of
+        the two shares but for rounding to three decimals gets the thresholds of that point.
         """
         low, high = self.range
         if not low <= budget <= high:
@@ -131,7 +131,8 @@ class BudgetTable:
         """Set the model to a budget inside a `with` block, and restore its thresholds afterwards.
 
         model: the model whose thresholds the table holds. budget: share of the dense FLOPs. Raises ValueError for a
-        budget that cannot be met, and for another model: one whose thresholds are not those named in `handles`.
+        budget outside of `range`, for one between two points of which the larger share is more than 1.1 times the
+        smaller, and for another model: one whose thresholds are not those named in `handles`.
         """
         before = [(handle, handle.state()) for handle in self._handles(model)]
         try:

@@ -78,8 +78,8 @@ class ThresholdHandle:
     def scores(self, records: Sequence[Records]) -> Tensor:
         """Return the scores of a pass that this threshold decides on, fp32 [N].
 
-        A token has one score for each block of this threshold that it reached; the blocks follow one another. records:
-        the records of the pass, a dict by mechanism name for each block.
+        A token has one score for each block of this threshold that it reached. Scores are in the order of blocks, then
+        of rows and tokens. records: the records of the pass, a dict by mechanism name for each block.
         """
         parts = []
         for placement, threshold in zip(self._placements, self._thresholds, strict=True):

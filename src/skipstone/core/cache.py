@@ -47,7 +47,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return [self.kv, *self.stores.values()]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Record dtype and device at the first call, as transformers expects."""
+        """Record dtype and device of the first keys, `key_states`, as transformers expects; ignore `value_states`."""
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     @property
@@ -57,7 +57,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, value: None) -> None:
-        """Ignore the assignment: transformers' constructor makes one, but keys live in `kv`."""
+        """Ignore `value`: transformers' constructor assigns None, but keys live in the attribute `kv`."""
 
     @property
     def values(self) -> Tensor | None:
@@ -66,7 +66,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
     @values.setter
     def values(self, value: None) -> None:
-        """Ignore the assignment: transformers' constructor makes one, but values live in `kv`."""
+        """Ignore `value`: transformers' constructor assigns None, but values live in the attribute `kv`."""
 
     def append(
         self,
@@ -77,11 +77,11 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         document_BT: Tensor | None = None,
         rows: RowSubset | None = None,
     ) -> None:
-        """Append this call's keys `key_BHTE` and values `value_BHTE`, [B, H, T, E], without padding.
+        """Append this call's keys `key_BHTE` and values `value_BHTE`, [B, H, T, E], leaving out padding.
 
-        slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding, or None. rows: the rows
-        that the tokens continue, one token each; None means all. document_BT: int64, the tokens' documents; ValueError
-        if some calls give them and others do not.
+        slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding; None means no padding.
+        rows: the rows that the tokens continue, one token each; None means all. document_BT: int64, the tokens'
+        documents; None means one document per row. Raises ValueError if some calls give documents and others do not.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -103,12 +103,18 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         rows: RowSubset | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Do as `append`, with its arguments; return all keys and values, [B, heads, entries, head size] each."""
+        """Append this call's keys and values, and return all that are stored, [B, heads, entries, head size] each.
+
+        key_states, value_states: [B, H, T, E]. slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False
+        for padding; None means no padding. document_BT: int64, the tokens' documents; None means one per row. rows: the
+        rows that the tokens continue, one token each; None means all. Other arguments are ignored. Raises ValueError if
+        some calls give documents and others do not.
+        """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more tokens as seen by the model, and drop entries that no window reaches any more."""
+        """Count `tokens` more tokens as seen by the model, and drop entries too old for the attention window."""
         self.cumulative_length += tokens
         if self.window is not None and entries_held(self.kv.width, self.window) < self.kv.width:
             self.kv.forget(self.window + SLACK)
@@ -118,7 +124,10 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the length of rows with this call's `query_length` tokens, skipped ones included, and the offset 0."""
+        """Return the length of a row, this call's `query_length` and skipped tokens included, and 0, where it begins.
+
+        transformers makes attention masks from these two numbers.
+        """
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -131,7 +140,11 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, max_length: int) -> None:
-        """Keep each row's first `max_length` tokens, counting padding and skipped tokens; -n removes the newest n."""
+        """Keep each row's first `max_length` tokens, counting padding and skipped tokens; -n removes the newest n.
+
+        0 removes nothing. Raises ValueError if the block's attention window needs entries that were dropped before; the
+        newest 64 tokens can always be removed.
+        """
         length = max_length if max_length > 0 else self.cumulative_length + max_length
         if length < self.cumulative_length:
             self.kv.crop(length, self.window)
@@ -144,7 +157,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
             store.take(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search: row i becomes the row that is now `beam_idx[i]`."""
+        """Reorder the rows for beam search: row i becomes the row that is now `beam_idx[i]` (int64 [B])."""
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -155,5 +168,5 @@ class SkipstoneCacheLayer(CacheLayerMixin):
                 store.take(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at these indices, in this order."""
+        """Keep the rows at `indices` (int64), in this order; drop all others."""
         self._take(indices)

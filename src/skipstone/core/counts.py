@@ -23,10 +23,10 @@ class TokenCounts:
     rows: float | Fraction = 1
 
     def restricted_to(self, kept: TokenCounts | float) -> TokenCounts:
-        """Return the counts after a mechanism has kept some of these tokens.
+        """Return the counts of the tokens that a mechanism keeps, out of the tokens that this object counts.
 
-        kept: the new counts, returned as they are, or the number of kept tokens per row, from which counts are made
-        with the same share of query tokens as here.
+        kept: the new counts, returned as they are, or the number of kept tokens per row, of which the same share are
+        query tokens as in this object.
         """
         if isinstance(kept, TokenCounts):
             return kept

@@ -43,7 +43,7 @@ class DepthModule(RoutingModule):
     def set_capacity(self, capacity: float) -> None:
         """Set `capacity`, the share of a row's tokens to keep, in (0, 1].
 
-        Only for mechanisms whose `budget_by` is "capacity".
+        Mechanisms whose `budget_by` is not "capacity" raise NotImplementedError.
         """
         raise NotImplementedError
 
@@ -106,8 +106,9 @@ class DepthModule(RoutingModule):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of all decisions made, by name.
 
-        update: computes the update without the mechanism, for the tokens that it is given. x_BTD: the residual stream.
-        tokens: everything else about these tokens (positions, padding, state of mechanisms, how to decide).
+        update: a function (x, tokens) -> (delta, records) that computes the update without the mechanism, for the
+        tokens that it is given. x_BTD: the residual stream. tokens: everything else about its tokens (positions,
+        padding, state of mechanisms, how to decide).
         """
         raise NotImplementedError
 

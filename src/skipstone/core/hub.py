@@ -10,7 +10,7 @@ SECONDS = 5  # that the one request may take
 def require_hub(name: str) -> None:
     """Raise FileNotFoundError with one line if nothing of a model is in the hub's cache and the hub cannot be asked.
 
-    name: a hub name, such as owner/name. See `why_unreachable`.
+    name: a hub name, such as owner/name. With HF_HUB_OFFLINE set, the hub is not asked and counts as unreachable.
     """
     if (reason := why_unreachable(name)) is not None:
         raise FileNotFoundError(f"{name!r} is no folder here and not in the hub's cache, and {reason}")

@@ -40,6 +40,7 @@ def check_text(text: str, what: str) -> None:
     """Raise ValueError, naming `what`, for a text that UTF-8 cannot encode.
 
     Half of a surrogate pair is such a text, and so is an argument of the command line with bytes that are not UTF-8.
+    what: what the text is, for the message, such as "the prompt".
     """
     try:
         text.encode()

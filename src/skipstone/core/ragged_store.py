@@ -21,7 +21,10 @@ SLACK = 64  # entries kept beyond a window, so that as many tokens can be croppe
 
 
 def entries_held(entries: float, window: int | None) -> float:
-    """Return how many of a row's `entries` a cache keeps: all, or `window` + 64 if they exceed `window` + 128."""
+    """Return how many of a row's `entries` a cache keeps: `window` + 64 if they exceed `window` + 128, else all.
+
+    window: the block's attention window in tokens; None means that there is none, and all entries are kept.
+    """
     return entries if window is None or entries <= window + 2 * SLACK else window + SLACK
 
 
@@ -30,8 +33,8 @@ class RaggedStore:
 
     entries: the tensors by name; "slot" holds the index of each entry's token in its row. lengths: number of entries of
     each row, on the CPU; None means that every row has `width` entries. width: number of entries of the longest row.
-    forgotten: number of oldest entries that each row has dropped, or None. Methods given `rows` read or write these
-    rows only, with tensors of as many rows.
+    forgotten: number of oldest entries that each row has dropped; None means that none were. Methods with an argument
+    `rows` read or write these rows only; their tensors then have as many rows.
     """
 
     def __init__(self) -> None:
@@ -41,10 +44,11 @@ class RaggedStore:
         self.forgotten: list[int] | None = None
 
     def append(self, slot_BT: Tensor, real_BT: Tensor | None, rows: RowSubset | None = None, **entries: Tensor) -> None:
-        """Append the tokens of one call, without padding, to their rows.
+        """Append the tokens of one call to their rows, leaving out padding.
 
-        slot_BT: int64, ascending indices of the tokens in their rows. real_BT: bool, False for padding, or None. rows:
-        the rows that the tokens continue, one token each; None means all. entries: tensors [B, T, ...] by name.
+        slot_BT: int64, ascending indices of the tokens in their rows. real_BT: bool, False for padding; None means no
+        padding. rows: the rows that the tokens continue, one token each; None means all. entries: tensors [B, T, ...]
+        by name.
         """
         given = max(x.shape[0] for x in entries.values())
         entries["slot"] = slot_BT if slot_BT.shape[0] == given else slot_BT.expand(given, -1)
@@ -76,7 +80,7 @@ class RaggedStore:
             self._reserve(self.width + count, self.entries, len(self.entries["slot"]))
 
     def lengthen(self, more: list[int]) -> None:
-        """Count entries that the caller has written behind the last one of each row. more: their number by row."""
+        """Count entries that the caller has written behind the last one of each row. more: how many, for each row."""
         lengths = [self.width] * len(more) if self.lengths is None else self.lengths
         self._settle([a + b for a, b in zip(lengths, more, strict=True)])
 
@@ -155,7 +159,10 @@ class RaggedStore:
         return torch.full((rows,), self.width, dtype=torch.long, device=device)
 
     def even(self, rows: RowSubset | None = None) -> bool:
-        """Return whether these rows are equally long, so that a view of them has no unused column."""
+        """Return whether the rows have equally many entries, so that a view of them has no unused column.
+
+        rows: the rows to compare; None means all.
+        """
         if self.lengths is None or (rows is not None and len(rows.at) == 1):
             return True
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
@@ -163,7 +170,8 @@ class RaggedStore:
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
         """Return the used columns of tensor `name`, [B, C, ...]; those beyond a row's end have slot EMPTY (2^62).
 
-        newest: return at most this many of the newest entries of each row; they are copied if rows differ in length.
+        rows: the rows to return; None means all. newest: return at most this many of the newest entries of each row,
+        which are copied if rows differ in length; None means all entries.
         """
         longest = self.width
         if rows is not None and self.lengths is not None:
@@ -219,7 +227,8 @@ class RaggedStore:
     def crop(self, slots: int, window: int | None = None) -> None:
         """Keep each row's tokens up to index `slots` - 1, counting skipped ones and padding.
 
-        window: the block's attention window, or None. Raises ValueError if it needs entries that were dropped before.
+        window: the block's attention window in tokens; None means no window. Raises ValueError if the window needs
+        entries that were dropped before.
         """
         if not self.entries:
             return
@@ -237,7 +246,7 @@ class RaggedStore:
         self._settle(lengths)
 
     def take(self, rows: Tensor) -> None:
-        """Keep the rows at these indices, in this order; indices may repeat (beam search, batch select and repeat)."""
+        """Keep the rows at the indices `rows` (int64), in this order; indices may repeat, as in beam search."""
         self.entries = {name: value.index_select(0, rows.to(value.device)) for name, value in self.entries.items()}
         if self.lengths is not None:
             self._settle([self.lengths[b] for b in rows.tolist()])

@@ -54,7 +54,7 @@ class ActivationRecord(NamedTuple):
 
     logits_BTA: fp32 logits of the functions that depend on the input (the neurons' own preferences are not included);
     NaN for tokens that did not reach the mechanism; [B, 1, A] if all tokens of a row share them. reached_BT: bool,
-    tokens that reached it. loss_BT: fp32 auxiliary loss of each token, or None.
+    tokens that reached it. loss_BT: fp32 auxiliary loss of each token; None means that there is none.
     """
 
     logits_BTA: Tensor
@@ -63,7 +63,7 @@ class ActivationRecord(NamedTuple):
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """The tensors carried to later blocks: none."""
+        """The tensors that the mechanism carries to later blocks, by name: always empty."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ActivationRecord:
@@ -84,7 +84,8 @@ class ExpertsRecord(NamedTuple):
     """The decisions of a mixture of X experts (no-op experts included, which come last) in one block.
 
     logits_BTX: fp32 router logits, NaN for tokens that did not reach the MLP. chosen_BTX: bool, the experts that a
-    token chose. reached_BT: bool, tokens that reached the MLP. loss_BT: fp32 auxiliary loss of each token, or None.
+    token chose, no-ops among them. reached_BT: bool, tokens that reached the MLP. loss_BT: fp32 auxiliary loss of each
+    token; None means that there is none.
     """
 
     logits_BTX: Tensor
@@ -94,14 +95,14 @@ class ExpertsRecord(NamedTuple):
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """The tensors carried to later blocks: none."""
+        """The tensors that the mechanism carries to later blocks, by name: always empty."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> ExpertsRecord:
         """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
-        In the result, tokens that were not selected have NaN logits, False in both masks, and a loss of 0. part: the
-        selection. state: not used.
+        In the result, tokens that were not selected have NaN logits, False in `chosen_BTX` and `reached_BT`, and a loss
+        of 0. part: the selection. state: not used.
         """
         return ExpertsRecord(
             part.scatter(self.logits_BTX, float("nan")),
@@ -117,7 +118,7 @@ class NeuronGroupsRecord(NamedTuple):
     score_BTG: fp32 scores, NaN for tokens that did not reach the MLP. kept_BTG: bool, the groups that contribute to the
     output. reached_BT: bool, tokens that reached the MLP. tried_BTG: bool, groups whose products were computed to
     decide which to keep; equal to kept_BTG if the router needs no such trial. loss_BT: fp32 auxiliary loss of each
-    token, or None.
+    token; None means that there is none.
     """
 
     score_BTG: Tensor
@@ -128,14 +129,14 @@ class NeuronGroupsRecord(NamedTuple):
 
     @property
     def carry(self) -> Mapping[str, Tensor]:
-        """The tensors carried to later blocks: none."""
+        """The tensors that the mechanism carries to later blocks, by name: always empty."""
         return {}
 
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
         """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
-        In the result, tokens that were not selected have NaN scores, False in the masks, and a loss of 0. part: the
-        selection. state: not used.
+        In the result, tokens that were not selected have NaN scores, False in the three masks (kept, reached, tried),
+        and a loss of 0. part: the selection. state: not used.
         """
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),
@@ -180,7 +181,7 @@ def lift(records: Records, part: Selection, state: Mapping[str, Tensor]) -> Reco
 
 
 def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-    """Return those of the `records` (decisions of mechanisms in a pass, by mechanism name) that are of class `kind`."""
+    """Return the entries of `records` (decisions in a pass, by mechanism name) that are of class `kind`, as a dict."""
     return {name: record for name, record in records.items() if isinstance(record, kind)}
 
 

@@ -66,7 +66,7 @@ class RoutingModule(nn.Module):
 
     @property
     def follows_scores(self) -> bool:
-        """Whether a threshold follows the scores of training passes, so that `advance` needs `statistics`."""
+        """Whether a threshold follows the scores of training passes, so that `advance` needs the `statistics`."""
         return False
 
     def statistics(self, record: Record) -> Tensor | None:

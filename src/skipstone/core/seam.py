@@ -26,8 +26,9 @@ Mechanism: TypeAlias = Callable[[Update, Tensor, Tokens], tuple[Tensor, Records]
 def wrap(update: Update, mechanisms: Iterable[Mechanism]) -> Update:
     """Return `update` wrapped in depth mechanisms, the first of which is outermost and decides first.
 
-    update: a function (x, tokens) -> (delta, records) that computes what a block adds to the residual stream.
-    mechanisms: functions (update, x, tokens) -> (delta, records). The result has the signature of `update`.
+    update: a function (x, tokens) -> (delta, records) that computes what a block adds to the residual stream: from x
+    [B, T, D] (rows, tokens, width), delta of the same shape, and the decisions made, by mechanism name. mechanisms:
+    functions (update, x, tokens) -> (delta, records). The result has the signature of `update`.
     """
     for mechanism in reversed(list(mechanisms)):
         update = partial(mechanism, update)

@@ -119,9 +119,9 @@ class StaticStore(RaggedStore):
             self.lengths_B.copy_((self.view("slot") < EMPTY).sum(1))
 
     def take(self, rows: Tensor) -> None:
-        """Keep the rows at these indices, in this order.
+        """Keep the rows at the indices `rows` (int64), in this order; indices may repeat, as in beam search.
 
-        If their number stays the same, tensors are changed in place, else replaced.
+        If the number of rows stays the same, tensors are changed in place, else replaced.
         """
         if not self.width:
             return
@@ -201,7 +201,7 @@ class SkipstoneStaticCacheLayer(SkipstoneCacheLayer, StaticLayer):
     def crop(self, max_length: int) -> None:
         """Keep each row's first `max_length` tokens, counting padding and skipped tokens; -n removes the newest n.
 
-        The CPU waits for the GPU once.
+        0 removes nothing. The CPU waits for the GPU once.
         """
         seen = int(self.cumulative_length)
         length = max(max_length if max_length > 0 else seen + max_length, 0)

@@ -106,7 +106,7 @@ class Mixture(NamedTuple):
     mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
     None, of the current token alone. name: the name under which the decisions are returned and the running sums are
     cached. context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
-    neurons' learned logits. tau: scalar tensor, the temperature.
+    neurons' learned logits, and preference_scale, a constant factor on them. tau: scalar tensor, the temperature.
     """
 
     name: str
@@ -134,8 +134,8 @@ class NeuronChoice(NamedTuple):
     The choice follows from the activations a = act(W_gate x). decision: "zeros" keeps the neurons with a != 0;
     "largest" computes W_up x for the `tried` groups whose mean of |a| * typical over their neurons is largest, and
     multiplies the last matrix for those `kept` of them whose mean of |a * W_up x| is largest. tried, kept: numbers of
-    groups. size: number of neurons in a group. typical: fp32 [F], a factor for each of F neurons. name: the name of the
-    record.
+    groups; "zeros" does not use them. size: number of neurons in a group. typical: fp32 [F], a factor for each of F
+    neurons. name: the name under which the decisions are returned.
     """
 
     name: str
@@ -146,7 +146,7 @@ class NeuronChoice(NamedTuple):
     size: int = 1
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a decoding step reads."""
+        """Return every tensor that a decoding step reads: `typical` alone."""
         return [self.typical]
 
 

@@ -137,7 +137,9 @@ class Tokens:
 
         They are marked in place if `PassMode.executor` is "masked", which computes all tokens. kept_BT: never True for
         padding. width: the number of columns to gather; None means the largest number that a row keeps; finding it
-        makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens.
+        makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens; if False, rows may
+        keep fewer, and padding follows. With width None, calls of one token per row may leave out whole rows
+        (`PassMode.per_row_gather`).
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -213,22 +215,28 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x_BTD [B, T, ...] without padding, [1, N, ...]; x_BTD itself without `unpadding`."""
+        """Return x_BTD [B, T, ...] without padding, [1, N, ...]; if the field `unpadding` is None, x_BTD itself."""
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; y itself without `unpadding`.
+        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; if the field `unpadding` is None, y itself.
 
-        Inverse of `unpad`.
+        This is the inverse of `unpad`.
         """
         return y if self.unpadding is None else self.unpadding.pad(y)
 
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
-        """Return the tokens of x_BTD whose update is computed: [B, K, ...], or [1, N, ...] without padding."""
+        """Return the tokens of x_BTD [B, T, ...] whose update is computed: [B, K, ...], or [1, N, ...].
+
+        The second form, all rows' tokens concatenated, is used if unpadding is set for these tokens.
+        """
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] with y at the tokens whose update is computed, else 0; inverse of `gather_queries`."""
+        """Return [B, T, ...] with y at the tokens whose update is computed, else 0; inverse of `gather_queries`.
+
+        y: values of these tokens, [B, K, ...], or [1, N, ...] if unpadding is set for them.
+        """
         return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 
     def restrict_queries(
@@ -238,9 +246,9 @@ class Tokens:
 
         kept_BT: bool, tokens to update, never True for padding; restrictions by outer mechanisms still apply. width:
         the number of columns to gather; None means the largest number that a row keeps, for which the CPU waits for the
-        GPU. exact: whether every row keeps exactly `width` tokens. share: long-run share of kept tokens, from 0 to 1,
-        if known. In calls of one token per row on a GPU, all rows are computed if, at this share, steps in which no row
-        keeps its token are too rare for skipping to save time (`rows_pay`).
+        GPU. exact: whether every row keeps exactly `width` tokens. share: long-run share of kept tokens, from 0 to 1;
+        None means that 0.5 is assumed. In calls of one token per row on a GPU, all rows are computed if, at this share,
+        steps in which no row keeps its token are too rare for skipping to save time (`rows_pay`).
         """
         if not self.queries.is_all:
             kept_BT = self.queries.and_mask(kept_BT)
@@ -256,7 +264,10 @@ class Tokens:
 
 
 def real_mask(tokens: Tokens, like_BT: Tensor) -> Tensor:
-    """Return a bool mask with the shape of `like_BT` that is True for real tokens and False for padding."""
+    """Return a bool mask with the shape of `like_BT` that is True for real tokens and False for padding.
+
+    tokens: the tokens of the call, which say what is padding. like_BT: any tensor [B, T] on their device.
+    """
     if tokens.real_BT is None:
         return torch.ones_like(like_BT, dtype=torch.bool)
     return tokens.real_BT.expand_as(like_BT)

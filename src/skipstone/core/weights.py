@@ -29,7 +29,7 @@ def weight_is_readable(linear: nn.Module) -> bool:
     False for a layer with a bias (ours have none where this is asked, but a layer may have been replaced), and if
     something acts in place of the layer or around its call: an adapter, a parametrisation, hooks (accelerate's
     offloading, an observer, hooks on all modules), a replaced forward, a sharded weight, or one on the meta device.
-    True for a quantised weight; see `is_quantised`.
+    True for a weight that torchao has quantised.
     """
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear) or hooks_on_all_modules():
         return False

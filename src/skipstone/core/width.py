@@ -123,21 +123,22 @@ class InputGroupRouter(GroupRouter):
 class ActivationGroupRouter(GroupRouter):
     """A router that chooses neuron groups from the MLP's own intermediate results.
 
-    The MLP calls its methods between its matrices; it has no forward. Groups are tried (multiplied by the second
-    matrix) if their activations promise enough, and kept (multiplied by the last matrix) if their products do.
-    typical_F: fp32, root mean square of the second matrix's output for each neuron.
+    The router has no forward; the MLP calls its methods between its matrices. Groups are tried (multiplied by the up
+    projection) if their activations promise enough, and kept (multiplied by the down projection) if the products of
+    activation and up projection do. typical_F: fp32, root mean square of the up projection's output for each of F
+    neurons.
     """
 
     typical_F: Tensor
 
     @property
     def tried(self) -> int:
-        """The number of groups per token for which the second matrix (up projection) is currently multiplied."""
+        """The number of groups per token that the up projection (second matrix) currently multiplies."""
         raise NotImplementedError
 
     @property
     def kept(self) -> int:
-        """The number of groups per token that the last matrix (down projection) currently multiplies."""
+        """The number of groups per token that the down projection (last matrix) currently multiplies."""
         raise NotImplementedError
 
     @property
@@ -146,38 +147,38 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def counts(self, a_BTF: Tensor) -> tuple[int, int]:
-        """Return for how many groups the second matrix is multiplied (tried) and for how many the last one (kept).
+        """Return how many groups the up projection multiplies (tried), and how many the down projection (kept).
 
         a_BTF: activations of the one token of a call, from which routers without fixed numbers count the groups.
         """
         return self.tried, self.kept
 
     def worth_trying(self, a_BTF: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the groups' scores, fp32 [B, T, G], and which groups to multiply by the second matrix, bool [B, T, G].
+        """Return the groups' scores, fp32 [B, T, G], and which groups to multiply by the up projection, bool [B, T, G].
 
-        a_BTF: activations of all neurons (the first matrix's output after the activation function).
+        a_BTF: activations of all neurons (the gate projection's output after the activation function).
         """
         raise NotImplementedError
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which groups to multiply by the last matrix, bool [B, T, G].
+        """Return which groups to multiply by the down projection, bool [B, T, G].
 
-        h_BTF: activations times the second matrix's output; 0 for groups for which that was not computed.
+        h_BTF: activations times the up projection's output; 0 for groups for which the latter was not computed.
         """
         raise NotImplementedError
 
     def price(self, a_BTF: Tensor) -> Tensor | None:
         """Return the auxiliary loss of each token, fp32 [B, T]; None if the router has none.
 
-        a_BTF: activations of all neurons.
+        a_BTF: activations of all neurons (the gate projection's output after the activation function).
         """
         return None
 
     def record(self, score_BTG: Tensor, tried_BTG: Tensor, kept_BTG: Tensor, tokens: Tokens) -> NeuronGroupsRecord:
-        """Return the record of these decisions, with NaN scores and False masks for padding.
+        """Return the record of a call's decisions, with NaN scores and False masks for padding.
 
-        score_BTG: the groups' scores, fp32. tried_BTG, kept_BTG: bool, the groups multiplied by the second and by the
-        last matrix. tokens: the tokens of this call.
+        score_BTG: the groups' scores, fp32. tried_BTG, kept_BTG: bool, the groups multiplied by the up and by the down
+        projection. tokens: the tokens of the call.
         """
         raise NotImplementedError
 
@@ -241,10 +242,11 @@ class FeedForward(nn.Module):
         return tokens
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return how much of this MLP a forward pass computed, by name of the routing module: `kept` of `passes`.
+        """Return how much of this MLP a forward pass computed, as a dict by name of the routing module.
 
-        What is measured is, for example, the share of neuron groups that were on, or the number of choices of experts
-        in a row of tokens. The dict is empty for a dense MLP. records: the decisions recorded in that pass, by name.
+        The amount is, for example, the share of neuron groups that were on, or the mean number of chosen experts in a
+        row of tokens; the method `passes` takes the dict as `kept`. It is empty for a dense MLP. records: the decisions
+        recorded in the forward pass, by name.
         """
         return {}
 
@@ -258,5 +260,5 @@ class FeedForward(nn.Module):
         return torch.ones(1, 1)
 
     def inactive_weights(self) -> int:
-        """Return the number of weights that a token could use but does not: those of the experts not chosen."""
+        """Return how many weights a token does not use, those of experts that it does not choose; 0 without experts."""
         return 0

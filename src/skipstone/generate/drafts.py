@@ -51,8 +51,8 @@ class Draft:
     def see(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Receive the hidden states of the tokens that the model has computed since the last call.
 
-        It is called only if `reads_states` is True. hidden_BTD: normalised hidden states, [B, T, D] (rows, tokens,
-        width). mask_BT: [B, T], 0 for padding; given with the prompt only, else None.
+        The method is called only if `reads_states` is True. hidden_BTD: normalised hidden states, [B, T, D] (rows,
+        tokens, width). mask_BT: [B, T], 0 for padding; given with the prompt only, else None.
         """
 
     def rest(self) -> None:
@@ -174,7 +174,7 @@ class LowerBudget(OwnDraft):
     """A draft by the model at a lower budget, which is the share of the dense model's FLOPs that it executes.
 
     model: the model that is to be sped up. table: the model's thresholds for every budget. budget: the budget at which
-    guesses are made. Raises ValueError for a budget outside the table's range.
+    guesses are made. Raises ValueError for a budget that the table says the model cannot meet.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, table: BudgetTable, budget: float) -> None:

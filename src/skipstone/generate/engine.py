@@ -93,10 +93,10 @@ def generate(
     """Continue a prompt and return prompt and continuation, int64 [B, T + N] with N <= max_new_tokens.
 
     input_ids: int64 [B, T]. attention_mask: 0 for padding, on the left. temperature: 0 is greedy; above 0, tokens are
-    drawn with `seed` from the `top_k` most probable. eos_token_id, pad_token_id: ids that end a text, and that fill
-    ended rows. cache: "dynamic" or "static". budget: share of the dense FLOPs to execute, by budget_table. draft,
-    draft_length: source and number of guesses for speculative decoding. `stream` has the same arguments, and describes
-    them and the errors in full.
+    drawn with `seed` (None: at random) from the `top_k` most probable (None: all). eos_token_id, pad_token_id: ids that
+    end a text, and that fill ended rows; None: generation_config's. cache: "dynamic" or "static" (allocated once).
+    budget: share of the dense FLOPs to execute, by budget_table; None: as set. draft, draft_length: source and number
+    of guesses for speculative decoding; None: no drafts. `stream` describes all these and the errors in full.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -128,14 +128,13 @@ def stream(
     token; above 0, tokens are drawn from softmax(logits / temperature), with `top_k` among the k most probable. seed:
     seed of the draws; None means a random seed. eos_token_id, pad_token_id: ids that end a text, and the id that fills
     ended rows; None means the ids in generation_config. cache: "dynamic" grows, and steps do not compute skipped
-    blocks; "static" is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute;
-    the model is set to it while generating. budget_table: thresholds for it; None means budget.json in the model's
-    folder. draft: source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip",
-    "budget:SHARE", "head", another model or a draft head (`build_draft`). Greedy text then stays the same but for ties
-    in the logits, and sampled text keeps its distribution. draft_length: number of guesses at a time; None means that
+    blocks; "static" is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute
+    while generating; None: as set. budget_table: thresholds for it; None means budget.json in the model's folder.
+    draft: source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip",
+    "budget:SHARE", "head", another model or a draft head (`build_draft`); None: no drafts. Greedy text stays the same
+    but for ties in the logits, and sampled text keeps its distribution. draft_length: guesses at a time, 1 to 32; None:
     measured times decide. Raises ValueError, before the first step, for invalid arguments, a prompt that exceeds the
-    context, and mechanisms that need later tokens; FileNotFoundError for a budget without a table and for "head"
-    without a draft head.
+    context, and mechanisms that need later tokens; FileNotFoundError for a missing budget table or draft head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -161,9 +160,9 @@ def drafting_of(
     """Return the draft for a decoder and the rule that chooses the number of guesses; None if `draft` is None.
 
     decode: the decoder that is to be sped up. draft: the draft's name, another model or a draft head. length: number of
-    guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget and its
-    budget table, or None. Raises ValueError for an impossible draft, a length without a draft, and a decoder with a
-    static cache; FileNotFoundError for "head" without a draft head.
+    guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget (None: as
+    trained) and its budget table (None: the one in its folder). Raises ValueError for an impossible draft, a length
+    without a draft, and a static cache; FileNotFoundError for "head" without a draft head.
     """
     if draft is None:
         if length is not None:
@@ -198,8 +197,9 @@ class _Text:
 class Decoder:
     """A checked prompt, and the loop that continues it: calling a decoder yields a `DecodingPass` for each new token.
 
-    The arguments are those of `stream` with the same names; invalid ones raise ValueError. drafting: the draft and the
-    rule for the number of guesses, which `drafting_of` returns and callers set; None means no drafts.
+    input_ids: int64 [B, T]. attention_mask: 0 for left padding; None: no padding. pad_token_id, eos_token_id: the id
+    that fills ended rows, ids that end a text; None: generation_config's. cache: "dynamic" or "static" (allocated
+    once). Raises ValueError for invalid ones. drafting: the draft and its `Length`, set by callers; None: no drafts.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class Block(GradientCheckpointingLayer):
     """A decoder block of attention and MLP, in which depth mechanisms may decide which tokens are updated.
 
     attention, mlp: its sub-layers. residual: their norms and scale. mechanisms: its depth mechanisms by name. sites:
-    for each place in `SITES` (around a segment of blocks, the block, its attention, its MLP) the names of the
-    mechanisms there, outermost first; those around a segment are in `mechanisms` of the segment's first block only.
+    what they wrap, as lists of their names, outermost first, under the keys "segment" (several neighbouring blocks),
+    "block", "attention" and "mlp"; those around a segment are in `mechanisms` of the segment's first block only.
     span: number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to
     which this block belongs; None if there is no segment or this is its first block. turned_by: the name of the rotary
     angles of its queries and keys; a block keeps them when blocks are removed, copied or exchanged.
@@ -102,7 +102,7 @@ class Block(GradientCheckpointingLayer):
         return added(x_BTD, delta_BTD), self.complete(records, x_BTD)
 
     def mechanism(self, name: str) -> DepthModule:
-        """Return the depth mechanism of this name in this block or around its segment of blocks."""
+        """Return the depth mechanism called `name` in this block or around its segment of neighbouring blocks."""
         return self.mechanisms[name] if name in self.mechanisms else self._around[0].mechanisms[name]
 
     def segment_start(self) -> int | None:

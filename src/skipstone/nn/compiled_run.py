@@ -34,9 +34,8 @@ Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
 class CompiledRun:
     """Consecutive blocks that one call of compiled (numba) code runs for a few tokens, as in decoding.
 
-    They belong to one row, or each to a row of its own.
-
-    blocks: the blocks. sizes: the widths, head counts and constants that all of them share.
+    The tokens are several of one row, or one of each row. blocks: the blocks. sizes: the widths, head counts and
+    constants that all of them share.
     """
 
     def __init__(self, blocks: Sequence[Block], sizes: decode_stack.Sizes) -> None:
@@ -207,8 +206,8 @@ class CompiledRun:
 class Watched:
     """A snapshot of the values that modules hold besides other modules: options, numbers, parameters and buffers.
 
-    modules: the modules to watch, with all their submodules. What was derived from these values stays valid while
-    `unchanged` is True. The contents of tensors may change, because every step reads them.
+    modules: the modules to watch, with all their submodules. What a caller has derived from the values stays valid as
+    long as `unchanged()` returns True. The contents of tensors may change, because every decoding step reads them.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:

@@ -49,7 +49,7 @@ class Float16Linear(_Float16, StoredLinear):
         self.stored = stored
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
+        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I], for I inputs and O outputs."""
         return float16.linear(x, self.values)
 
 

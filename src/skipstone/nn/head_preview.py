@@ -66,8 +66,9 @@ class HeadPreview(OwnDtype):
     def fits(self, head: nn.Module | None) -> bool:
         """Return whether the rows of a head can be read in place.
 
-        head: an unmodified linear layer without bias, hooks or adapters, of the preview's vocabulary, with weights that
-        the compiled kernel reads (`ops.head_preview.readable`).
+        head: the output head. The result is True for an unmodified linear layer without bias, hooks or adapters, of the
+        preview's vocabulary, with weights that the compiled kernel reads (`ops.head_preview.readable`); None gives
+        False.
         """
         if not isinstance(head, HEADS) or type(head) not in HEADS:
             return False
@@ -94,7 +95,7 @@ class HeadPreview(OwnDtype):
         return head_preview.plain(x_ND, self.preview, *_weight(head), self.candidates)
 
     def flops(self) -> int:
-        """Return the FLOPs of the logits of one token: directions, preview and the rows of the candidates."""
+        """Return the FLOPs of one token's logits: projection to the low rank, approximate logits, exact candidates."""
         return head_preview.flops(self.turn.shape[1], len(self.scale), self.directions, self.candidates)
 
     def bytes_read(self, head: nn.Module) -> int:

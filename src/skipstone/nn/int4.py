@@ -24,13 +24,13 @@ class Int4Linear(StoredLinear):
         super().__init__(numbers, in_features, out_features, bias)
 
     def restored(self) -> Tensor:
-        """Return the weight in floating point, [O, I] in the model's dtype."""
+        """Return the weight in floating point, [O, I] (outputs, inputs) in the model's dtype."""
         return int4.restore(self.weight, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
-        """Return the offsets and scales, fp16 [O, 2 G], which must be finite for the weight to be finite."""
+        """Return offsets and scales, fp16 [O, 2 G] for O outputs, G groups of inputs; finite if the weight is."""
         return int4.factors(self.weight)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
+        """Return x weight^T without the bias, [..., O] in the dtype of x. x: [..., I], for I inputs and O outputs."""
         return int4.linear(x, self.weight)

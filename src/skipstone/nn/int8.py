@@ -15,8 +15,8 @@ from skipstone.ops import int8
 class Int8Weights(StoredWeights):
     """A layer with an int8 weight [O, I] and an fp32 scale for each row, or each group of inputs in it; a base class.
 
-    weight_scale: the scales, [O] or [O, I / group], which stay fp32 when the model's dtype changes. group: number of
-    inputs that share a scale; None means one scale per row.
+    O outputs (rows), I inputs. weight_scale: the scales, [O] or [O, I / group], which stay fp32 when the model's dtype
+    changes. group: number of inputs that share a scale; None means one scale per row.
     """
 
     FORMAT, TYPE = "int8", "I8"
@@ -31,11 +31,11 @@ class Int8Weights(StoredWeights):
         return self
 
     def restored(self) -> Tensor:
-        """Return the weight in floating point, [O, I] in the model's dtype."""
+        """Return the weight in floating point, [O, I] (outputs, inputs) in the model's dtype."""
         return int8.restore(self.weight, self.weight_scale, self.compute_dtype)
 
     def stored_floats(self) -> Tensor:
-        """Return the scales, fp32 [O] or [O, I / group], which must be finite for the weight to be finite."""
+        """Return the scales, fp32 [O] or [O, I / group] for O outputs and I inputs; finite if the weight is."""
         return self.weight_scale
 
     def _add_scales(self, rows: int, columns: int, group: int | None) -> None:
@@ -48,9 +48,10 @@ class Int8Weights(StoredWeights):
 class Int8Linear(Int8Weights, StoredLinear):
     """A linear layer with int8 weights [O, I] and fp32 scales, for inference; parameters are filled in by loading.
 
-    in_features, out_features: I and O. bias: whether there is a bias. group: number of inputs that share a scale; None,
-    or a number that does not divide I, means one scale per output. On a CPU with numba, calls without gradients use
-    the int8 weights directly; other calls convert the weights, part by part, to the input's dtype.
+    in_features, out_features: numbers of inputs I and outputs O. bias: whether there is a bias. group: number of inputs
+    that share a scale; None, or a number that does not divide I, means one scale per output. On a CPU with numba, calls
+    without gradients use the int8 weights directly; other calls convert the weights, part by part, to the input's
+    dtype.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: int | None = None) -> None:
@@ -60,7 +61,7 @@ class Int8Linear(Int8Weights, StoredLinear):
         self._add_scales(out_features, in_features, group)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x (scale * weight)^T without the bias, [..., O] in the dtype of x. x: [..., I]."""
+        """Return x (scale * weight)^T without bias, [..., O] in the dtype of x. x: [..., I] (I inputs, O outputs)."""
         return int8.linear(x, self.weight, self.weight_scale)
 
 

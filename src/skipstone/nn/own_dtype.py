@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class OwnDtype(nn.Module):
     """A base class of modules whose buffers move with the model, but keep their dtype.
 
-    So `model.to(torch.bfloat16)` computes what a model does that is loaded in bf16.
+    A model that `model.to(torch.bfloat16)` has converted thus computes the same as one that was loaded in bf16.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -185,8 +185,8 @@ def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_B
 def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
     """Return the axes (rows, tokens) of a tensor `value` with an entry for each token; None for any other tensor.
 
-    shape: [B, T]. Known forms: [B or 1, T, ...], [B or 1, H, T, E], and [N, B or 1, T, ...] with something before the
-    rows, such as the three positions of an image's tokens.
+    shape: [B, T]. Known forms: [B or 1, T, ...], [B or 1, H, T, E] (H heads of E features), and [N, B or 1, T, ...]
+    with N of something before the rows, such as the three positions of an image's tokens.
     """
     B, T = shape
     for row, token in ((0, 1), (0, 2), (1, 2)):
@@ -200,8 +200,8 @@ def token_axes(value: Tensor, shape: torch.Size) -> tuple[int, int] | None:
 def without_keys(mask: Tensor, kept_BK: Tensor) -> Tensor:
     """Return an attention mask in which a key that is not kept is visible to its own query only.
 
-    mask: [B or 1, H or 1, K, K] for K tokens, bool (True: visible) or added to scores. kept_BK: bool [B, K]. A token
-    that is not kept still sees itself, so that no row of the mask hides everything.
+    mask: [B or 1, H or 1, K, K] for H heads and K tokens, bool (True: visible) or added to scores. kept_BK: bool [B,
+    K]. A token that is not kept still sees itself, so that no row of the mask hides everything.
     """
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
     closed = ~(kept_BK[:, None, None, :] | itself)

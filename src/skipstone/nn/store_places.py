@@ -84,8 +84,9 @@ class Places:
     def grow(self, stored: Sequence[Sequence[int]]) -> None:
         """Add the tokens of a step to the lengths of the stores.
 
-        stored: for each block, what a call says of it (`decode_frame.OUTCOMES`): how many tokens had their keys and
-        values appended and which, and how many their running sums (of the activation mechanism) and which.
+        stored: for each block, the numbers that the compiled call returned (`decode_frame.OUTCOMES` lists them), among
+        them the count of tokens whose keys and values were appended, the count of those whose running sums (of the
+        activation mechanism) were, and the rows of both as bits.
         """
         for store, more, said in zip(self.kv, self.sums, stored, strict=True):
             self._grow(store, said[GIVEN_KEYS], said[KEYS_OF])
@@ -103,9 +104,9 @@ class Places:
 def is_usual(store: Any, like: Mapping[str, tuple[int, ...]], rows: int) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    store: any store of a cache layer. like: the shape of one entry in each fp32 tensor, by tensor name, that the store
-    should have beside the int64 slots if it holds anything yet; those of another model's cache may differ. rows: the
-    number of rows that it should then have.
+    store: any store of a cache layer; an empty `RaggedStore` always passes. like: the shape of one entry in each fp32
+    tensor that a filled store must have beside the int64 slots, by tensor name. rows: the number of rows that a filled
+    store must have.
     """
     if type(store) is not RaggedStore:
         return False

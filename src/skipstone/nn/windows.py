@@ -52,8 +52,9 @@ def closes(window: int | None, tokens: Tokens) -> bool:
 def pairs(length: float, window: int | None) -> float:
     """Return the number of attention scores per head that are computed for a row attending to itself.
 
-    length: tokens of the row. window: number of slots that a query sees; None means all of them. Attention in bands
-    (`in_bands`) is counted if it needs fewer scores.
+    length: tokens of the row. window: number of slots (indices in the row) that a query sees; None means all of them.
+    The smaller number of two ways to compute counts: all pairs, or chunks of `window` queries with 2 `window` keys
+    each.
     """
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)
