@@ -104,9 +104,10 @@ def sampled_text(source: str, out: Path, also: str | None = None, **options: Any
     """Let a checkpoint generate text into the folder `out`, unless that exists already; return the folder.
 
     source: path or hub name of the checkpoint. also: name of a corpus whose validation split becomes the first part of
-    the training text; None means that there is only generated text. options: `tokens`, `length`, `batch`, `start`,
-    `seed` and `dtype`, which are arguments of `skipstone.adapt.self_generated.write`. The folder has train.txt and
-    validation.txt. Raises `Busy` (a ValueError) while another process generates into the folder.
+    the training text; None means that there is only generated text. options: `tokens` (stop once there are so many),
+    `length` (most tokens of a text), `batch` (texts generated at a time), `start` (prompt of each text), `seed` and
+    `dtype`, with the defaults of `skipstone.adapt.self_generated.write`. The folder has train.txt and validation.txt.
+    Raises `Busy` (a ValueError) while another process generates into the folder.
     """
     if not out.is_dir():
         with locked(out), complete(out) as partial:  # raises Busy while another process samples it

@@ -74,8 +74,8 @@ def _units(measured: PlainMapping, title: str) -> Section:
 def advantage(unit: PlainMapping, score: str, share: float) -> float:
     """Return by how many nats the loss is lower than with random tokens if `score` chooses which tokens are updated.
 
-    unit: an entry of `units` of `benefit.oracle`. score: name of the score, such as "entropy". share: the share of
-    tokens that are updated.
+    unit: the dict of some blocks, an entry of `units` in the result of `benefit.oracle`. score: name of the score, such
+    as "entropy". share: the share of tokens that are updated.
     """
     kept: Mapping[str, float] = unit["kept"][f"{share:g}"]
     return kept[RANDOM] - kept[score]

@@ -68,7 +68,8 @@ FILES = {
 class Catalogue(MutableMapping[str, "Study"]):
     """A mapping from the names of studies to the studies, which imports a study when it is first asked for.
 
-    Names are in the order of `FILES`. A study that is assigned replaces the one of the same name.
+    Names are in the order of `FILES`, this module's table of studies. A study that is assigned replaces the one of the
+    same name.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Figures of models whose gates are trained soft and executed hard: savings that are claimed and that are realised.
 
-A token-layer is one token in one block. `claimed` is the share of them that the paper's metric counts as saved, one
-minus the mean of soft gates (arXiv 2605.05222). `skipped` is the share that the executed pass leaves out. Both are
-taken over all blocks, gated or not.
+A soft gate only scales a block's update; a hard one keeps or skips it. A token-layer is one token in one block.
+`claimed` is the share of them that the paper's metric counts as saved, one minus the mean of soft gates (arXiv
+2605.05222). `skipped` is the share that the executed pass leaves out. Both are taken over all blocks, gated or not.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def exit_name(threshold: float) -> str:
 class RandomMasks(Pass):
     """A forward pass in which gates do not decide: each block with a gate keeps tokens at random.
 
-    shares: the probabilities with which the blocks keep a token, one for each block with a gate. generator: the source
-    of random numbers, seeded with 0.
+    name: the pass's name. routing, executor: without effect. shares: the probabilities with which the blocks keep a
+    token, one for each block with a gate. generator: the source of random numbers, seeded with 0.
     """
 
     shares: tuple[float, ...]

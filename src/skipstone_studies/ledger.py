@@ -1,8 +1,8 @@
 """The ledger: costs and claims of all records, as two tables for the README of the results and a page that draws them.
 
-The FLOPs of a record are those that its grid counted, else three times the executed forward FLOPs per token (one
-forward and two for backward) times the number of tokens. Gates that are trained soft compute everything, so their
-training took more.
+The FLOPs of a record are the executed training FLOPs that it states (as studies at equal FLOPs do), else three times
+the executed forward FLOPs per token (one forward and two for backward) times the number of tokens. Gates that are
+trained soft compute everything, so their training took more.
 """
 
 from __future__ import annotations
@@ -192,8 +192,9 @@ def _arms(arms: Sequence[str]) -> str:
 def write(out: Path) -> Path:
     """Write the tables of all studies' costs and claims into OUT/README.md, and OUT/ledger.html, which draws them too.
 
-    out: the folder of all records, which has the README. There they replace what is between their marks. Returns the
-    path of the README. Raises ValueError if it has no such marks, FileNotFoundError if it does not exist.
+    out: the folder of all records, which has the README. The costs replace what is there between the marks `<!--
+    compute:begin -->` and `<!-- compute:end -->`; so do the claims, with `claims` in the marks. Returns the path of the
+    README. Raises ValueError unless each mark occurs once, FileNotFoundError if there is no README.
     """
     path = out / "README.md"
     for name in (COMPUTE, CLAIMS):

@@ -35,8 +35,9 @@ def standard(folder: Path) -> PlainDict:
 def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
     """Return figures that compare the arms of one seed, timed in turns so that noise of the machine affects all alike.
 
-    runs: the run folder of each arm (compared recipe). The result has for each arm: `training_speed`, a dict with its
-    training tokens per second and their spread; `comparison`, the figures that `skipstone compare --json` writes of it.
+    runs: the run folder of each arm (compared recipe). The result has for each arm: `training_speed`, a dict with
+    `tokens_per_second` in training (the median), `spread` (half of the range divided by the median) and `rounds`;
+    `comparison`, the figures that `skipstone compare --json` writes of it.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]

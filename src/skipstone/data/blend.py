@@ -25,7 +25,8 @@ SOURCE_STREAM = 1 << 20  # far from the streams from which windows are drawn
 def check_sources(blend: Blend, known: Sequence[str]) -> None:
     """Raise ValueError if the blend gives a share to a source whose name is not in `known`.
 
-    The message names the nearest known source. blend: the shares to check. known: the names of the sources that exist.
+    The message names the nearest known source. A source is a folder of tokenised text. blend: the shares of training
+    rows by source, to be checked. known: the names of the sources that exist.
     """
     for name in {**blend.start, **(blend.end or {})}:
         if name not in known:
@@ -65,8 +66,9 @@ class BlendedWindows(_Joined):
     Each source is divided into adjacent windows. Every window is read once, in an order shuffled by the seed; when all
     have been read, they are read again in another order. rows: number of rows in all; row i depends on this number,
     because the shares depend on the progress i / rows. sources: the windows of each source. names: the names of the
-    sources, in the same order. blend: the share of the rows that each source has. seed: the seed by which the source of
-    each row is drawn. once: whether to raise ValueError if `rows` rows would read some window twice.
+    sources, in the order of `sources`. blend: the share of the rows that each source has. seed: the seed by which the
+    source of each row is drawn. once: whether to raise ValueError if `rows` rows would read some window twice; if
+    False, they may. A row is a dict of int64 tensors (T,), as `WindowsOnce` gives it.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -88,7 +90,10 @@ class BlendedWindows(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """For each of N rows, the index of its source, and its place in that source's order: two int arrays [N]."""
+        """The index of each of N rows' source, and the row's place within that source: two int arrays [N].
+
+        The index counts in `sources`, the place counts the rows of the source in reading order; both begin with 0.
+        """
         index_N = np.arange(self.rows)
         ends_NS = np.cumsum(self.blend.shares(index_N / self.rows), axis=1)
         drawn_N1 = draws.uniform(self.seed, SOURCE_STREAM, index_N, 1)

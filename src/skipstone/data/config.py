@@ -20,7 +20,7 @@ LARGEST = 1 << 31  # largest context, seed and number of rows
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """The shares in which training rows come from several sources, constant or changing over the training.
+    """The shares in which training rows come from several sources (folders of tokenised text), constant or changing.
 
     start: the share of each source, by its name, until the fraction `anneal_from` of the training is done. A source
     that is not named has the share 0. Only proportions count, so the shares need not sum to 1. end: the shares at the

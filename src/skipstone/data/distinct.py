@@ -68,7 +68,7 @@ def drop_copies(documents: Iterable[str], known: Grams) -> Iterator[str]:
 def share_known(found: Grams, known: Grams) -> float:
     """Return the share of the hashes `found` that occur in `known`, from 0 to 1; 0 if either array is empty.
 
-    Both are uint64 [N]; `known` must be sorted.
+    Both are uint64 arrays with one axis, of any lengths; `known` must be sorted.
     """
     if not len(found) or not len(known):
         return 0.0
@@ -87,9 +87,10 @@ def passages(document: str) -> Iterator[str]:
 
 
 def grams(text: str) -> Grams:
-    """Return a 64-bit hash of every run of 13 consecutive words of a text, uint64; empty for fewer than 13 words.
+    """Return a 64-bit hash of every run of 13 consecutive words of a text, in order, as a uint64 array with one axis.
 
-    Case, and everything between words, is ignored.
+    A text of W words has W - 12 of them; for fewer than 13 words, the array is empty. Case, and everything between
+    words, is ignored.
     """
     words = WORD.findall(text.lower())
     if len(words) < GRAM:

@@ -3,11 +3,13 @@
 The depth that text needs is unknown, while the depth that a span's operations need is known. The corpus thus shows
 whether a model spends depth where it is needed, and what that costs on text.
 
-A span begins at a uniformly random place, at least one token from either end of its window, and is independent of other
-spans. Its symbols are 15 additional tokens after the text's vocabulary. Targets are aligned with the inputs
-(`shift_labels`): in text the next token, at a span's entry the label of Switched-S3. There is no target at the token
-before a span, whose first entry is random, and at the window's last token. `difficulty` is -2 in text, and in spans it
-is as in Switched-S3. Shapes: B rows, T tokens per row, S entries of a span.
+Switched-S3 (`switched.py`) is a synthetic task of operations on a permutation, of fillers that do nothing, and of
+switches. A span begins at a uniformly random place, at least one token from either end of its window, and is
+independent of other spans. Its symbols are 15 additional tokens after the text's vocabulary. Targets are aligned with
+the inputs (`shift_labels`): in text the next token, at an entry of a span the state after an operation, else the entry
+itself. There is no target at the token before a span, whose first entry is random, and at the window's last token.
+`difficulty` is -2 in text, and in spans the number of operations since the last reset, or -1 for fillers and switches.
+Shapes: B rows, T tokens per row, S entries of a span.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ class MixedWindows(RowDataset):
     """A dataset of text windows, half of which contain a span of 32 tokens from the synthetic task Switched-S3.
 
     Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same targets
-    one place later; and difficulty, the depth that a token of a span needs (-1 for its fillers and switches, -2 for all
-    tokens of the text, whose depth is not known). text: the windows. first_id: id of the first of the span's 15
-    symbols, whose ids follow the text's vocabulary. seed, stream: row i is a function of row i of the text and of
-    (seed, stream, i); streams separate training from validation. Raises ValueError for a context of fewer than 34
-    tokens.
+    one place later; and difficulty, the depth that a token of a span needs (the number of operations since the last
+    reset, -1 for fillers and switches, -2 for all tokens of the text, whose depth is not known). rows: number of rows.
+    text: the windows of text, T tokens each. first_id: id of the first of the span's 15 symbols, whose ids follow the
+    text's vocabulary. seed, stream: row i is a function of row i of the text and of (seed, stream, i); streams separate
+    training from validation. Raises ValueError for a context of fewer than 34 tokens.
     """
 
     text: RandomWindows | WindowsOnce | CoveringWindows = field(repr=False)
@@ -76,9 +78,9 @@ class MixedWindows(RowDataset):
         return self.text.lengths(index_B)
 
     def spanned(self, index_B: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of the rows `index_B` contain a span of Switched-S3, bool [B].
+        """Return which of B rows contain a span of the synthetic task Switched-S3, bool [B].
 
-        A row of evaluation text that is shorter than the context has none.
+        index_B: int64 [B], the indices of the rows. A row of evaluation text that is shorter than the context has none.
         """
         drawn_B = draws.uniform(self.seed, self._place, index_B, 1)[:, 0] < SHARE
         lengths_B = self.lengths(index_B)
@@ -86,9 +88,10 @@ class MixedWindows(RowDataset):
 
     @property
     def num_labels(self) -> int:
-        """The number of predictions in all rows, for evaluation windows only: that of the text, minus one per span.
+        """The number of tokens that all rows together predict: those of the text, minus one for each span.
 
-        The token before a span has no target, because the first token of a span is random.
+        The token before a span has no target, because the first token of a span is random. Only for windows of
+        evaluation text (`CoveringWindows`).
         """
         assert isinstance(self.text, CoveringWindows)
         return self.text.num_labels - int(self.spanned(np.arange(self.rows)).sum())

@@ -64,10 +64,10 @@ class RandomWindows(_Windows):
     """A dataset of training rows: windows at uniformly random places of the text, and row i is a function of (seed, i).
 
     Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
-    the token. ids: token ids of the split. context: tokens per row, T. document_starts: int64 [D], the index of each
-    document's first token; with it, rows also have document_ids and position_ids, int64 (T,), which count from 0 in
-    each row and in each document of a row; None means rows without these fields. There are no epochs. Raises ValueError
-    if `ids` is shorter than a row.
+    the token. rows: number of rows. ids: int [N], token ids of a split. seed: the seed of the places. context: tokens
+    per row, T. document_starts: int64 [D], the index of each document's first token; with it, rows also have
+    document_ids and position_ids, int64 (T,), which count from 0 in each row and in each document of a row; None means
+    rows without these fields. There are no epochs. Raises ValueError if `ids` is shorter than a row.
     """
 
     seed: int
@@ -90,9 +90,9 @@ class WindowsOnce(_Windows):
     """A dataset of training rows that reads no token twice: adjacent windows, in an order shuffled by `seed`.
 
     Rows have input_ids and labels, int64 (T,); labels are the ids themselves, or -100 where nothing in the row predicts
-    the token. rows: number of rows. ids: token ids of the split. context: tokens per row, T. document_starts: int64
-    [D], the index of each document's first token, for rows with document_ids and position_ids; None means rows without
-    these fields. Raises ValueError if `rows` is larger than the number of windows.
+    the token. rows: number of rows. ids: int [N], token ids of a split. context: tokens per row, T. document_starts:
+    int64 [D], the index of each document's first token, for rows with document_ids and position_ids; None means rows
+    without these fields. Raises ValueError if `rows` is larger than the number of windows.
     """
 
     seed: int
@@ -141,7 +141,10 @@ class WindowsOnce(_Windows):
 
 
 def num_covering(tokens: int, context: int) -> int:
-    """Return how many rows of `context` tokens `CoveringWindows` needs to predict every one of `tokens` tokens."""
+    """Return how many overlapping rows predict every one of `tokens` tokens but the first.
+
+    Rows are as in `CoveringWindows`: each has `context` tokens and begins with the last token of the row before.
+    """
     return -(-(tokens - 1) // (context - 1))
 
 
@@ -152,7 +155,7 @@ class CoveringWindows(_Windows):
     Together they predict every token exactly once, except for the first one and, if `document_starts` is given, the
     first one of each document. Rows have input_ids and labels, int64 (T,); labels are -100 where nothing in the row
     predicts the token. The last row may be shorter; `collate` pads it. rows: number of rows; if it is smaller than
-    needed, only the beginning of the text is covered. ids: token ids of the split. context: tokens per row.
+    needed, only the beginning of the text is covered. ids: int [N], token ids of a split. context: tokens per row.
     document_starts: int64 [D], the index of each document's first token, for rows with document_ids and position_ids;
     None means rows without these fields. Raises ValueError for fewer than two tokens, or more rows than are needed.
     """

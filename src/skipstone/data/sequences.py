@@ -1,8 +1,8 @@
 """The copy and sort tasks: n symbols, a separator, the same symbols again (in order, or sorted), an end token.
 
-The context is 2n + 2. Sizes are those of arXiv 2605.05222 (32 ids); the layout is ours: symbols 0..29, separator 30,
-end 31. Labels follow Hugging Face's convention (the model shifts) and are -100 up to the separator. Shapes: B rows, N
-symbols, T = 2N + 2 tokens per row.
+The context is 2n + 2. The 32 ids are as in arXiv 2605.05222, their order is ours: symbols 0..29, separator 30, end 31.
+Labels follow Hugging Face's convention (the model shifts) and are -100 up to the separator. Shapes: B rows, N symbols,
+T = 2N + 2 tokens per row.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ SEPARATOR, END = 30, 31
 class Sequences(RowDataset):
     """A dataset for the copy or sort task: n symbols, a separator, the symbols again (sorted or not), an end token.
 
-    task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of (seed, stream, i),
-    where streams separate training from validation rows. Rows have input_ids and labels, int64 (T,); labels are not
-    shifted, and -100 up to and including the separator. Raises ValueError unless `context` is even and at least 4.
+    rows: number of rows. task: "copy" or "sort". context: tokens per row, 2n + 2. seed, stream: row i is a function of
+    (seed, stream, i), where streams separate training from validation rows. Rows have input_ids and labels, int64 (T,);
+    labels are not shifted, and -100 up to and including the separator. Raises ValueError unless `context` is even and
+    at least 4.
     """
 
     task: Literal["copy", "sort"]

@@ -44,8 +44,8 @@ class Shard:
 
     name: the name of both files without their suffixes, .tokens and .documents. tokens, documents: how many tokens and
     documents the shard has. bytes: the number of UTF-8 bytes of its text. sha256: SHA-256 of the file with token ids,
-    in hexadecimal. documents_sha256: that of the file with document starts. Raises ValueError for a name with a path in
-    it, and for numbers out of range.
+    in hexadecimal. documents_sha256: SHA-256 of the file with document starts. Raises ValueError for a name with a path
+    in it, and for numbers out of range.
     """
 
     name: str
@@ -136,7 +136,7 @@ def open_shards(folder: Path) -> ShardSet:
     """Open a folder of shards: read its manifest and check the tokenizer's files against it, but read no token ids.
 
     Raises FileNotFoundError if the folder has no manifest (writing has not finished); ValueError for a manifest in
-    another format and for a tokenizer that differs.
+    another format, and for a file of the tokenizer that is absent or differs from the manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -192,9 +192,10 @@ def fingerprint(sets: Mapping[str, ShardSet]) -> str:
 
 
 def check(folder: Path, manifest: Manifest, splits: Sequence[str]) -> None:
-    """Read all files of these splits; raise ValueError for the first whose size or SHA-256 is not the manifest's.
+    """Read all files of some splits; raise ValueError for the first that is absent or not as the manifest says.
 
-    folder: where the files are. splits: their names, such as ["train"].
+    It compares sizes and SHA-256. folder: where the files are. manifest: the description of the folder. splits: names
+    of the splits, such as ["train"].
     """
     itemsize = DTYPES[manifest.dtype].itemsize
     for shard in (shard for split in splits for shard in manifest.splits[split]):

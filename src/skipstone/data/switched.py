@@ -8,8 +8,8 @@ Each entry is, independently, a switch (probability 1/8; `on` with 2/7, else `of
 uniform element); the first entry of a row is always a switch. So one entry in four is an operation (1/4 = 2/7 * 7/8,
 except for the first), whatever its symbol. A switch's label is itself.
 
-Ids: 0 off, 1 on, 2..7 elements, 8 reset, 9..14 states (labels only): a vocabulary of 15. Labels, difficulty and bins as
-in Reset-S3: `difficulty` counts operations since the last reset that was an operation; fillers and switches have -1.
+Ids: 0 off, 1 on, 2..7 elements, 8 reset, 9..14 states (labels only): a vocabulary of 15. An operation's label is the
+state after it. `difficulty` counts operations since the last reset that was an operation; fillers and switches have -1.
 Shapes: B rows, T entries per row.
 """
 
@@ -41,10 +41,11 @@ class SwitchedS3(RowDataset):
     """A dataset for Switched-S3: rows of symbols that are operations or fillers, depending on the last switch.
 
     After a switch `on`, symbols are operations on a state, a permutation of three things; after `off` they are fillers,
-    so that a symbol alone does not show whether it needs depth. seed, stream: row i is a function of (seed, stream, i).
-    context: tokens per row, T. Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same
-    place (the state after an operation, else the symbol itself); labels, the same targets one place later; and
-    difficulty, the number of operations since the last reset (-1 for fillers and switches).
+    so that a symbol alone does not show whether it needs depth. rows: number of rows. seed, stream: row i is a function
+    of (seed, stream, i); streams separate training from validation. context: tokens per row, T. Rows have int64 (T,):
+    input_ids; shift_labels, the target of the logits at the same place (the state after an operation, else the symbol
+    itself); labels, the same targets one place later; and difficulty, the number of operations since the last reset (-1
+    for fillers and switches).
     """
 
     seed: int

@@ -58,11 +58,11 @@ MULTIPLY = _multiply()
 class ResetS3(RowDataset):
     """A dataset for Reset-S3: rows of fillers, and of operations on a state (a permutation of three things).
 
-    An operation's label is the state after it; a filler's label is the filler itself. seed: the seed of the rows.
-    stream: separates training from validation rows; row i is a function of (seed, stream, i). context: tokens per row,
-    T. Rows have int64 (T,): input_ids; shift_labels, the target of the logits at the same place; labels, the same
-    targets one place later; and difficulty, the number of operations since the last reset (-1 for fillers), which is
-    the depth that a token needs.
+    An operation's label is the state after it; a filler's label is the filler itself. rows: number of rows. seed: the
+    seed from which rows are drawn. stream: separates training from validation rows; row i is a function of (seed,
+    stream, i). context: tokens per row, T. Rows have int64 (T,): input_ids; shift_labels, the target of the logits at
+    the same place; labels, the same targets one place later; and difficulty, the number of operations since the last
+    reset (-1 for fillers), which is the depth that a token needs.
     """
 
     seed: int
@@ -90,10 +90,10 @@ def solve(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the state of Reset-S3 after each token, and the token's difficulty, int64 (B, T) each.
 
-    The state is a permutation of three things, an index into ELEMENTS. element_BT: the permutation that each token
-    applies, also an index, used only for operations other than resets. reset_BT: bool, which tokens are resets.
-    operation_BT: bool, which tokens are operations, resets included; all others change nothing and have difficulty -1.
-    Difficulty counts the operations since the last reset or the start of the row.
+    The state is a permutation of three things, as an index (0 to 5) into ELEMENTS, the tuple of all six. element_BT:
+    the permutation that each token applies, also an index, used only for operations other than resets. reset_BT: bool,
+    which tokens are resets. operation_BT: bool, which tokens are operations, resets included; all others change nothing
+    and have difficulty -1. Difficulty counts the operations since the last reset or the start of the row.
     """
     states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
     state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)

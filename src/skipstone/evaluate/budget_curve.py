@@ -48,8 +48,8 @@ def at_budgets(
     """Measure FLOPs and loss of a model as trained and then at each of `budgets`, and return one `AtBudget` for each.
 
     loaded: the run, whose model is measured. data: its validation rows are read. budget_table: the model's thresholds
-    for every budget. budgets: shares of the dense model's FLOPs. batch_size: rows of a pass. Raises ValueError for a
-    budget that the table cannot meet.
+    for every budget. budgets: shares of the dense model's forward FLOPs. batch_size: rows of a pass. Raises ValueError
+    for a budget that the table cannot meet.
     """
     return tuple(_measured(loaded, data, budget_table, target, batch_size) for target in (None, *budgets))
 
@@ -121,7 +121,8 @@ class Calibrated(OneTable):
     def to_dict(self) -> PlainDict:
         """Return plain values for JSON.
 
-        The keys are "path", "range" ([least, largest] budget) and "points" (a dict for each measured operating point).
+        The keys are "path", "range" ([least, largest] budget) and "points": for each measured operating point a dict
+        with "share" (of the dense FLOPs), "thresholds" and "kept" (the share of tokens that each threshold keeps).
         """
         return plain(
             {

@@ -38,9 +38,9 @@ COLUMNS = 6  # runs that fit beside each other on 120 columns
 class Comparison:
     """Figures of several runs, in the order in which they were named.
 
-    machine: the keys `device`, `threads` and `torch` (its version). dense, forced: on a synthetic corpus that marks the
-    tokens that need depth, the figures of a run without routing and of a run that keeps these tokens; None if no such
-    runs were named.
+    runs: the figures of each run. machine: the keys `device`, `threads` and `torch` (its version). dense, forced: on a
+    synthetic corpus that marks the tokens that need depth, the figures of a run without routing and of a run that keeps
+    these tokens; None if no such runs were named.
     """
 
     runs: tuple[RunMetrics, ...]
@@ -52,9 +52,10 @@ class Comparison:
     def captured(self) -> dict[str, dict[str, float]]:
         """For each run, the share of the gap between two reference runs' accuracies that it closes.
 
-        It is {run: {bin of difficulty: share}}. The references are the dense run (share 0) and the run that keeps the
-        tokens marked as needing depth (share 1). Difficulty is the number of operations on which a token of a synthetic
-        corpus depends. Empty unless both were named.
+        It is {name of the run: {bin of difficulty: share}}, with the bins "0-3", "4-7", "8-15", "16+" and "all
+        operations". The references are the dense run (share 0) and the run that keeps the tokens marked as needing
+        depth (share 1). Difficulty is the number of operations on which a token of a synthetic corpus depends. Empty
+        unless both reference runs were named.
         """
         if self.dense is None or self.forced is None:
             return {}

@@ -46,7 +46,10 @@ class TaskEvaluation(OneTable):
     scores: tuple[Score, ...]
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON: "run", its name, and "scores", a list of dicts with the fields of `Score`."""
+        """Return plain values for JSON: "run", the run's name, and "scores", a list of dicts.
+
+        The keys of each are "task", "metric", "value", "error" (standard error of the value), "shots" and "samples".
+        """
         return plain({"run": self.name, "scores": [vars(score) for score in self.scores]})
 
     def section(self) -> Section:

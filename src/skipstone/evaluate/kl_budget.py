@@ -2,8 +2,8 @@
 
 Two things can be set: the routing thresholds of a model that has some, to one of the operating points of its budget
 table; and, of a model whose output head computes exact logits for a few candidate tokens only (chosen by a preview of
-all logits), the number of these candidates. Thresholds are set first, while the whole head is computed. The divergence
-is
+all logits), the number of these candidates. Thresholds are set first, while the whole head is computed. The source is
+the reference whose predictions the model should keep: by default the same model as trained. The divergence is
 
     KL(source || model with the setting), in nats per token, over calibration rows
 
@@ -49,7 +49,8 @@ class AtSetting:
     """Figures of a model with one setting of its thresholds or of the candidates of its output head.
 
     setting: its name, such as "budget 0.75" or "512 candidates". bytes: bytes of weights that decoding reads for a
-    token. flops: forward FLOPs per token. kl: the mean over tokens of KL(source || model with this setting), in nats.
+    token. flops: forward FLOPs per token. kl: the mean over tokens of KL(source || model with this setting), in nats,
+    where the source is a reference model.
     """
 
     setting: str
@@ -63,9 +64,9 @@ class KlBudget(OneTable):
     """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
 
     A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
-    preview computes. limit: the largest allowed KL divergence of the model from its source, in nats per token.
-    settings: all settings that were tried. chosen: names of the chosen settings. written: a sentence that names the
-    written files. text: a description of the text on which the divergence was measured.
+    preview computes. limit: the largest allowed KL(source || model) in nats per token, where the source is a reference
+    model. settings: all settings that were tried. chosen: names of the chosen settings. written: a sentence that names
+    the written files. text: a description of the text on which the divergence was measured.
     """
 
     limit: float
@@ -75,7 +76,10 @@ class KlBudget(OneTable):
     text: str
 
     def to_dict(self) -> PlainDict:
-        """Return plain values for JSON, by the names of the fields; "settings" is a list of dicts."""
+        """Return plain values for JSON: "limit", "settings", "chosen", "written" and "text".
+
+        "settings" is a list of dicts with the keys "setting", "bytes", "flops" and "kl".
+        """
         return plain({**vars(self), "settings": [vars(s) for s in self.settings]})
 
     def section(self) -> Section:
@@ -105,14 +109,14 @@ def kl_run(
     context: int | None = None,
     rows: int = ROWS,
 ) -> KlBudget:
-    """Choose the settings (`KlBudget`) that read the fewest bytes with KL(source || model) <= limit, and write them.
+    """Choose the settings that read the fewest bytes of weights with KL(source || model) <= limit, and write them.
 
-    The number of head candidates is written to the configuration; thresholds need a budget table, which is measured and
-    written to budget.json unless there is one. folder: the run or saved model. limit: nats per token, above 0. source:
-    folder or Hub name of the source; None means the model as trained. corpus, context: name of the corpus to measure on
-    and tokens per row; None means the run's own (a saved model has no corpus). rows: number of training rows to measure
-    on. Raises ValueError without a corpus, for a model with nothing to set, a limit that no setting meets, and a source
-    with another vocabulary.
+    Settings are routing thresholds and the number of tokens whose exact logits a head with a preview computes. The
+    number is written to the configuration; thresholds need a budget table, written to budget.json unless there is one.
+    folder: the run or saved model. limit: nats per token, above 0. source: folder or Hub name of the reference model;
+    None means the model itself as trained. corpus, context: the corpus to measure on and tokens per row; None means the
+    run's own (a saved model has no corpus). rows: number of training rows to measure on. Raises ValueError without a
+    corpus, for a model with nothing to set, a limit that no setting meets, and a source with another vocabulary.
     """
     if not 0 < limit < float("inf"):
         raise ValueError(f"kl must be a number above 0, nats a token, got {limit:g}")

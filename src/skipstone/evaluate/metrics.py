@@ -36,8 +36,8 @@ class RunMetrics:
     without later tokens. overhead: the shares of a training step's time that routing and activation mixing take; None
     for a model that is not trained (quantised). result: the content of result.json, which training writes at its end;
     empty for a saved model or unfinished run. rates: timings by task: "prefill", "decode 1", "decode 8" (number of
-    rows). accuracy: on such a corpus, accuracy by bin of difficulty (the number of operations on which a token
-    depends); else None.
+    rows). accuracy: on a synthetic corpus with these marks, accuracy by bin of difficulty (the number of operations on
+    which a token depends); else None.
     """
 
     name: str
@@ -230,7 +230,8 @@ CELLS: dict[str, Cell] = {
 def main_section(runs: Sequence[RunMetrics]) -> Section:
     """Tabulate metrics as rows and runs as columns.
 
-    A metric that no run has is left out; one that cannot be measured on this machine is named in a note instead.
+    runs: the measured runs. A metric that no run has is left out; one that cannot be measured on this machine is named
+    in a note instead.
     """
     rows, notes = [], []
     for name, cell in CELLS.items():

@@ -34,11 +34,10 @@ def write_trace(
 
     Columns: row, position (in the row), token (its text), layer, mechanism (empty for a block without any), score (of
     the router), weight (of the update), kept, loss (of predicting the next token, in nats), routing (causal, or oracle
-    if decisions see the whole row). run: folder of a run or
-    saved model with a tokenizer. text: a file in UTF-8. out: the file to write; its suffix determines the format:
-    .parquet (needs pyarrow), .csv or .jsonl. context: tokens per row; None means the model's maximum. limit: read only
-    the first `limit` tokens; None means all of them. report: called with the number of tokens done and their total.
-    Returns the number of lines.
+    if decisions see the whole row). run: folder of a run or saved model with a tokenizer. text: a file in UTF-8. out:
+    the file to write; its suffix determines the format: .parquet (needs pyarrow), .csv or .jsonl. context: tokens per
+    row; None means the model's maximum. limit: read only the first `limit` tokens; None means all of them. report:
+    called with the number of tokens done and their total. Returns the number of lines.
 
     Raises ValueError for another suffix, a missing package, a model without a tokenizer, an empty text and a context
     out of range; FileExistsError if `out` exists.

@@ -10,7 +10,7 @@ def of_step(model: SkipstoneForCausalLM, flops: Flops, by_candidates: bool) -> f
     """Return the bytes of weights that a decoding step of one row reads, estimated from the FLOPs of its token.
 
     Each multiplied weight counts 2 FLOPs and is read once. model: supplies the mean number of bytes of a block's weight
-    (quantised weights with their scales) and the output head. flops: the FLOPs of one token, of which only those of
+    (quantised weights with their scales) and the output head. flops: the FLOPs of one token, of which only the FLOPs of
     blocks and routers are used. by_candidates: whether the model's low-rank preview (`model.head_preview`) selects a
     few candidate tokens, whose rows are all that is read of the head; ignored for a model without a preview. The
     token's row of the embedding is not counted.

@@ -1,8 +1,9 @@
 """Counting of executed FLOPs by kind and of host syncs, and comparison with the cost model.
 
 An operation is in the FLOP table, or it is free by convention (pointwise, view, reduction, or named below), or it is
-reported as unknown. Fused attention counts 4 H E Tq Tk forward and twice that backward: the scores that a fused kernel
-recomputes are not counted, as in MFU, so that no figure depends on the choice of kernel.
+reported as unknown. Fused attention counts 4 H E Tq Tk forward (H heads of width E, Tq queries, Tk keys) and twice that
+backward: the scores that a fused kernel recomputes are not counted, as in MFU, so that no figure depends on the choice
+of kernel.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def kind_of(modules: set[str]) -> str:
 def is_free(op: torch._ops.OpOverload) -> bool:
     """Return whether an operation counts as 0 FLOPs: a view, pointwise, a reduction, or named in `FREE`.
 
-    op: an operation as torch dispatches it.
+    `FREE` is this module's set of such operations' names. op: an operation as torch dispatches it.
     """
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy}
     return bool(op.is_view or tags & set(op.tags) or op.overloadpacket.__name__ in FREE)

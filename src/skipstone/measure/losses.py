@@ -39,7 +39,7 @@ class LossResult:
     mechanisms; `summaries.layers()` returns them by layer. accuracy: share of correct predictions by bin of difficulty
     ("0-3", "4-7", "8-15" and "16+" operations since the last reset) and over "all operations". kinds: for each of
     "operations", "fillers" and "text" that occurs, "loss" in nats and "depth", the mean number of blocks that update a
-    token. Both are None unless the data state each token's difficulty.
+    token. accuracy and kinds are None unless the data state each token's difficulty.
 
     Raises ValueError without predictions, which have no mean loss.
     """

@@ -35,7 +35,7 @@ Batch = Mapping[str, Tensor]
 def inputs_of(batch: Batch, device: torch.device | None = None) -> dict[str, Tensor]:
     """Return the entries of a batch that are inputs of the model's forward, without labels.
 
-    These are those of `input_ids`, `attention_mask`, `position_ids` and `document_ids` that the batch has. batch:
+    Its keys are `input_ids`, `attention_mask`, `position_ids` and `document_ids`, as far as the batch has them. batch:
     tensors by name. device: the device to move them to; None leaves them where they are.
     """
     return {name: batch[name] if device is None else batch[name].to(device) for name in INPUTS if name in batch}

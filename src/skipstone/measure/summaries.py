@@ -49,7 +49,7 @@ class FigureColumn:
 
 @dataclass(frozen=True)
 class FigureTable:
-    """The layout of a table of one kind of figures, with a row for each layer and mechanism.
+    """The layout of a table of the figures of one kind of mechanism, with a row for each layer and mechanism.
 
     key: a figure that only mechanisms of this kind have; the table shows those that have it. title: heading of the
     table. first: heading of the first column. columns: the other columns. note: explanation below the table, or None.
@@ -92,7 +92,7 @@ class Reader(Generic[AnyModule, AnyRecord]):
         raise NotImplementedError
 
     def result(self) -> PlainDict:
-        """Return the figures of all batches added so far, by name; each reader's class describes its own."""
+        """Return {name: value}, the figures of all batches added so far; each subclass's docstring lists the names."""
         raise NotImplementedError
 
 
@@ -124,7 +124,7 @@ class Summaries:
                     readers.setdefault(name, reader(self._activation_rows)).add(modules[name], record, known_BT)
 
     def layers(self) -> list[dict[str, PlainDict]]:
-        """Return for each block a dict {mechanism name: {figure: value}}; the `Reader` classes list their figures."""
+        """Return for each block {mechanism name: {figure: value}}; the subclasses of `Reader` list all figures."""
         return [{name: reader.result() for name, reader in readers.items()} for readers in self._readers]
 
 
@@ -164,7 +164,7 @@ class DepthReader(Reader[DepthMechanism, DepthRecord]):
     `capacity`: kept tokens as a share of those that reached the mechanism. `capacity_p99`: 99th percentile of that
     share over rows. `weight`: mean factor on the update of a kept token. `precision`, `recall`, `f1`: of the kept
     tokens, against those that a synthetic corpus marks as needing depth; without marks, against the tokens of each row
-    with the highest scores (without these, the keys are missing). A figure is None if no token counts towards it.
+    with the highest scores (keys are missing for mechanisms without scores). A figure is None if no token counts.
     """
 
     tables = (

@@ -24,7 +24,7 @@ class ActivationSummary:
     shares: mean share of each function. entropy: mean entropy of a mix, divided by the largest possible one. strongest:
     for each neuron, the index of the function that is strongest if the logits of all tokens are averaged. by_category:
     the mean shares over the tokens of each category ("letters", "digits", "signs", "white space") that occurs. Lists of
-    shares have the order of the trace's `activation_names`.
+    shares have the order of the field `activation_names` of `TokenTrace`.
     """
 
     shares: list[float]

@@ -40,8 +40,8 @@ def trace_tokens(
     batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: the texts of the first
     tokens of the first row, as many as the trace shows. known_BT: bool [B, T], the tokens that every block with a depth
     mechanism has to keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an
-    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, and without known_BT
-    for a model that needs the caller to decide.
+    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, and, if known_BT is
+    None, for a model that needs the caller to say which tokens blocks keep.
     """
     require_ours(model)
     blocks = list(model.decoder.layers)

@@ -22,9 +22,9 @@ def read_budgets(files: Sequence[Path], runs: Sequence[Run], names: Sequence[str
     """Read the losses at several FLOP budgets from files of `skipstone eval --budget --json`.
 
     files: the files to read. runs, names: the runs on the page and their names there, in the same order. Returns {name
-    of a run: its points}; a point is a dict with `target` (None as trained), `realised` (share of the dense FLOPs),
-    `flops_per_token` and `loss`. Raises ValueError for a file without budgets, and for one whose run is not on the page
-    or is there twice.
+    of a run: its points}; a point is a dict with `target` (the requested share of the dense FLOPs; None as trained),
+    `realised` (the executed share), `flops_per_token` and `loss` (nats per token). Raises ValueError for a file without
+    budgets, and for one whose run is not on the page or is there twice.
     """
     found: dict[str, Points] = {}
     for file in files:
@@ -88,7 +88,8 @@ def table(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> list[tuple[
     """Return the rows of a table of measured budgets: pairs of a run and the row's cells.
 
     The cells are: budget, realised share of the dense FLOPs, FLOPs per token, loss. runs: the runs on the page.
-    budgets: {name of a run: its points}; a point is a dict with `target`, `realised`, `flops_per_token` and `loss`.
+    budgets: {name of a run: its points}; a point is a dict with `target` (the requested share of the dense FLOPs; None
+    as trained), `realised` (the executed share), `flops_per_token` and `loss` (nats per token).
     """
     return [
         (

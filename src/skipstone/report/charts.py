@@ -82,7 +82,7 @@ def _curve(s: Series, pixels: list[tuple[float, float]]) -> list[Markup]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar of a block.
+    """One bar of a chart that has bars for each block of a model.
 
     layer: index of the block. name: what the bar shows; equal names have the same colour. value: height, in [0, 1].
     mark: a value to compare with, drawn as a tick over the bar; None means no tick.
@@ -95,7 +95,7 @@ class Bar:
 
 
 def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: Frame, high: float = 1.0) -> Drawn:
-    """Draw bars by block, side by side if a block has several; colours follow the bars' names.
+    """Draw bars for the blocks of a model, side by side if a block has several; colours follow the bars' names.
 
     data: the bars. layers: number of blocks. y_title: title of the y axis. title: text for screen readers. frame: size
     and margins of the chart. high: the value at the top of the y axis.
@@ -122,7 +122,7 @@ def bars(data: Sequence[Bar], *, layers: int, y_title: str, title: str, frame: F
 def stacked(
     shares: Mapping[int, Sequence[float]], names: Sequence[str], *, layers: int, title: str, frame: Frame
 ) -> Drawn:
-    """Draw shares that sum to 1, as one stack per block.
+    """Draw shares that sum to 1, as one stack for each block of a model.
 
     shares: for each block's index its shares, from bottom to top. names: what the shares are of, in the same order.
     layers: number of blocks. title: text for screen readers. frame: size and margins of the chart.

@@ -42,8 +42,9 @@ def context(
 
     runs: the runs shown on the page. samples: generated text by name of the run, as pairs of a piece of text and the
     share of the compute that it took. measured: {name of a run: its losses at FLOP budgets}; each is a dict with
-    `target`, `realised`, `flops_per_token` and `loss`. maps: traces of texts that are shown beside the decisions of the
-    runs.
+    `target` (the requested share of the dense FLOPs; None as trained), `realised` (the executed share),
+    `flops_per_token` and `loss` (nats per token). maps: decisions on the texts of files of `skipstone trace`, which are
+    shown beside the decisions of the runs.
     """
     return {
         "runs": runs,

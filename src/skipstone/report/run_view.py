@@ -19,8 +19,8 @@ class RunView:
     name: its name on the page. style: colour and dash of its curves. config: the recipe. environment: versions and
     machine. metrics: the log lines. result: the summary of training; empty if training is not finished. mechanisms: a
     description of the model's mechanisms as text. capacities: the largest share of a row's tokens that each mechanism
-    is configured to keep, {block: {mechanism: share}}. trace: what the model decided for a few rows; None if it could
-    not be run. trouble: why it could not be run, or "".
+    is configured to keep, {block: {mechanism: share}}. trace: what the model decided for a few rows; None if the model
+    could not be run. trouble: why the model could not be run, or "".
     """
 
     name: str
@@ -36,7 +36,7 @@ class RunView:
 
 
 def load_view(run: Run, name: str, index: int) -> RunView:
-    """Load everything that a report shows of one run, and keep what has to be measured in its folder.
+    """Load everything that a report shows of one run; what it has to measure is stored in the run's folder.
 
     run: the run. name: its name on the page. index: position on the page, which determines the style. If the model or
     the corpus is missing, only the pictures that need it are left out, and `trouble` says why.

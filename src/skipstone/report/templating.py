@@ -11,7 +11,10 @@ from markupsafe import Markup
 
 
 def script() -> dict[str, Markup]:
-    """Return the only script that a page may run, as `script`, and its SHA-256 hash in base64, as `script_hash`."""
+    """Return the only script that a page may run, as variables of the page's template.
+
+    Keys: `script`, the script's text; `script_hash`, its SHA-256 in base64.
+    """
     templates = files("skipstone.report").joinpath("templates")
     saving, buttons = (templates.joinpath(name).read_text(encoding="utf-8") for name in ("saving.js", "report.js"))
     text = "\n" + saving.replace("export function", "function") + buttons

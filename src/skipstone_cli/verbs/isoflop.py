@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GridScale(StrEnum):
-    """The names of the default grids of `skipstone isoflop`."""
+    """The names of the default grids of `skipstone isoflop`, each a choice of budgets, sizes and learning rates."""
 
     LAPTOP = "laptop"
     PAPER = "paper"
