@@ -1,4 +1,4 @@
-"""IsoFLOP studies: arms at several sizes and equal training FLOPs, compared by parabolas through their losses.
+"""IsoFLOP studies: recipes (arms) at several sizes and equal training FLOPs, compared by parabolas of loss.
 
 A grid is all runs of such a study. A cell is one of its runs whatever the seed: arm, budget of training FLOPs, size and
 learning rate. The base is the arm with which the others are compared.
@@ -10,5 +10,5 @@ learning rate. The base is the arm with which the others are compared.
     result.py    optima, shares of FLOPs and losses after equal times, with confidence intervals
     table.py     the tables and sentences of the result
     page.py      renders the result as Markdown and as one HTML page with charts
-    run.py       `isoflop`: the stages of a grid, each a `Session`; figures of one finished run
+    run.py       `isoflop`: the stages of a grid; figures of one finished run
 """

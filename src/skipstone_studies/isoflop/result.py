@@ -179,9 +179,10 @@ class SameLoss:
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """Return the noise of one run's loss, pooled over all points of `collected` that have several seeds.
+    """Return the noise of one run's loss, pooled over all models of a grid that were trained with several seeds.
 
-    Without such points it is estimated from the parabolas' residuals; None if these do not determine it either.
+    collected: all records of the grid. Without such models the noise is estimated from the residuals of parabolas of
+    loss over size; None if these do not determine it either.
     """
     groups = [point.losses for point in collected if len(point.losses) > 1]
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in groups)

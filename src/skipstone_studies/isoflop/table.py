@@ -24,7 +24,7 @@ PLACES = {
 
 
 def about(result: IsoFlopResult) -> str:
-    """Return the paragraph above the tables of `result`: compared recipes, corpus, budgets, how losses are measured."""
+    """Return the paragraph above the tables of `result`: recipes, corpus, FLOP budgets, and how losses are measured."""
     grid = result.collected.grid
     budgets = " and ".join(map(compact, grid.budgets))
     return (
@@ -130,7 +130,7 @@ def _signed(value: float) -> str:
 
 
 def sections(result: IsoFlopResult) -> list[Section]:
-    """Return the tables of a result, without those that have no rows."""
+    """Return the tables of the isoFLOP result `result`, without those that have no rows."""
     made = [same(result), optima(result), times(result), speeds(result), rates(result), runs(result)]
     return [section for section in made if section.rows]
 

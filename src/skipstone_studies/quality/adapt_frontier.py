@@ -55,13 +55,14 @@ def arms(
     sampled: bool,
     move_to: tuple[float, ...] = (),
 ) -> dict[str, RecipeDict]:
-    """Return the recipes by name: the pretrained source, the source trained further, and methods that compute less.
+    """Return the recipes by name: the pretrained source, the same trained further, and methods that compute less.
 
-    Each is a dict of settings that makes one of the compared models. scale: not used. tokens: training tokens of each
-    arm. rate: learning rate. language_modelling: weight of the cross-entropy in the loss, from 0 to 1. Distillation
-    from the source has the rest of the weight; with 0, no arm trains the source further. sampled: whether training rows
-    are also drawn from text that the source generated. move_to: for each of these budgets (shares of the source's
-    FLOPs), arms are added whose models are set to it after training, without further training; () adds none.
+    The source is the checkpoint before it is adapted. Each recipe is a dict of settings that makes one of the compared
+    models. scale: not used. tokens: training tokens of each arm. rate: learning rate. language_modelling: weight of the
+    cross-entropy in the loss, from 0 to 1. Distillation from the source has the rest of the weight; with 0, no arm
+    trains the source further. sampled: whether training rows are also drawn from text that the source generated.
+    move_to: for each of these budgets (shares of the source's FLOPs), recipes are added whose models are set to this
+    budget after training, without further training; () adds none.
     """
     layers = {**LEAST, "count": 8 * DROPPED // 3}  # a flat optimum: see docs/log.md
     best: PlainDict = {"name": "mixture_of_depths", "layers": layers, "capacity_warmup": 0.15, "kv": "full"}
@@ -147,9 +148,9 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
     """Set the routing thresholds of a model to a budget inside a `with` block.
 
-    model: changed until the block ends. run: the model's run, which is calibrated first if it has no budget table.
-    budget: share of the FLOPs of the source, the checkpoint before it is adapted. A model with neurons by magnitude has
-    no thresholds and stays as it is.
+    model: changed until the block ends. run: the model's run, which is calibrated first if it has no table of
+    thresholds by budget. budget: share of the FLOPs of the source, the checkpoint before it is adapted. A model with
+    neurons by magnitude has no thresholds and stays as it is.
     """
     if model.config.neuron_groups is not None:
         return nullcontext()
@@ -193,9 +194,10 @@ def greedy(folder: Path) -> str:
 def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
     """Return the FLOPs and the speed of decoding one row by each compared model, as ratios to the source's.
 
-    runs: run folders by name of the model (arm). The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted
-    while steps run, "speed": ratio of the tokens per second, as {"median", "min", "max"} over repetitions}}}. Steps
-    follow a prompt from the first text, because what is skipped depends on the text. Arms are timed in turns.
+    The source is the checkpoint before it is adapted. runs: run folders by name of the model (arm), "source" among
+    them. The result is {arm: {"decode": {"flops": ratio of the FLOPs, counted while steps run, "speed": ratio of the
+    tokens per second, as {"median", "min", "max"} over repetitions}}}. Steps follow a prompt from the first text,
+    because what is skipped depends on the text. Arms are timed in turns.
     """
     corpus, split = next(iter(TEXTS.values()))
     data = load_run(runs["source"], split, corpus, CONTEXT).data
@@ -308,8 +310,8 @@ COMPARED = tuple(
 def details(figures: ByArm) -> str:
     """Return the Markdown below the study's table: comparisons with the source and its further training, and samples.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
-    Comparisons need more than one seed.
+    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. The
+    source is the checkpoint before it is adapted. Comparisons need more than one seed.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), samples(figures)) if part)
 

@@ -28,7 +28,8 @@ LEAST = {"score": "block_influence"}
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: the source, the source trained further, without a block, and models that skip.
 
-    Each is a dict of settings that makes one of the compared models. scale: not used.
+    Each is a dict of settings that makes one of the compared models. The source is the checkpoint before it is adapted.
+    scale: not used.
     """
     mixture = {"name": "mixture_of_depths", "layers": {**LEAST, "count": 3}, "capacity_warmup": 0.15}
     best = {**mixture, "kv": "full", "skip": "low_rank", "skip_rank": 16}

@@ -153,18 +153,18 @@ GOES_ON = (
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield two claims for each compared model: on its test loss beside dense-8's, and beside random tokens'.
+    """Yield two claims on each model's test loss, with verdicts: against the dense model, and against random tokens.
 
-    They are that the loss is at least .02 nats per byte below that of the dense model of 8 blocks, and below that of
-    the model that keeps random tokens. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is
-    one of the compared recipes. The verdict is "no headroom" if the dense model of 8 blocks is not better than the
+    The claims are that the loss is at least .02 nats per byte below that of the dense model of 8 blocks, and below that
+    of the model that keeps random tokens. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm
+    is one of the compared recipes. The verdict is "no headroom" if the dense model of 8 blocks is not better than the
     dense model of 5 blocks, because then depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the study's table: headroom of depth, differences between arms, and learning rates.
+    """Return the Markdown below the study's table: what depth gains, differences between arms, and learning rates.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
@@ -172,9 +172,10 @@ def details(figures: ByArm) -> str:
 
 
 def narrow_details(figures: ByArm) -> str:
-    """Return the Markdown below the table of the study of narrow models: as `details`, without its first paragraph.
+    """Return the Markdown below the table of narrow models: what depth gains, differences, and learning rates.
 
-    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
+    Differences are those between the losses of compared recipes (arms). figures: the figures of every run, {arm: {seed:
+    nested dict}}.
     """
     return "\n\n".join(_sections(figures))
 

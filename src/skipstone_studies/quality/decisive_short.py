@@ -26,8 +26,8 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     """Return the recipes by name: dense models of 3, 4 and 5 blocks, and models of 8 blocks that skip.
 
     All have equal training FLOPs, except for a dense model of 8 blocks that is trained for as many steps as the model
-    with word starts, to show what eight blocks for every byte are worth after the same text. scale: "laptop" or
-    "quick". corpus: name of the text, as in data.corpus.
+    that skips by boundaries of words, to show what eight blocks for every byte gain after the same text. scale:
+    "laptop" or "quick". corpus: name of the text, as in data.corpus.
     """
     width, budget = SIZES[scale]
     recipe = partial(depth.arm, scale, corpus, width=width)
@@ -48,11 +48,12 @@ def best_dense(figures: ByArm) -> str | None:
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield for each arm the claims that its test loss is at least .02 nats below the best dense model's and random's.
+    """Yield two claims on each model's test loss, with verdicts: against the best dense model, and random tokens.
 
-    The best dense model is chosen on validation text (`best_dense`); random is the arm that keeps random tokens. The
-    verdict is "no headroom" if eight blocks for every byte, after the same text, are not .02 nats better than it.
-    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
+    The claims are that the loss is at least .02 nats per byte below that of the best dense model, which is chosen on
+    validation text, and below that of the model that keeps random tokens. The verdict is "no headroom" if a model with
+    eight blocks for every byte, after the same text, is not .02 nats better than the best dense model. figures: the
+    figures of every run, {arm (compared recipe): {seed: nested dict}}.
     """
     if (best := best_dense(figures)) is not None:
         compared = {arm: seeds for arm, seeds in figures.items() if arm != SAME_TEXT}
@@ -60,9 +61,10 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: headroom at equal text, differences between arms, and learning rates.
+    """Return the Markdown below the table: what depth gains, differences between arms, and learning rates.
 
-    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
+    The gain of depth is that of 8 blocks for every byte over the best dense model. figures: the figures of every run,
+    {arm (compared recipe): {seed: nested dict}}.
     """
     if (best := best_dense(figures)) is None:
         return ""

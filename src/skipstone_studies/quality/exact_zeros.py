@@ -184,7 +184,8 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the table: loss differences, shares of neurons that are not 0, and TEAL as a control.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    TEAL sets small inputs of the MLPs' matrices to 0 without training. figures: the figures of every run, {arm: {seed:
+    nested dict}}, where an arm is one of the compared recipes.
     """
     parts = [
         *(pages.differences(figures, reference, refused=False) for reference in (DENSE, NARROW)),

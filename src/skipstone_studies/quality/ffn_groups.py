@@ -1,4 +1,8 @@
-"""A study of neuron groups: their loss compared with narrower MLPs of equal FLOPs, and with TEAL."""
+"""A study of neuron groups: their loss compared with narrower MLPs of equal FLOPs, and with TEAL.
+
+For each chunk of tokens, a router keeps some groups of an MLP's neurons; the others are not multiplied. TEAL sets small
+inputs of matrices to 0 without training.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +45,8 @@ BATCH, CALIBRATION = 16, 4  # rows per pass, passes for calibration
 def arms(scale: str, corpus: str = "python-packages") -> dict[str, RecipeDict]:
     """Return the recipes by name: SwiGLU, narrower SwiGLUs, neuron groups with their FLOPs, and variants of the groups.
 
-    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
-    text, as in data.corpus.
+    Each is a dict of settings that makes one of the compared models. With neuron groups, a router multiplies only some
+    groups of an MLP's neurons. scale: "laptop" or "paper". corpus: name of the text, as in data.corpus.
     """
     full = SIZES[scale]["intermediate_size"]
     recipe = partial(_recipe, scale, corpus)
@@ -128,7 +132,8 @@ def _loss(figures: Figures) -> float:
 def details(figures: ByArm) -> str:
     """Return the Markdown below the study's table: comparisons with SwiGLU and narrower MLPs, and TEAL's losses.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    TEAL sets small inputs of the MLPs' matrices to 0 without training. figures: the figures of every run, {arm: {seed:
+    nested dict}}, where an arm is one of the compared recipes.
     """
     return "\n\n".join(part for part in (comparisons(figures, COMPARED), _thresholds(figures)) if part)
 

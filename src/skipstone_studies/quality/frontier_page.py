@@ -46,9 +46,9 @@ def pictures(figures: ByArm) -> dict[str, str]:
 def picture(figures: ByArm, text: str) -> str:
     """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
 
-    Lines begin at the source trained further, or at the source if no arm trains it further. figures: the figures of
-    every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. text: name of the text, a key of
-    `TEXTS`.
+    Lines begin at the source (the checkpoint before it is adapted) trained further, or at the source itself if no arm
+    trains it further. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the
+    compared recipes. text: name of the text, a key of `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}
@@ -79,7 +79,7 @@ def picture(figures: ByArm, text: str) -> str:
 
 
 def standalone(drawing: str, names: Sequence[tuple[str, Style]]) -> str:
-    """Return an SVG drawing as a file that needs no page around it, with the pages' style sheet and a legend.
+    """Return the text of an SVG file that needs no page around it, with the style sheet of the reports and a legend.
 
     drawing: an <svg> element. names: the legend's entries and their styles.
     """

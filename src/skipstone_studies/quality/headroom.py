@@ -53,7 +53,9 @@ def measured(folder: Path) -> Figures:
 
     The benefit of a block for a token is the number of nats by which it lowers the token's loss. folder: the run
     folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split), `training_flops` and
-    `tuning`; for 8 blocks also `benefit`, the dict of `benefit.oracle`, measured on the test split.
+    `tuning`; for 8 blocks also `benefit`, measured on the test split: `loss`, numbers of predictions, and `units`, a
+    list with the values of each set of blocks, such as `blocks`, `removed` (the loss without them) and `mean_benefit`
+    in nats.
     """
     figures = protocol.measured(folder)
     if folder.name.rpartition("-seed")[0] != FULL:
@@ -77,8 +79,10 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
     """Measure how much blocks of a dense model lower each token's loss, on evenly spaced rows.
 
     model: a dense model. data: prepared text, whose `validation` is read. count: number of rows. A regression that
-    predicts the benefit is fitted to every second row and judged on the others. Returns the dict that `benefit.oracle`
-    returns: losses, benefits, and how well scores predict them.
+    predicts the benefit is fitted to every second row and judged on the others. Keys of the result: `loss` in nats per
+    prediction; `predictions` and `fit_predictions`, numbers of labels; `repeats`; `units`, for each set of blocks a
+    dict of `blocks`, `removed` (the loss without them), `mean_benefit`, `explained`, `correlation` and `kept`, which
+    tell how well scores find the tokens that gain.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
@@ -97,7 +101,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: headroom of depth, differences, learning rates, and benefit of blocks.
+    """Return the Markdown below the table: what depth gains, differences, learning rates, and the benefit of blocks.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
@@ -154,9 +158,10 @@ def checkpoints(scale: str) -> dict[str, RecipeDict]:
 def of_checkpoint(recipe: RecipeDict) -> Figures:
     """Return by how much a pretrained checkpoint's blocks lower each token's loss: {"benefit": measured values}.
 
-    The values are the dict that `benefit.oracle` returns. recipe: an entry of `checkpoints` with a seed: its `source`
-    names the checkpoint, its `corpus` the text; without `corpus`, the checkpoint generates the text. Raises
-    FileNotFoundError for a checkpoint that does not exist.
+    The values are `loss` in nats per prediction, numbers of predictions, and `units`, a list with a dict for each set
+    of blocks: `blocks`, `removed` (the loss without them), `mean_benefit` and others. recipe: an entry of `checkpoints`
+    with a seed: its `source` names the checkpoint, its `corpus` the text; without `corpus`, the checkpoint generates
+    the text. Raises FileNotFoundError for a checkpoint that does not exist.
     """
     path = _path(recipe["source"])
     model = load_dense(path)

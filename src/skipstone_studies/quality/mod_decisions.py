@@ -116,10 +116,11 @@ COMPARED = tuple(ArmComparison(key=LOSS, title="executed loss in nats", against=
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield for each arm the claims that its loss is below that of the dense arm and of the random one, with verdicts.
+    """Yield two claims for each arm with verdicts: its loss is below the dense model's, and below random tokens'.
 
-    The verdict is "no headroom" if the dense model's loss is less than .02 nats below that of a model of half its
-    depth. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    Losses are those of the pass that really skips (executed). The verdict is "no headroom" if the dense model's loss is
+    less than .02 nats below that of a model of half its depth. figures: the figures of every run, {arm: {seed: nested
+    dict}}, where an arm is one of the compared recipes.
     """
     room = headroom(figures, "dense", ["dense-half-depth"], LOSS)
     for claim in as_claims(figures, COMPARED):
@@ -127,7 +128,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the study's table: whether depth pays, and comparisons with dense and with random.
+    """Return the Markdown below the table: whether depth pays, comparisons with a dense model and with random tokens.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """

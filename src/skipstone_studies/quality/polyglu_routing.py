@@ -38,10 +38,10 @@ ROUTING = ("diversity", "dynamic_entropy", "static_entropy")
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """Return the recipes by name: SwiGLU, and PolyGLU with and without Gumbel noise at three preference scales.
+    """Return the recipes by name: SwiGLU, and PolyGLU with and without Gumbel noise at three scales of preferences.
 
-    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
-    text.
+    Each is a dict of settings that makes one of the compared models. The scale multiplies each neuron's learned
+    preferences for activations. scale: "laptop" or "paper". corpus: name of the text.
     """
     recipe = partial(_recipe, scale, corpus)
     found = {SWIGLU: recipe("silu")}

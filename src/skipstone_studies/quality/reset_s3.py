@@ -1,6 +1,7 @@
-"""A study of Reset-S3, a task in which it is known which tokens need depth: whether a learned router finds them.
+"""A study of whether a learned router finds the tokens that need depth, on Reset-S3, a task where they are known.
 
-The first two blocks of the routed models are dense (`ROUTED`), because tokens differ only after some mixing.
+The first two blocks of the routed models are dense (`ROUTED`), because tokens differ only after some mixing. Tokens of
+the task are operations and fillers; the more operations since the last reset, the more difficult a token is.
 """
 
 from __future__ import annotations

@@ -75,10 +75,10 @@ def measure_teal(
 ) -> Thresholded:
     """Return the loss of a model with small inputs of its MLP matrices set to 0, without training.
 
-    The method is TEAL (arXiv 2408.14690). forward: the kind of pass that is run. calibration: batches from which
-    thresholds are taken, as quantiles of |x|. batches: the batches on which the loss is measured. sparsity: share of
-    each matrix's inputs that is to be set to 0, in [0, 1). Everything is computed, so no time is saved. Raises
-    ValueError for a sparsity outside of this range, and for a model without gated MLPs.
+    The method is TEAL (arXiv 2408.14690). forward: the way to run the forward pass, such as `PASSES["executed"]`.
+    calibration: batches from which thresholds are taken, as quantiles of |x|. batches: the batches on which the loss is
+    measured. sparsity: share of each matrix's inputs that is to be set to 0, in [0, 1). Everything is computed, so no
+    time is saved. Raises ValueError for a sparsity outside of this range, and for a model without gated MLPs.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")

@@ -56,7 +56,10 @@ def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    """Yield (index of the block, name, mechanism) of every depth mechanism of a model."""
+    """Yield (index of the block, name, mechanism) of every mechanism by which tokens can skip blocks.
+
+    model: the model, whose mechanisms are of several kinds, such as Mixture-of-Depths.
+    """
     blocks = model.model.layers
     for i, block in enumerate(blocks):
         for name, mechanism in block.mechanisms.items():
@@ -65,11 +68,11 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 
 @torch.inference_mode()
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
-    """Set the threshold of every depth mechanism of `model` so that it keeps its share (`capacity`) of random text.
+    """Set the threshold of every router of `model` so that it keeps its share (`capacity`) of the tokens `ids`.
 
     The threshold becomes the (1 - capacity) quantile of the router's scores of `ids`, block after block, because a
-    block's scores depend on the blocks before it. ids: token ids, int64 [rows, tokens]. first: index of the token in
-    each row from which scores count.
+    block's scores depend on the blocks before it. ids: token ids of random text, int64 [rows, tokens]. first: index of
+    the token in each row from which scores count.
     """
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]
@@ -98,7 +101,10 @@ class Decoding:
 
     @torch.inference_mode()
     def lap(self) -> Lap:
-        """Run and time `steps` decoding steps, then restore the cache."""
+        """Run and time `steps` decoding steps of random tokens, then restore the cache.
+
+        The result has `tokens`, the number of tokens decoded in all rows, and `seconds` of wall time.
+        """
         fed = self._fed(next(self.turns))
         finish(self.model.device)
         start = time.perf_counter()
@@ -162,9 +168,11 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Time decoding by the dense and the routed model at one number of rows, and measure their caches.
 
-    recipe: an entry of `arms`, with the sizes and the number of rows. Keys of the result: `seconds` per step of both
-    models, `speed` (routed divided by dense), `computed` and `share` (rows that a routed block computes), and `memory`
-    (ratios of cache sizes).
+    recipe: an entry of `arms`, with the sizes and the number of rows. Keys of the result: `seconds` per step, {"dense",
+    "routed"}; `speed`, tokens per second of the routed model divided by the dense one's, as {"median", "min", "max"}
+    over timings; `computed` and `share`, the mean number of rows that a routed block computes in a step, and the same
+    divided by all rows; `memory`, the routed cache divided by the dense one in `entries`, `bytes` and `allocated`
+    bytes, and the `unused` share of its reserved bytes.
     """
     models = {"dense": model_of(recipe, []), "routed": model_of(recipe, [recipe["mechanism"]])}
     decodings = {name: Decoding(model, recipe, recipe["rows"]) for name, model in models.items()}
@@ -189,10 +197,10 @@ def figures(
 
     step: seconds per step of the models "dense" and "routed". speed: tokens per second of the routed model divided by
     the dense one's, as {"median", "min", "max"} over timings. computed: number of rows, out of `rows`, that a routed
-    block computes in a step, as a mean. memory: for each of the two models, the dict that `Decoding.memory` returns. In
-    the result, `seconds` is `step`; `share` is computed / rows; `memory` has, for each key of `Decoding.memory`, the
-    routed model's value divided by the dense one's, and `unused`, the share of the routed model's reserved bytes that
-    hold nothing.
+    block computes in a step, as a mean. memory: for "dense" and "routed" the size of the cache, {"entries", "bytes",
+    "allocated"}: stored tokens, their bytes, and reserved bytes. Keys of the result: `seconds` (`step`), `speed` and
+    `computed` as given; `share`, computed / rows; `memory`, for each key of the sizes the routed model's value divided
+    by the dense one's, and `unused`, the share of the routed model's reserved bytes that hold nothing.
     """
     ours, dense = memory["routed"], memory["dense"]
     shares = {what: ours[what] / dense[what] for what in ours}

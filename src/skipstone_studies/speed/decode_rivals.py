@@ -108,11 +108,12 @@ def measured(recipe: RecipeDict) -> Figures:
 
     recipe: an entry of `arms` or `arms_of_gemma`, with the keys "way", "source" (name of the checkpoint), "prompt" and
     "new" (tokens), "turns" (number of timings), "threads", and options of the way. Keys of the result: `distance`, how
-    far its predictions are from the source's, as `rivals.source.distance` describes it ({} for ways that change no
-    prediction); `bytes` of weights that decoding one token reads; `share`, these bytes divided by those of the source
-    in fp32; `speed`, tokens per second divided by those of transformers' model in fp32, as {"median", "min", "max"}
-    over timings, absent for ways that only compute what leaving out weights would give; `guessed`, with a draft, the
-    share of the tokens that the draft had proposed.
+    far its predictions are from the source's: {title of a text: {"kl", "agreement", "perplexity", "increase"}, "worst":
+    the largest KL}, and {} for ways that change no prediction; `bytes` of weights that decoding one token reads;
+    `share`, these bytes divided by those of the source in fp32; `speed`, tokens per second divided by those of
+    transformers' model in fp32, as {"median", "min", "max"} over timings, absent for ways that only compute what
+    leaving out weights would give; `guessed`, in speculative decoding, the share of the tokens that were guessed.
+    Raises ValueError for the way llama.cpp without its Python bindings.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -184,8 +185,8 @@ def speed(recipe: RecipeDict, engine: Engine) -> Figures:
     """Return the tokens per second of an engine divided by transformers' model in fp32, timed in turns.
 
     recipe: has the keys "source" (name of the checkpoint), "prompt" and "new" (tokens of the prompt and of the greedy
-    continuation) and "turns" (number of timings). engine: the engine to time. The result is {"median", "min", "max"} of
-    the ratio over timings.
+    continuation) and "turns" (number of timings). engine: decodes one row greedily and is timed. The result is
+    {"median", "min", "max"} of the ratio over timings.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

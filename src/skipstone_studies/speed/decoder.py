@@ -1,4 +1,4 @@
-"""A study of the speed of our dense decoder relative to transformers' Llama, and of the command's start-up time."""
+"""A study of the speed of our dense decoder relative to transformers' Llama, and of how fast `skipstone` starts."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 All in fp32, and the MLP alone, including its balancing loss. The arms (compared implementations) named `mixtral` are
 transformers' own block, with its loop over experts (eager) and with its grouped products (grouped_mm); it computes no
-loss. In the arm with no-ops, there are half as many of them as experts, and they are chosen equally often.
+balancing loss. In the arm with no-ops, half as many no-ops (choices that compute nothing) as experts can be chosen, and
+each equally often.
 """
 
 from __future__ import annotations

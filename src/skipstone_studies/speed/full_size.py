@@ -55,9 +55,9 @@ def measured(recipe: RecipeDict) -> Figures:
     recipe: the sections model, data and train, `tokens` (of the one row of a step) and `steps` (their number). Keys of
     the result: `parameters` and `routing` (numbers of all parameters and of PolyGLU's routers), `uniform_loss` (loss of
     a uniform prediction in nats), `first` and `last` (`loss` and `gradient_norm` of these steps, and the `seconds` of
-    the last one by part), `peak_gb` (peak memory), `flops` (of a step, by the cost model), `flops_per_second` (of the
-    last step's forward and backward pass) and `tokens_per_second` (of the whole last step). Seconds are wall time on a
-    GPU and CPU time elsewhere, which other processes disturb less.
+    the last one, {"forward", "backward", "optimizer"}), `peak_gb` (peak memory), `flops` (of a step, by the cost
+    model), `flops_per_second` (of the last step's forward and backward pass) and `tokens_per_second` (of the whole last
+    step). Seconds are wall time on a GPU and CPU time elsewhere, which other processes disturb less.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     read = read_recipe({name: recipe[name] for name in ("model", "data", "train")})
@@ -98,7 +98,8 @@ def row(tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
 def optimizer_of(model: SkipstoneForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     """Build AdamW for a model with the learning rate, betas and weight decay of a recipe.
 
-    recipe: the parsed recipe. Its weight decay applies to all parameters but the kinds that `train.no_decay` names.
+    recipe: the parsed recipe. Its weight decay applies to all parameters but the kinds (such as norms) that
+    `train.no_decay` names.
     """
     train, named = recipe.train, dict(model.named_parameters())
     decays = set(decaying(model, named, train.no_decay))

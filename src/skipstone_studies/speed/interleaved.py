@@ -13,7 +13,7 @@ K = TypeVar("K")
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Task:
-    """Return a function without arguments that calls `run` and returns the time of the call as `Lap`.
+    """Return a function without arguments that calls `run` and returns a `Lap` with the `seconds` of the call.
 
     clock: returns seconds; `time.process_time` measures CPU time, which other processes disturb less.
     """
@@ -29,8 +29,8 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 def seconds(tasks: Mapping[K, Task], rounds: int) -> dict[K, list[float]]:
     """Time all tasks in turns, and return for each, by name, its seconds in every round.
 
-    tasks: by name, functions without arguments that run one call and return it as `Lap`. rounds: number of rounds after
-    one to warm up.
+    tasks: by name, functions without arguments that run one call and return a `Lap`, which has its `seconds`. rounds:
+    number of rounds after one to warm up.
     """
     return {name: [lap.seconds for lap in rate.laps] for name, rate in take_turns(tasks, rounds).items()}
 

@@ -156,7 +156,10 @@ def measured(recipe: RecipeDict) -> Figures:
     """Time a Mixture-of-Depths training step in turns with the dense model's, and count the FLOPs of both.
 
     recipe: an entry of `arms`, with sizes, "decision", "way" (the kind of step), "limit" and "rounds". Keys of the
-    result: `flops` and `time` (routed divided by dense), `limit`, `host_syncs` and `over` (time / flops).
+    result: `flops` and `time`, those of the routed step divided by those of the dense one (time as {"median", "min",
+    "max"} over rounds); `limit`, the largest accepted ratio of time to FLOPs; `host_syncs`, how often the host waits
+    for the device in a forward pass; and `over`, the median time / flops, absent if every step keeps another number of
+    tokens.
     """
     ids, decision, way = ids_of(recipe), recipe["decision"], recipe["way"]
     ours, theirs = (training_step(model_of(recipe, kind), ids, way == "bf16") for kind in (decision, None))

@@ -247,8 +247,9 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
     """Return the largest difference between our logits and transformers', divided by the largest of theirs.
 
     Both are the largest magnitude over all tokens that are not padding (`attention_mask`) and the whole vocabulary.
-    source: folder, Hub name or .gguf file of the checkpoint. ids_BT: token ids, int64 [B, T]. dtype: the dtype in which
-    both models compute. call: further arguments of both models' forward, such as `attention_mask`, int64 [B, T].
+    source: folder, Hub name or .gguf file of the checkpoint. ids_BT: token ids, int64 [B, T] (B rows of T tokens).
+    dtype: the dtype in which both models compute. call: further arguments of both models' forward, such as
+    `attention_mask`, int64 [B, T].
     """
     ours, reference = load_pretrained(source, dtype), theirs(source, dtype)
     assert ours.dtype == reference.dtype == dtype
@@ -260,8 +261,9 @@ def logits_error(source: str | Path, ids_BT: Tensor, dtype: torch.dtype, **call:
 def greedy(model: SkipstoneForCausalLM, ids_BT: Tensor, tokens: int, **call: Tensor) -> list[list[int]]:
     """Return the ids of the prompts, each followed by at most `tokens` greedy tokens, one list per row.
 
-    model: the model that generates. ids_BT: the prompts, int64 [B, T]. call: further arguments of `generate`; without
-    an `attention_mask`, no token of the prompts is padding. A row that ends early is filled up with 0.
+    model: the model that generates. ids_BT: token ids of the prompts, int64 [B, T] (B rows of T tokens). call: further
+    arguments of `generate`; without an `attention_mask`, no token of the prompts is padding. A row that ends early is
+    filled up with 0.
     """
     call.setdefault("attention_mask", torch.ones_like(ids_BT))
     return model.generate(ids_BT, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **call).tolist()

@@ -28,14 +28,18 @@ PROMPT, NEW = 24, 40  # tokens
 
 @torch.no_grad()
 def logits_of(model: SkipstoneForCausalLM | PreTrainedModel, windows: list[Tensor]) -> list[Tensor]:
-    """Return the logits [1, T, V] that `model` gives each of `windows`, token ids [1, T], in fp32."""
+    """Return the logits that `model` gives for each window of tokens, in fp32, each [1, T, V].
+
+    windows: token ids, int64 [1, T] each, for T tokens. V is the size of the vocabulary.
+    """
     return [model(window, use_cache=False).logits.float() for window in windows]
 
 
 def perplexity(logits: list[Tensor], windows: list[Tensor]) -> float:
     """Return exp of the mean cross-entropy of all tokens but the first of each window.
 
-    logits: one tensor [1, T, V] for each window. windows: token ids [1, T].
+    logits: for each window a tensor [1, T, V], for T tokens and V entries of the vocabulary. windows: token ids, int64
+    [1, T] each.
     """
     nats = [
         torch.nn.functional.cross_entropy(found[0, :-1], window[0, 1:], reduction="sum")

@@ -73,8 +73,9 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run: training, evaluation, savings, and losses of other passes.
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
-    --json`; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `variants`, by name the losses
-    of the gated model when it is run in other ways.
+    --json`; `alpha`, mean weight of the gates in the soft pass; `claimed` and `skipped`, shares of (token, block) pairs
+    that this weight counts as saved and that the main pass skips; `gap`, loss of the pass that skips minus that of the
+    soft pass, in nats; `variants`, by name the losses of the gated model when it is run in other ways.
     """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}

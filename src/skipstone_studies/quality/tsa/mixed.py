@@ -1,6 +1,6 @@
-"""A study of text with spans of operations: whether depth goes to the operations, and what the text loses.
+"""A study of Token-Selective Attention on text with spans of a task: where depth goes, and what the text loses.
 
-It is a study of Token-Selective Attention.
+The spans are a synthetic task of operations, which need depth, and fillers, which do not.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
-    `flops`, counted per token; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `kinds`,
-    {"text", "operations" or "fillers": {"loss" in nats per prediction, "depth": mean number of blocks that update a
-    token}}; `deeper`, the depth of operations divided by that of text.
+    `flops`, counted per token; `alpha`, mean weight of the gates in the soft pass of training; `claimed` and `skipped`,
+    shares of (token, block) pairs that this weight counts as saved and that the main pass skips; `gap`, loss of the
+    pass that skips minus that of the soft pass, in nats; `kinds`, {"text", "operations" or "fillers": {"loss" in nats
+    per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of operations divided by
+    that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]

@@ -1,8 +1,8 @@
 """Figures of runs that read their text many times: during training, at the last and the best step, on both splits.
 
-The paper reads Tiny-Shakespeare 46 times and reports the last step on 20 random batches of the validation split. Both
-choices are repeated here, and compared with the whole validation and test splits and with the step of the lowest
-validation loss.
+The paper (arXiv 2605.05222) reads Tiny-Shakespeare 46 times and reports the last step on 20 random batches of the
+validation split. Both choices are repeated here, and compared with the whole validation and test splits and with the
+step of the lowest validation loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Studies of Token-Selective Attention on Tiny-Shakespeare: the paper's table and sweep beside ours, and controls."""
+"""Studies of Token-Selective Attention on Tiny-Shakespeare: controls, and the paper's table and sweep over lambda.
+
+Lambda is the coefficient of the penalty on open gates. The paper is arXiv 2605.05222.
+"""
 
 from __future__ import annotations
 

@@ -22,9 +22,11 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run, with savings and losses of further ways to execute the model.
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
-    --json`; `alpha`, `claimed`, `skipped` and `gap`, as `gates.savings` describes them; `variants`, by name the losses
-    of gates that are executed in other ways; `exits`, figures of early exit by threshold; `stretches`, a list of losses
-    by block of text; and `overfitting`, the course of the losses during training.
+    --json`; `alpha`, mean weight of the gates in the soft pass of training; `claimed` and `skipped`, shares of (token,
+    block) pairs that this weight counts as saved and that the main pass skips; `gap`, loss of the pass that skips minus
+    that of the soft pass, in nats; `variants`, by name the losses of gates that are executed in other ways; `exits`,
+    figures of early exit by threshold; `stretches`, a list of losses by block of text; and `overfitting`, the course of
+    the losses during training.
     """
     figures = measure.standard(folder)
     further = {

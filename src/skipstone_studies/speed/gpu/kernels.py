@@ -78,8 +78,9 @@ def mixture(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: bool) ->
     """Compare the Triton kernel of PolyGLU's mixture with the reference in fp32, at temperature .5.
 
     bench: gives the device and the sizes. dtype: the dtype of the gate values. per_row: whether static logits differ
-    between rows. per_token: whether dynamic logits differ between tokens. Returns the errors of the result and of every
-    gradient, as `bench.compared` describes them. Raises ValueError without Triton.
+    between rows. per_token: whether dynamic logits differ between tokens. Keys of the result: `error` (the largest of
+    the output and of every gradient, relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as
+    text). Raises ValueError without Triton.
     """
     given = mixture_inputs(bench, dtype, per_row, per_token)
     fused = triton_kernels()
@@ -92,8 +93,8 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
     """Compare a mixture of experts by grouped products with the reference.
 
     Some choices of tokens are no-ops, and one expert is chosen by no token. bench: gives the device and the sizes.
-    dtype: the dtype of inputs and matrices. Returns the errors of the result and of every gradient, as `bench.compared`
-    describes them.
+    dtype: the dtype of inputs and matrices. Keys of the result: `error` (the largest of the output and of every
+    gradient, relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as text).
     """
     count, width, neurons, choices = 4, bench.sizes["width"], bench.sizes["neurons"], 2
     tokens = bench.sizes["rows"] * bench.sizes["tokens"]
@@ -117,8 +118,8 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 def head(bench: Bench) -> PlainDict:
     """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
 
-    bench: gives the device and the sizes. Returns the errors of the loss and of its gradients, as `bench.compared`
-    describes them.
+    bench: gives the device and the sizes. Keys of the result: `error` (the largest of the loss and its gradients,
+    relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as text).
     """
     tokens, width, vocabulary = bench.sizes["rows"] * bench.sizes["tokens"], bench.sizes["width"], 8 * 61
     x = torch.randn(tokens, width).to(bench.device)
@@ -132,8 +133,8 @@ def head(bench: Bench) -> PlainDict:
 def scores(bench: Bench) -> PlainDict:
     """Compare the router's score function that saves less for the backward pass with the reference.
 
-    bench: gives the device and the sizes. Returns the errors of the scores and of their gradients, as `bench.compared`
-    describes them.
+    bench: gives the device and the sizes. Keys of the result: `error` (the largest of the scores and their gradients,
+    relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as text).
     """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)

@@ -54,7 +54,8 @@ KINDS = {"dense": ("dense, {} tokens, ms", ".2f"), "adapted": ("{} tokens, ms", 
 def details(figures: ByArm) -> str:
     """Return the Markdown below the study's table: where the parts were run, a table for each, and what failed.
 
-    figures: {part: {seed: figures}}, with the keys that `runner.measured` describes.
+    figures: {part: {seed: figures}}, with the keys `device`, `products`, `measurements`, `failures` and others that
+    `runner.measured` returns.
     """
     found = {arm: next(iter(seeds.values())) for arm, seeds in figures.items()}
     parts = [_where(found)]

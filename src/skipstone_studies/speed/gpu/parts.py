@@ -27,8 +27,8 @@ LLAMA_1B: PlainDict = {
 class Part:
     """A part of the GPU study, which runs in its own process.
 
-    module: name of the module in `speed.gpu` that measures it. about: text for the page. limit: the largest number of
-    seconds that it may take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them.
+    module: name of the module in `speed.gpu` that measures it. about: text for the study's page. limit: the largest
+    number of seconds that it may take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them.
     rehearsed: the same, tiny, for a rehearsal on a CPU.
     """
 
@@ -181,9 +181,10 @@ PARTS: dict[str, Part] = {
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipe of each part, by name.
+    """Return the recipe of each part of the GPU study, by name of the part.
 
-    scale: "paper" means sizes for a GPU; "laptop" means a rehearsal with tiny sizes on a CPU.
+    Each is a dict that `runner.measured` takes. scale: "paper" means sizes for a GPU; anything else, such as "laptop",
+    means a rehearsal with tiny sizes on a CPU.
     """
     on_gpu = scale == "paper"
     return {

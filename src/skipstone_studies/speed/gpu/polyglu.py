@@ -18,8 +18,8 @@ ROUTED, PLAIN = "PolyGLU", "SwiGLU"
 def measure(bench: Bench) -> None:
     """Time a PolyGLU and a SwiGLU MLP: with the device's kernels, with the reference implementation, and compiled.
 
-    bench: gives the device and the sizes, and stores the figures of `beside` for each of the three ways: milliseconds,
-    their ratio, and the ratio of saved bytes.
+    bench: gives the device and the sizes, and stores for each of the three ways milliseconds, their ratio, and the
+    ratio of the bytes kept for the backward pass.
     """
     bench.measure("eager, kernels of the device", beside)
     bench.measure("eager, reference", with_reference)
@@ -27,10 +27,10 @@ def measure(bench: Bench) -> None:
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Time both MLPs as `beside` does, but with the reference implementation of PolyGLU's mixture.
+    """Time forward and backward pass of a PolyGLU and a SwiGLU MLP, with the reference for PolyGLU's mixture.
 
-    bench: gives the device and the sizes. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` and `saved`, and on a
-    GPU `peak_gb`.
+    bench: gives the device and the sizes. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (polyglu_ms /
+    swiglu_ms), `saved` (bytes kept for the backward pass, PolyGLU's divided by SwiGLU's), and on a GPU `peak_gb`.
     """
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]

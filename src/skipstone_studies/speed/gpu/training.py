@@ -80,7 +80,7 @@ def model_of(bench: Bench, mechanisms: list[PlainDict]) -> SkipstoneForCausalLM:
 
 
 def step_of(bench: Bench, model: SkipstoneForCausalLM, way: str) -> Step:
-    """Return a function that runs one training step of a model on random tokens.
+    """Return a function without arguments that runs one training step of a model, always on the same random tokens.
 
     bench: gives the device and the sizes. model: the model. way: how the step is run: "eager", "compiled" or "CUDA
     graph".

@@ -64,7 +64,7 @@ def measure(bench: Bench) -> None:
 def recipe(bench: Bench, model: PlainMapping) -> PlainDict:
     """Return the recipe of a small model on the source files of Python's library, which every machine has.
 
-    model: options of the model. Sizes and the number of steps come from the bench.
+    bench: gives the sizes and the number of steps. model: options of the model, added to those of the bench.
     """
     train_options = {
         "batch_size": 4,
@@ -84,7 +84,7 @@ def _train(plain: PlainDict, root: Path, name: str, **options: object) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the training loss of every step of the run in `folder`."""
+    """Return the training loss of every step of the run in `folder`, in nats per token."""
     return [float(line["loss"]) for line in Run(folder).metrics() if line["split"] == "train"]
 
 
@@ -133,8 +133,9 @@ def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train under FSDP2, and compare the losses with those of the run that `plainly` made.
 
-    The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. bench: gives
-    the device. plain: the recipe. root: the folder that holds that run, and in which this one is written.
+    The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of any
+    step, in nats), `tolerance` and `equal` (1 or 0). bench: gives the device. plain: the recipe. root: the folder that
+    holds that run, and in which this one is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
@@ -143,9 +144,9 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train, interrupt the training after its first checkpoint, resume it, and compare the losses with a whole run's.
 
     The losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so their order may change the last
-    bits. The result has `first_loss`, `last_loss`, `tokens_per_second`, `difference`, `tolerance` and `equal`. bench:
-    gives the device. plain: the recipe. root: the folder that holds the whole run, which `plainly` made, and in which
-    this one is written.
+    bits. The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of
+    any step, in nats), `tolerance` and `equal` (1 or 0). bench: gives the device. plain: the recipe. root: the folder
+    that holds the whole run, which `plainly` made, and in which this one is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1

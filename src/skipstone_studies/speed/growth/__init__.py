@@ -24,16 +24,17 @@ KINDS = {
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: curves over sizes and over processes, three ways to read a checkpoint, and imports.
 
-    scale: not used.
+    A curve is the time and memory of a pass by one size of the model or its input. scale: not used.
     """
     return {**curves.arms(), **processes.arms(), **loading.arms()}
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Measure one arm: a cost curve, the memory of reading a checkpoint, or the time of imports.
+    """Measure one arm (recipe of the study): a cost curve, the memory of reading a checkpoint, or the time of imports.
 
-    recipe: an entry of `arms` with a key "seed"; its "kind" is a key of `KINDS` and says what is measured. The keys of
-    the result are those of the function that `KINDS` names for it.
+    recipe: an entry of `arms` with a key "seed"; its "kind" says what is measured. The keys of the result are, for
+    "curve" and "processes", `points`, `exponents`, `apart`, `rate`, `seconds` and `peak_mb`; for "memory", `size_mb`,
+    `peak_mb` and `of_size`; for "imports", `imports`, `of_transformers`, `of_class` and `help`.
     """
     return KINDS[recipe["kind"]](recipe)
 

@@ -49,7 +49,9 @@ def measured(recipe: RecipeDict) -> Figures:
     """Measure one cost curve: time and memory of a forward pass as one size of the model or its input grows.
 
     recipe: an entry of `arms` with a key "seed"; its "axis" names the size and "values" lists what it is set to. Keys
-    of the result: `points`, `exponents`, `apart`, `rate`, `seconds` and `peak_mb`, as `with_exponents` describes them.
+    of the result: `points`, one dict for each value; `exponents` with which time and memory grow; `apart`, these minus
+    those of the FLOPs and bytes that are expected; `rate`, GFLOP/s of the `first` and `last` point and their
+    `exponent`; `seconds` and `peak_mb` of the last point.
     """
     sizes = [(value, {**recipe, recipe["axis"]: value}) for value in recipe["values"]]
     expected = [_expected(one, value) for value, one in sizes]
@@ -63,12 +65,12 @@ def measured(recipe: RecipeDict) -> Figures:
 def with_exponents(points: list[dict[str, float]], largest: float = math.inf) -> Figures:
     """Return the figures of a cost curve: its points, and the exponents with which time and memory grow.
 
-    points: in order of size, each with `size`, `seconds` (CPU), `flops` (without masked pairs), `peak` (bytes of peak
-    memory) and `bytes` (of the largest tensors that a pass holds at once). largest: no exponent is fitted to points of
-    a larger size. Keys of the result: `points`; `exponents`, by name those of all figures but the size, fitted to the
-    last three points; `apart`, {"time": exponent of the
-    seconds minus exponent of the FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the
-    GFLOP/s of the `first` and the `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
+    points: in order of size, each with `size`, `seconds` (CPU), `flops` (without pairs of tokens that the causal mask
+    hides), `peak` (bytes of peak memory) and `bytes` (of the largest tensors that a pass holds at once). largest: no
+    exponent is fitted to points of a larger size. Keys of the result: `points`; `exponents`, by name those of all
+    figures but the size, fitted to the last three points; `apart`, {"time": exponent of the seconds minus exponent of
+    the FLOPs, "memory": exponent of the peak minus exponent of the bytes}; `rate`, the GFLOP/s of the `first` and the
+    `last` point and their `exponent`; `seconds` and `peak_mb` of the last point.
     """
     ends = [point for point in points if point["size"] <= largest][-LAST:]
     sizes = [point["size"] for point in ends]

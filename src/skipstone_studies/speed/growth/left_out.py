@@ -16,13 +16,13 @@ Points = Sequence[Mapping[str, float]]
 
 
 def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
-    """Return, for each cost curve that it explains, the measured exponent of time minus the one that is expected.
+    """Return the measured exponent of time minus the expected one, {arm: difference}, for some cost curves.
 
-    A cost curve is the time of a pass over one size; an exponent is its slope in logarithms over the last points.
-    Expected are the FLOPs at a constant rate, plus a cost that other points show: in the curves by rows a fixed time of
-    a pass, by the first two points; in PolyGLU's curve by context, the mixing of activations, by the curves by rows
-    (`mixing`). lines: the figures of the curves by arm (compared recipe), with `points`, `exponents` and others. Other
-    curves are absent from the result.
+    A cost curve is the time of a pass over one size; an exponent is its slope in logarithms over the last points. In
+    the curves by rows, the expected time is a fixed time of each pass, which follows from the first two points, plus
+    the FLOPs at a constant rate. In PolyGLU's curve by context, it is the FLOPs at a constant rate plus the mixing of
+    activations at the cost that `mixing` finds. Other curves are absent from the result. lines: the figures of the
+    curves by arm (compared recipe), with `points`, `exponents`, `rate` and others.
     """
     found = {}
     for arm, one in lines.items():

@@ -92,7 +92,8 @@ def imports(recipe: RecipeDict) -> Figures:
 
     recipe: its "repeats" is how often each process is run; its least time counts. Keys of the result: `imports`,
     seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` divided by those of `import
-    transformers`; `of_class`, the same for a model class of each; `help`, seconds of `skipstone --help`.
+    transformers`; `of_class`, seconds of importing a model class of skipstone divided by those of importing one of
+    transformers; `help`, seconds of `skipstone --help`.
     """
     taken: dict[str, list[float]] = {name: [] for name in (*IMPORTS, "skipstone --help")}
     for _ in range(recipe["repeats"]):

@@ -31,11 +31,12 @@ SHARED = {**SIZE, "rows": 128, "width": 128, "repeats": 4}  # rows: of the whole
 def measured(recipe: RecipeDict) -> Figures:
     """Measure a training step under FSDP2 by 1, 2 and 4 processes of this machine (gloo), which divide its rows.
 
-    recipe: an entry of `arms` with a key "seed". The result has the keys of a cost curve (`points`, `exponents`,
-    `apart`, `rate`, `seconds`, `peak_mb`), with the number of processes as the size; the seconds are CPU seconds of the
-    process that spends most, and the memory is what the process that uses most has used. Ideally both fall in
-    proportion to the number of processes. Exponents are fitted to counts that have a core for each process. All cores
-    are busy at every count: where processes are fewer, further groups of them run the same step.
+    recipe: an entry of `arms` with a key "seed". Keys of the result: `points`, one dict for each number of processes;
+    `exponents` with which time and memory change; `apart`, these minus those of FLOPs and bytes; `rate` in GFLOP/s;
+    `seconds` and `peak_mb` of the last point. Seconds are CPU seconds of the process that spends most, and memory is
+    that of the process that uses most. Ideally both fall in proportion to the number of processes. Exponents are fitted
+    to counts that have a core for each process. All cores are busy at every count: where processes are fewer, further
+    groups of them run the same step.
     """
     return with_exponents([_point(recipe, count) for count in recipe["values"]], largest=max(os.cpu_count() or 1, 2))
 

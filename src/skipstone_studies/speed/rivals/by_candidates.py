@@ -31,7 +31,7 @@ def by_candidates(name: str, weights: str, candidates: int, directions: int) -> 
 
     name: the name of the source model. weights: "int8", or "float" to leave them in fp32. candidates: number of tokens
     with exact logits. directions: number of directions of the hidden state, fitted on the calibration text, from which
-    a preview of all logits is computed to choose them.
+    a preview of all logits is computed to choose these tokens.
     """
     model = quantise(source(name)) if weights == "int8" else source(name)
     return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()
@@ -40,8 +40,9 @@ def by_candidates(name: str, weights: str, candidates: int, directions: int) -> 
 def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
     """Return a function that computes the logits of decoding steps for all tokens of a text in one pass.
 
-    It takes token ids, int64 [1, T], and returns [T, V]. model: has an output head that computes exact logits for a few
-    candidates only (`model.head_preview`), as decoding steps do but an ordinary pass does not.
+    The function takes token ids, int64 [1, T], and returns logits [T, V] over the V tokens of the vocabulary. model:
+    has an output head that computes exact logits for a few candidates only (`model.head_preview`), as decoding steps do
+    but an ordinary pass does not.
     """
     preview = model.head_preview
     assert preview is not None
@@ -65,7 +66,10 @@ def bytes_read(model: SkipstoneForCausalLM) -> float:
 
 @cache
 def theirs(name: str) -> nn.Module:
-    """Return transformers' own model with the weights of the source `name`, in fp32."""
+    """Return transformers' own model with the weights of the source model `name`, in fp32.
+
+    The source model is the checkpoint whose decoding is studied. It is loaded only once per process.
+    """
     if source(name).config.family in (None, "llama"):
         return llama(name)
     with tempfile.TemporaryDirectory() as folder, quiet():

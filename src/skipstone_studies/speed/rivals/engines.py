@@ -42,7 +42,8 @@ class Engine(Protocol):
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         """Time the greedy decoding of `new` tokens after the prompt `ids_1T` (token ids, int64 [1, T]).
 
-        The pass over the prompt is not timed. Seconds are CPU time if torch uses one thread, else wall time.
+        The pass over the prompt is not timed. The result has `tokens` (`new`) and `seconds`. Seconds are CPU time if
+        torch uses one thread, else wall time.
         """
 
 
@@ -76,9 +77,9 @@ class Torch:
 class Drafted:
     """The engine of our model with speculative decoding: it decodes one row greedily and is timed.
 
-    model: the model. draft: the source of guesses, such as "lookup", "exit" or "skip"; how many tokens are guessed at a
-    time follows from measured times. guessed: [number of tokens that the draft had proposed, number of all tokens],
-    over all timings so far.
+    model: the model. draft: what proposes tokens: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head" or the
+    folder of another model; how many are proposed at a time follows from measured times. Attribute `guessed`: [number
+    of tokens that were proposed, number of all tokens], over all timings so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
@@ -106,7 +107,8 @@ class PromptLookup:
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
         """Time the decoding of `new` tokens after the prompt `ids_1T`, with transformers' prompt lookup.
 
-        The time is that of generating `new` + 1 tokens minus that of generating the first one.
+        The result has `tokens` (`new`) and `seconds`, the time of generating `new` + 1 tokens minus that of generating
+        the first one.
         """
         options: PlainDict = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         seconds = []
@@ -122,7 +124,7 @@ class LlamaCpp:
 
     name: the source model, the file NAME.gguf in the folder SKIPSTONE_DATA. format: "F16" or "Q8_0", to which the file
     is converted; anything else means the file as it is. folder: where the converted file is written. threads: number of
-    CPU threads.
+    CPU threads. Raises ImportError without the bindings, and ValueError if llama.cpp cannot convert the file.
     """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
@@ -155,7 +157,10 @@ class LlamaCpp:
         return Lap(tokens=new, seconds=now() - start, joules=None)
 
     def logits(self, ids_1T: Tensor) -> Tensor:
-        """Return the logits [T, V] of every token of ids_1T, fed one by one."""
+        """Return the logits [T, V] after every token of `ids_1T`, fed one by one.
+
+        ids_1T: token ids, int64 [1, T]. V is the size of the vocabulary.
+        """
         self.model.reset()
         return torch.stack([torch.tensor(self._feed([token])) for token in ids_1T[0].tolist()])
 
@@ -186,9 +191,9 @@ def llama(name: str) -> LlamaForCausalLM:
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
     """Return the source model with quantised linear layers (torchao, weights only), and the bytes it reads for a token.
 
-    The bytes are those of the weights that decoding a token reads. name: the name of the source model. bits: 8, or 4
-    (in groups of 32 weights; on a CPU, torchao stores each in one byte). The output head keeps 4 bytes a weight,
-    because torchao does not change tied weights.
+    The bytes are those of the weights that decoding a token reads. name: the name of the source model, the checkpoint
+    whose decoding is studied. bits: 8, or 4 (in groups of 32 weights; on a CPU, torchao stores each in one byte). The
+    output head keeps 4 bytes a weight, because torchao does not change tied weights.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

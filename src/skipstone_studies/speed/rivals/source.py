@@ -30,14 +30,22 @@ CALIBRATION = ("wikitext-2", "validation")  # what thresholds are set by; no fig
 
 @cache
 def source(name: str) -> SkipstoneForCausalLM:
-    """Return the source model with this name in fp32, in evaluation mode; it is loaded only once per process."""
+    """Return the source model (the checkpoint that is decoded) in fp32, in evaluation mode, loaded once per process.
+
+    name: its folder or NAME.gguf in the folder SKIPSTONE_DATA, else a name that is known on the Hub. Raises
+    FileNotFoundError if neither exists.
+    """
     with quiet():
         return load_pretrained(source_path(name), torch.float32).eval()
 
 
 @cache
 def tokenizer(name: str) -> Any:
-    """Return the tokenizer of the source model with this name; it is loaded only once per process."""
+    """Return the tokenizer of the source model (the checkpoint that is decoded); it is loaded only once per process.
+
+    name: the model's folder or NAME.gguf in the folder SKIPSTONE_DATA, else a name that is known on the Hub. Raises
+    FileNotFoundError if neither exists.
+    """
     with quiet():
         return load_tokenizer(source_path(name))
 
@@ -86,7 +94,7 @@ def _drawn(name: str, text: str, count: int) -> Tensor:
 def hidden(name: str, title: str) -> Tensor:
     """Return the source model's last hidden states after the final norm, [ROWS, LENGTH, width].
 
-    name: the name of the source model. title: the text, a key of `rows`.
+    name: the name of the source model. title: the text, a key of `rows`, whose ROWS rows of LENGTH tokens are read.
     """
     with torch.inference_mode():
         return source(name).model(rows(name)[title]).last_hidden_state  # type: ignore[return-value]
@@ -96,10 +104,10 @@ def hidden(name: str, title: str) -> Tensor:
 def distance(name: str, logits: Logits) -> Figures:
     """Return how far the predictions of one way to decode are from the source model's, by text.
 
-    name: the name of the source model. logits: computes the way's logits [T, V] of token ids, int64 [1, T]. The result
-    has for each title of `rows`: `kl`, KL(source || way) in nats per token; `agreement`, the share of tokens after
-    which both find the same token most likely; `perplexity` of the way; `increase`, this perplexity divided by that of
-    the source, minus 1. Its key `worst` is the largest KL of all texts.
+    name: the name of the source model. logits: a function that computes the way's logits [T, V] of token ids, int64 [1,
+    T], for a vocabulary of V tokens. The result has for each text by title: `kl`, KL(source || way) in nats per token;
+    `agreement`, the share of tokens after which both find the same token most likely; `perplexity` of the way;
+    `increase`, this perplexity divided by that of the source, minus 1. Its key `worst` is the largest KL of all texts.
     """
     found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}

@@ -2,8 +2,9 @@
 
 Where inputs, neurons or candidates are chosen anew for every token (TEAL, CATS, the previewed head), this
 implementation multiplies all weights and only counts those that a kernel would have to read, so these ways show what
-the choice costs in quality and are not timed. They return a `Way`: a function that maps token ids, int64 [1, T], to
-logits [T, V], and one that, called after it, returns the mean number of weights read per token.
+the choice costs in quality and are not timed. They return a `Way`: a function that maps T token ids, int64 [1, T], to
+logits [T, V] over a vocabulary of V tokens, and one that, called after it, returns the mean number of weights read per
+token.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def weights(model: SkipstoneForCausalLM) -> int:
 
 
 def whole(model: SkipstoneForCausalLM) -> Logits:
-    """Return a function that computes the logits [T, V] of `model` for token ids, int64 [1, T], without a cache."""
+    """Return a function that computes the logits of `model` for token ids in one pass without a cache.
+
+    The function takes T token ids, int64 [1, T], and returns [T, V] over the V tokens of the vocabulary.
+    """
 
     def logits(ids_1T: Tensor) -> Tensor:
         return model(ids_1T, use_cache=False).logits[0]  # type: ignore[no-any-return]
@@ -167,8 +171,8 @@ def previewed(name: str, directions: int, exact: int) -> Way:
 
     name: the name of the source model. directions: number of directions of the hidden state that give the preview of
     all logits; they carry most of the logits' variance on the calibration text. exact: number of tokens with the
-    highest preview, whose logits are computed in full. Returns a function that maps token ids to logits, and one that
-    returns the weights read per token.
+    highest preview, whose logits are computed in full. Returns a function that maps token ids to logits, and one that,
+    called after it, returns the weights read per token.
     """
     model = source(name)
     head, V = model.lm_head.weight.double(), model.lm_head.weight.shape[0]
