@@ -1,4 +1,7 @@
-"""`python -m skipstone VERB ...` is the `skipstone` command, so that `torchrun -m skipstone train RECIPE` works."""
+"""The command `python -m skipstone VERB ...`, which is the same as `skipstone VERB ...`.
+
+It makes `torchrun -m skipstone train RECIPE` possible.
+"""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def names() -> list[str]:
 def get(name: str, **overrides: object) -> SkipstoneConfig:
     """Return the model configuration of a preset.
 
-    name: one of `names()`. overrides: configuration keys that replace those of the preset, such as
-    `num_hidden_layers=6`. Raises ValueError for an unknown name or key, naming the nearest one, and for invalid values.
+    name: the preset, one of `presets.names()`, such as "tiny". overrides: configuration keys that replace those of the
+    preset, such as `num_hidden_layers=6`. Raises ValueError for an unknown name or key, naming the nearest one, and for
+    invalid values.
     """
     return SkipstoneConfig.from_plain(deepcopy({**choose("preset", name, PRESETS), **overrides}))

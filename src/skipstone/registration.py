@@ -18,7 +18,7 @@ PACKAGES = ("transformers.", "skipstone.")
 def register() -> None:
     """Register Skipstone's models with transformers' Auto classes, now or as soon as transformers has loaded them.
 
-    This does not import transformers by itself.
+    It returns at once, without importing transformers.
     """
     if AUTO in sys.modules:
         _import_models()

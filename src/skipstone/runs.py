@@ -48,8 +48,8 @@ HASHED = 256 * 2**20  # bytes of weights up to which hashes are compared at ever
 class Run:
     """A run folder, or the folder of a saved model (weights and perhaps a tokenizer, but no recipe), to be read.
 
-    folder: path of the folder. Raises FileNotFoundError if it does not exist, and ValueError if it is neither a run nor
-    a saved model.
+    folder: path of the folder. Raises FileNotFoundError if there is no such folder, and ValueError if it is neither a
+    run nor a saved model.
     """
 
     folder: Path
@@ -104,8 +104,9 @@ class Run:
         """Return environment.json as a dict: versions, commit, machine, seed, start time and command.
 
         The keys are `skipstone`, `torch`, `transformers`, `python`, `git_commit`, `git_dirty`, `machine`, `seed`,
-        `started`, `command` and `processes`; `data_sha256` and `resumed` are there if they apply. Raises ValueError for
-        a saved model, which has none, and for a damaged file.
+        `started`, `command` and `processes`; also `data_sha256`, a fingerprint of the training data, if one was taken,
+        and `resumed`, a list with one dict for each time that training was resumed. Raises ValueError for a saved
+        model, which has no such file, and for a damaged file.
         """
         return self._json(ENVIRONMENT)
 
@@ -113,17 +114,19 @@ class Run:
         """Return the content of result.json, the summary of the finished training, as a dict.
 
         The keys are `steps`, `tokens`, `seconds`, `tokens_per_second`, `train_loss`, `validation` (a dict with
-        `oracle_loss` and `causal_loss`) and `parameters`, and a few others where they apply. Raises ValueError for a
-        run that is not finished, and for a file that is damaged or cannot be read.
+        `oracle_loss` and `causal_loss`) and `parameters` (their number), `skipped_steps` if there are any, and those
+        that the kind of training adds. Losses are in nats per token; a value that was not measured is None. Raises
+        ValueError for a run that is not finished, and for a file that is damaged or cannot be read.
         """
         if not self.finished and not self.is_saved_model:
             raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` continues it")
         return self._json(RESULT)
 
     def metrics(self) -> list[PlainDict]:
-        """Return the entries of metrics.jsonl in the order of steps, as dicts with at least "step" and "split".
+        """Return the entries of metrics.jsonl, the logged losses and speeds, as dicts in the order of steps.
 
-        Raises ValueError if a line is invalid, or if a finished run has fewer lines than it wrote.
+        Each has at least "step" and "split" ("train" or "validation"). Raises ValueError if a line is invalid, or if a
+        finished run has fewer lines than it wrote.
         """
         found = read_metrics(self._file(METRICS))
         try:
@@ -136,16 +139,18 @@ class Run:
         return found
 
     def best(self) -> PlainDict | None:
-        """Return {"step": ..., "loss": ...} of the lowest validation loss, in nats; None if that model was not stored.
+        """Return {"step": ..., "loss": ...}, the step with the lowest validation loss and this loss, in nats per token.
 
-        The model is in RUN/best if the recipe sets train.keep_best.
+        None if the model of this step was not saved: it is in RUN/best if the recipe sets train.keep_best. Raises
+        ValueError for a damaged file.
         """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 
     def model_folder(self) -> Path:
         """Return the folder of the model's weights: the final ones or, with a warning, those of the last checkpoint.
 
-        Raises ValueError if there is neither.
+        For a saved model, it is the folder itself. Raises ValueError if there are neither final weights nor a
+        checkpoint.
         """
         if self.is_saved_model:
             return self.folder
@@ -158,10 +163,10 @@ class Run:
         return last
 
     def load_model(self) -> SkipstoneForCausalLM:
-        """Load the trained model in evaluation mode; no weight may be missing or unexpected.
+        """Load the saved model, or that of the last checkpoint if training has not finished, in evaluation mode.
 
-        Raises ValueError, naming the file, if weights differ from what was written: sizes are always compared, SHA-256
-        hashes for files of up to 256 MiB.
+        Raises ValueError, naming the file, if weights are missing or unexpected or differ from what was written: sizes
+        are always compared, SHA-256 hashes for files of up to 256 MiB.
         """
         from skipstone.model.pretrained import load_model
 
@@ -192,7 +197,7 @@ class Run:
         return from_dict(DataConfig, self.config()["data"], "data")
 
     def data(self, split: str = "validation", *, train: bool = False) -> PreparedData:
-        """Return the run's datasets, tokenised with its own tokenizer.
+        """Return the run's datasets, tokenised with the tokenizer that is saved in the run.
 
         split: "validation" or "test", the split whose rows become `validation` in the result. train: whether to load
         the training split as well. Raises ValueError for a saved model, and FileNotFoundError for data that are not
@@ -205,7 +210,8 @@ class Run:
     def kept_view(self) -> PlainDict | None:
         """Return what view.json holds for reports: the model's mechanisms as text, and its decisions on a few rows.
 
-        Returns None if there is no such file, or if the recipe or the weights have changed since it was saved.
+        The keys are "format", "mechanisms", "set_capacity" and "trace" (`ModelView.to_dict`). Returns None if there is
+        no such file, if it is damaged, or if the recipe or the weights have changed since it was saved.
         """
         try:
             values = read_object(self.folder / VIEW)
@@ -217,7 +223,7 @@ class Run:
     def keep_view(self, view: PlainMapping) -> None:
         """Save what reports show of the trained model in view.json, so that they need not run the model.
 
-        view: a JSON object, the dict of a `ModelView`. If the folder cannot be written, nothing happens.
+        view: what `ModelView.to_dict` returned. If the folder cannot be written, nothing happens.
         """
         try:
             values = {"sha256": self._digest(), "of_view": sealed(view)["sha256"], "view": view}
@@ -264,8 +270,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 def read_metrics(path: Path) -> list[PlainDict]:
     """Return the entries of the metrics file `path` (JSON lines), one dict per line, in the order of the file.
 
-    Each has at least "step" and "split". A last line that a crash cut short is left out. Raises ValueError, naming file
-    and line, for an invalid line.
+    Each has at least "step", an integer, and "split" ("train" or "validation"). A last line that a crash cut short is
+    left out. Raises ValueError, naming file and line, for an invalid line.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n")[:-1], 1):

@@ -142,9 +142,9 @@ def _kind(x: Tensor) -> str:
 def check_cache(cache: Any, blocks: set[int], rows: int, heads: tuple[int, int]) -> None:
     """Raise ValueError unless a cache was made for this model and this batch.
 
-    cache: the argument `past_key_values`. blocks: the possible numbers of layers of the cache. rows: the batch size,
-    which a cache with content must have. heads: number of key/value heads and their size, which cached keys must have.
-    Offloaded caches are refused.
+    cache: the argument `past_key_values`, not None. blocks: the numbers of layers that the cache may have. rows: the
+    batch size, which a cache with content must have. heads: number of key/value heads and their size, which cached keys
+    must have. Offloaded caches are refused.
     """
     layers = getattr(cache, "layers", None)
     if not layers or not all(isinstance(layer, SkipstoneCacheLayer) for layer in layers):
@@ -173,11 +173,11 @@ def _described(cache: object) -> str:
 
 
 def of_fixed_size(mode: PassMode, cache: Cache | None, length: int) -> PassMode:
-    """Return how a pass executes with this cache; with a `StaticCache`, shapes must not depend on decisions.
+    """Return how a forward pass executes with this cache; with a `StaticCache`, shapes must not depend on decisions.
 
     mode: how the pass would execute without a cache. cache: the cache, or None; unless it is a `StaticCache`, `mode` is
     returned unchanged. length: tokens per row of this call. With a static cache, steps (length 1) and compiled calls
-    compute all tokens and discard the updates of skipped ones. In a prompt, every block is given at least one token, so
+    compute all tokens and discard the updates of skipped ones. In prompts, every block is given at least one token, so
     that its cache allocates memory.
     """
     if cache is None or not isinstance(cache.layers[0], SkipstoneStaticCacheLayer):

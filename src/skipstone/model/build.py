@@ -122,8 +122,8 @@ def format_of(config: SkipstoneConfig) -> Format | None:
 def build_blocks(config: SkipstoneConfig) -> Blocks:
     """Build all blocks of a model with their attention, MLPs and mechanisms.
 
-    config: the model's configuration, whose options are parsed first. Issues the warning of every mechanism that has
-    one (`build_warning`), each text once.
+    config: the model's configuration, whose options are parsed first. Warns where a mechanism has something to say
+    about its options (`build_warning`), once per text.
     """
     config.parse()
     entries = config.mechanism_entries

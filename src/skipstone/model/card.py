@@ -24,8 +24,8 @@ def write_card(
     """Write the model card of a model as README.md into a folder.
 
     title: the heading. source: name of the checkpoint that the model was converted from, or None. realised: measured
-    share of tokens that each mechanism keeps in generation, in [0, 1], as {block: {mechanism: share}}. losses: name to
-    loss in nats per token. Values that are None or absent are shown as not measured. Raises FileExistsError if the
+    share of tokens that each mechanism keeps in generation, in [0, 1], as {block: {mechanism: share}}. losses: losses
+    in nats per token, by name. Values that are None or absent are shown as not measured. Raises FileExistsError if the
     folder has a README.md that was not written by this function.
     """
     path = Path(folder) / "README.md"
@@ -46,8 +46,8 @@ def render_card(
     """Return the model card as Markdown in the form that the Hugging Face hub reads.
 
     title: the heading. source: name of the checkpoint that the model was converted from, or None. realised: measured
-    share of tokens that each mechanism keeps in generation, in [0, 1], as {block: {mechanism: share}}. losses: name to
-    loss in nats per token. Values that are None or absent are shown as not measured. Equal arguments give identical
+    share of tokens that each mechanism keeps in generation, in [0, 1], as {block: {mechanism: share}}. losses: losses
+    in nats per token, by name. Values that are None or absent are shown as not measured. Equal arguments give identical
     text.
     """
     sections = [

@@ -47,13 +47,13 @@ class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
     loss: the training loss, []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss and
-    distillation loss takes the place of the token loss. token_loss: cross-entropy in nats, a mean over labels (or the
-    sum divided by `num_items_in_batch`). auxiliary_loss: the sum of the mechanisms' own losses, coefficients included.
-    distillation_loss: KL(teacher || student) in nats times the squared temperature, averaged like token_loss, without
-    its coefficient. logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the KV cache. hidden_states:
-    if requested, num_hidden_layers + 1 tensors as in transformers. records: if requested, one dict per block with its
-    mechanisms' decisions by name. attentions: always None. last_hidden_state: the decoder's normalised hidden states,
-    [B, T, D], if `output_last_hidden_state` is True, else None.
+    distillation loss takes the place of the token loss. token_loss: cross-entropy in nats, a mean over labels (or, if
+    `num_items_in_batch` was given, the sum divided by it). auxiliary_loss: the sum of the mechanisms' own losses,
+    coefficients included. distillation_loss: KL(teacher || student) in nats times the squared temperature, averaged
+    like token_loss, without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the
+    KV cache. hidden_states: if requested, num_hidden_layers + 1 tensors as in transformers. records: if requested, one
+    dict per block with its mechanisms' decisions by name. attentions: always None. last_hidden_state: the decoder's
+    normalised hidden states, [B, T, D], if `output_last_hidden_state` is True, else None.
     """
 
     loss: Tensor | None = None
@@ -117,7 +117,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         distillation: Distillation | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Return logits [B, T, V] and, with labels, the loss; other arguments are as in `SkipstoneModel.forward`.
+        """Return logits [B, T, V] and, with labels, the loss; other arguments are those of `SkipstoneModel.forward`.
 
         labels: int64 [B, T], the input ids (shifted here), -100 for no target; or, already shifted, `shift_labels`.
         logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: with
@@ -286,8 +286,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         This holds in training mode, too. Arguments are as in transformers' `generate`, and: document_ids: int64 [B, T],
         the documents of a packed prompt, of which new tokens continue each row's last one. `routing="oracle",
         use_cache=False`: decide by looking at the whole text, as some published models do; every step then recomputes
-        everything. Raises ValueError if a decision needs later tokens and this is not given, and for caches that cannot
-        hold rows of different lengths.
+        everything. Raises ValueError if a decision needs later tokens and these two arguments are not given, and for a
+        `cache_implementation` other than "dynamic" and "static".
         """
         settings = kwargs.get("generation_config") or self.generation_config
         kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
@@ -333,7 +333,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         """Return the padding mask of this call's tokens, [B, T]; transformers calls this with a static cache.
 
         inputs_embeds: this call's embeddings, of which only the number of tokens is read. attention_mask: [B, seen +
-        T], or None (then None is returned).
+        T], where seen is the number of cached tokens; for None, None is returned.
         """
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 

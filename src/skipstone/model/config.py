@@ -216,7 +216,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @property
     def experts_entry(self) -> ExpertsEntry:
-        """The parsed options of `experts`; the defaults if it is None."""
+        """The parsed options of `experts`; the default options if that field is None."""
         return parse_experts(self.experts or {})
 
     @property
@@ -245,9 +245,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
         """Save config.json as transformers does, and modeling_skipstone.py, which imports the model from skipstone.
 
-        With that file, transformers' Auto classes load the model by `trust_remote_code=True` in processes that have not
-        imported skipstone, which must be installed. save_directory: the folder, created if needed. push_to_hub: whether
-        to upload it to the Hub, too. kwargs: further arguments of `PreTrainedConfig.save_pretrained`.
+        With modeling_skipstone.py, transformers' Auto classes load the model by `trust_remote_code=True` in processes
+        that have not imported skipstone, which must be installed. save_directory: the folder, created if needed.
+        push_to_hub: whether to upload the folder to the Hub, too. kwargs: further arguments of
+        `PreTrainedConfig.save_pretrained`.
         """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
@@ -255,10 +256,10 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
     def to_json_file(self, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         """Write the configuration as transformers does; beside a config.json, write modeling_skipstone.py as well.
 
-        That file holds the import by which `trust_remote_code=True` finds the model. It is written here because
-        `save_pretrained` uploads only files that appear while it runs. json_file_path: the file to write; under any
-        other name than config.json, nothing is written beside it. use_diff: whether to write only fields that differ
-        from their defaults.
+        modeling_skipstone.py holds the import by which `trust_remote_code=True` finds the model. It is written here
+        because `save_pretrained` uploads only files that appear while it runs. json_file_path: the file to write; under
+        any other name than config.json, nothing is written beside it. use_diff: whether to write only fields that
+        differ from their defaults.
         """
         super().to_json_file(json_file_path, use_diff=use_diff)
         if Path(json_file_path).name == CONFIG_NAME:

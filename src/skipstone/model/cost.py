@@ -1,8 +1,9 @@
 """The cost of a model in FLOPs and bytes, computed from the shapes of its modules; a model on the meta device suffices.
 
 A multiply-accumulate counts 2 FLOPs. Matrix products, attention, routers and head are counted; everything else is 0 by
-convention (docs/cost.md). With the kv tokens and query tokens of core/counts.py, H heads of size E and S stored keys,
-one block takes
+convention (docs/cost.md). Of a block, kv_tokens is the number of tokens whose keys and values are computed, and
+query_tokens the number of those that get an update (core/counts.py). With H heads of size E and S stored keys, one
+block takes
 
     2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
     4 H E query_tokens (S + kv_tokens)             attention, scores and weighted values; not halved for causality
@@ -92,8 +93,8 @@ class Cost:
     "forced" (causal, but imposed by the caller). parameters: the model's parameter counts. forward: FLOPs of the call.
     training: FLOPs of a forward and backward pass over the same rows without past, with the decisions of training;
     activation recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices,
-    divided by all tokens of a row, skipped ones included. state_bytes_per_token: the same for the mechanisms' own
-    cached state. dense: the cost of the same model without mechanisms; None in the dense model's own cost.
+    divided by all tokens of a row, skipped ones included. state_bytes_per_token: bytes of the mechanisms' own cached
+    state, divided alike. dense: the cost of the same model without mechanisms; None in the dense model's own cost.
     """
 
     tokens: int
@@ -137,7 +138,8 @@ def cost(
     row that has a query); None means what `past` tokens leave there under the assumption just described. routing:
     "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced" (causal, but
     imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits are computed;
-    0 means all tokens. Raises ValueError for invalid sizes and blocks.
+    0 means all tokens. Raises ValueError for invalid sizes, and for layers in `kept` or `stored` that the model does
+    not have.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")
@@ -159,7 +161,8 @@ def forward_flops(model: ModelLike, tokens: int, kept: Kept | None = None, mecha
     Decisions are made without later tokens, as in generation. This function is faster than `cost`, because it computes
     no parameter counts, cache bytes or training FLOPs, and is meant for searches over thresholds. kept: how many tokens
     of the row each mechanism keeps, as {layer: {name: count}}; None means the configured capacity, or all tokens for
-    gates without a capacity. mechanisms: False gives the FLOPs of the dense model.
+    gates without a capacity. mechanisms: whether mechanisms act; False gives the FLOPs of the same model without them.
+    Layers in `kept` that the model does not have are not noticed.
     """
     call = _Call(tokens, 0, 1, "causal", tokens, kept or {}, {}, mechanisms)
     blocks = (_executed(block, call, i)[-1] for i, block in enumerate(model.decoder.layers))

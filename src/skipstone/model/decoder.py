@@ -117,8 +117,8 @@ class SkipstonePreTrainedModel(SavesItsBlocks, KeepsStoredTypes):
     def change_mechanism(self, index: int, **options: object) -> None:
         """Change options of entry `index` of `config.mechanisms`, in the configuration and in all its blocks.
 
-        options: new values; None restores a default. Only for options that every pass reads, such as thresholds;
-        options that define modules need a new model. Raises ValueError for invalid options.
+        options: new values by name; None restores a default. This is meant for options that every pass reads, such as
+        thresholds; options that define modules need a new model. Raises ValueError for invalid options.
         """
         entries = self.config.mechanism_entries
         entry = entries[index] = entries[index].changed(**options)
@@ -129,6 +129,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks, KeepsStoredTypes):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Change the number of tokens in the vocabulary to `new_num_tokens`, as transformers does.
 
+        None leaves it as it is. Returns the token embedding. args, kwargs: further arguments of transformers' method.
         Raises ValueError for models with quantised weights or `head_candidates`, which cannot be resized.
         """
         small = self.config.weight_format != "float"

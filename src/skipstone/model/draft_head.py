@@ -34,8 +34,8 @@ class DraftHead(nn.Module):
 
     It projects two inputs, a hidden state and the embedding of the token after it, to the model's width, and runs one
     Llama block on the result. config: the model's configuration. shortlist: R, the number of tokens that can be
-    guessed. shortlist_R: int64, their ids, ascending. told: fp32 [K, D], a few embeddings and the final norm's weight
-    of the model, by which a head of another model is recognised.
+    guessed. shortlist_R: int64, their ids, ascending. told: fp32 [17, D], a fingerprint of the model (16 embeddings and
+    the final norm's weight), by which a head of another model is recognised.
     """
 
     shortlist_R: Tensor
@@ -161,7 +161,7 @@ class ReadyHead:
     def token(self, hidden_B1D: Tensor) -> Tensor:
         """Return for each row the shortlisted token with the largest logit, int64 [B, 1].
 
-        hidden_B1D: a guessed hidden state for each row.
+        hidden_B1D: a guessed hidden state for each of B rows.
         """
         return self.head.shortlist_R[self.shortlist(hidden_B1D).argmax(-1)]
 

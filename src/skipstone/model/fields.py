@@ -70,17 +70,18 @@ class ModelFields:
 
     Sizes: intermediate_size: neurons of an MLP; None means 8/3 of hidden_size, rounded up to a multiple of 32, or 4
     times hidden_size for a plain MLP. num_key_value_heads: None means num_attention_heads. head_dim: None means
-    hidden_size / num_attention_heads. max_position_embeddings: context length in tokens. tie_word_embeddings: the head
-    uses the embedding's weights.
+    hidden_size / num_attention_heads. max_position_embeddings: context length in tokens. tie_word_embeddings: whether
+    the head uses the embedding's weights.
 
     Blocks: norm: rmsnorm, layernorm, layernorm_without_bias, or rmsnorm_offset and layernorm_offset, whose factor is 1
-    + weight; norm_eps: its epsilon. norm_placement: norms before each sub-layer, after it, around it (both), or one
-    shared norm before both, which needs parallel_residual: the MLP reads the same stream as attention. qk_norm: whether
+    + weight; norm_eps: its epsilon. norm_placement: norms before each sub-layer (before), after it (after), on both
+    sides (around), or one norm before attention and MLP (shared), which needs parallel_residual. parallel_residual:
+    whether the MLP reads the stream that attention reads, and not the one after attention's update. qk_norm: whether
     queries and keys are normalised; qk_norm_over: each head with one weight for all (head) or with its own (each_head),
     or all_heads together. attention_scale: factor on q . k; None means 1 / sqrt(head_dim). attention_soft_cap,
     logit_soft_cap: c of c * tanh(x / c) on scores and logits; None means no cap. embedding_scale, residual_scale,
     logit_scale: factors on embeddings, on each sub-layer's update, and on logits. attention_bias: whether queries, keys
-    and values have biases; attention_output_bias, mlp_bias: whether the output projection and MLPs have.
+    and values have biases; attention_output_bias, mlp_bias: whether the output projection and MLPs have biases.
 
     Positions: positions: rope or learned. rope_parameters: as in transformers; None means theta 10,000. rope_layers:
     the blocks with RoPE, a slice such as "1::2" or a list of indices; None means all, [] means none. attention_window:
@@ -96,11 +97,11 @@ class ModelFields:
     or a list of indices, ...options}, the outermost first.
 
     Training: embedding_dropout, attention_dropout, residual_dropout, mlp_hidden_dropout: dropout rates on embeddings,
-    attention weights, the outputs of attention and MLP, and neurons; mlp_dropout: the rate on the MLP's output, if
-    different. linear_init: linear layers start normal with standard deviation initializer_range and zero biases
-    (normal), or as in nn.Linear (torch). scaled_output_init: whether the standard deviation of projections into the
-    residual stream is divided by sqrt(2 * num_hidden_layers). auxiliary_loss_over: routers' losses are averaged over
-    labelled tokens (labelled), or each over the tokens that reach its mechanism, labelled or not (all).
+    attention weights, the outputs of attention and MLP, and neurons; mlp_dropout: the rate on the MLP's output; None
+    means residual_dropout. linear_init: linear layers start normal with standard deviation initializer_range and zero
+    biases (normal), or as in nn.Linear (torch). scaled_output_init: whether the standard deviation of projections into
+    the residual stream is divided by sqrt(2 * num_hidden_layers). auxiliary_loss_over: routers' losses are averaged
+    over labelled tokens (labelled), or each over the tokens that reach its mechanism, labelled or not (all).
     training_routing: how training passes decide by default, looking at the whole row (oracle) or without later tokens
     and noise (causal).
 

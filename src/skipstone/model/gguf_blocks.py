@@ -26,9 +26,9 @@ OF_K = 256  # weights of a block of Q4_K
 class FourBitRows:
     """An index of the rows of a GGUF file with four-bit blocks; `find` returns a loaded matrix as stored there.
 
-    Rows are looked up by their values, because loading renames and permutes them. path: the file. any: whether it has
-    such rows. Formats are Q4_0 and Q4_1, whose values are kept exactly, and Q4_K, whose scales are products of two
-    numbers and are rounded to fp16 here.
+    Rows are looked up by their values, because loading renames and permutes them. path: the file. any: whether the file
+    has four-bit rows. Formats are Q4_0 and Q4_1, whose values are kept exactly, and Q4_K, whose scales are products of
+    two numbers and are rounded to fp16 here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class FourBitRows:
         self.any = bool(self._tensors)
 
     def find(self, weight_OI: Tensor) -> Tensor | None:
-        """Return a matrix in four bits, as the file has it, or None if not all of its rows are four-bit rows there.
+        """Return a matrix in four bits, as the GGUF file has it, or None if not all of its rows have four bits there.
 
         weight_OI: the matrix as loaded from the file, fp32. Returns uint8 [O, P], where P is the number of bytes of a
         row in our four-bit format (`ops/int4.py`).

@@ -38,8 +38,8 @@ def with_head_candidates(
     """Return a copy of the model whose decoding steps multiply only the `candidates` best rows of its output head.
 
     A step first computes approximate logits for the whole vocabulary from a small table, then exact ones for the best
-    rows; other tokens keep the approximate logits. ids_BT: int64 [rows, tokens], text like that to be decoded, a few
-    thousand tokens. directions: dimensions of the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS
+    rows; other tokens keep the approximate logits. ids_BT: int64 [rows, tokens], a few thousand tokens of text like the
+    one to be decoded. directions: dimensions of the table, a multiple of 64. After SVD-softmax (Shim et al., NeurIPS
     2017). Raises ValueError for values out of range, and for a model that has such a table already.
     """
     check_model(model)
@@ -57,9 +57,11 @@ def with_head_candidates(
 
 
 def config_with_candidates(model: SkipstoneForCausalLM, candidates: int, directions: int) -> SkipstoneConfig:
-    """Return the model's configuration with these head candidates and directions.
+    """Return the model's configuration with an output head of which decoding steps multiply only some rows exactly.
 
-    Raises ValueError for values out of range, and for a model that has head candidates already.
+    candidates: number of these rows, those with the largest approximate logits. directions: dimensions in which the
+    logits are approximated, a multiple of 64. Raises ValueError for values out of range, and for a model that has head
+    candidates already.
     """
     if model.config.head_candidates is not None:
         raise ValueError("the model has head_candidates already; begin with the model without")
@@ -68,10 +70,10 @@ def config_with_candidates(model: SkipstoneForCausalLM, candidates: int, directi
 
 
 def preview_of(weight_VD: Tensor, hidden_ND: Tensor, directions: int) -> head_preview.Preview:
-    """Return the table that approximates a head's logits for hidden states distributed like these, from fp32 inputs.
+    """Return a table that approximates a head's logits for hidden states like the given ones.
 
-    weight_VD: the head, V vocabulary entries by D inputs. hidden_ND: N hidden states as the head reads them.
-    directions: K, the number of dimensions of the table, which are those in which the logits vary most.
+    weight_VD: fp32, the head, V vocabulary entries by D inputs. hidden_ND: fp32, N hidden states as the head reads
+    them. directions: K, the number of dimensions of the table, which are those in which the logits vary most.
     """
     mean_D, row_D = hidden_ND.mean(0), weight_VD.mean(0)
     parts = [weight_VD[at : at + PART] - row_D for at in range(0, len(weight_VD), PART)]

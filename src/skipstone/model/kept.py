@@ -49,11 +49,12 @@ class ModelLike(Weighted, Protocol):
 def kept_from_records(model: ModelLike, records: Sequence[Records], rows: Literal["widest", "mean"] = "widest") -> Kept:
     """Return how many tokens each mechanism kept in a forward pass, as {layer: {mechanism's name: counts}}.
 
-    The cost model takes this as `kept`. Mechanisms that no token reached are absent. model: the model that ran.
-    records: decisions of the pass, a dict by mechanism name for each block. rows: "mean" counts the kept tokens of a
-    row on average. "widest" counts what was executed: the kept tokens of all rows are gathered to the width of the row
-    that keeps most, and attention computes all these columns, while projections and MLP leave out the padding where it
-    is at least 10 %. In calls of one token per row, rows that skip are left out, and both are the mean.
+    Counts are numbers of tokens per row or `TokenCounts`, and `cost` takes the result as `kept`. Mechanisms that no
+    token reached are absent. model: the model that ran. records: decisions of the pass, a dict by mechanism name for
+    each block. rows: "mean" counts the kept tokens of a row on average. "widest" counts what was executed: the kept
+    tokens of all rows are gathered to the width of the row that keeps most, and attention computes all these columns,
+    while projections and MLP leave out the padding where it is at least 10 %; rows that a mechanism leaves out whole
+    (layer dropout) count in `TokenCounts.rows` only. In calls of one token per row, "widest" gives the same as "mean".
     """
     kept: dict[int, dict[str, Amount]] = {}
     for i, (block, decided) in enumerate(zip(model.decoder.layers, records, strict=True)):

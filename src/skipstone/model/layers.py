@@ -6,8 +6,9 @@ from __future__ import annotations
 def parse_layers(pattern: object, num_layers: int, where: str = "layers") -> list[int]:
     """Return the block indices, ascending, of a slice string such as "1::2" or "2:-1", a list of indices, or one index.
 
-    num_layers: the number of blocks; negative indices count from the end. where: the option as error messages call it.
-    Raises ValueError for anything else, for an index outside of the model and for a pattern that matches no block.
+    pattern: one of these. num_layers: the number of blocks; negative indices count from the end. where: the option as
+    error messages call it. Raises ValueError for anything else, for an index outside of the model and for a pattern
+    that matches no block.
     """
     if isinstance(pattern, str):
         chosen = list(range(num_layers))[_slice(pattern, where)]

@@ -65,7 +65,7 @@ def and_more(keys: list[str]) -> str:
 def named_dtype(dtype: Dtype, default: Any) -> Any:
     """Return the torch.dtype for "float32", "bfloat16" or "float16"; a torch.dtype is returned as it is.
 
-    default: what is returned for None. Raises ValueError for an unknown name.
+    dtype: a name, a torch.dtype or None. default: what is returned for None. Raises ValueError for an unknown name.
     """
     if dtype is None:
         return default
@@ -73,7 +73,7 @@ def named_dtype(dtype: Dtype, default: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """Return the line of an error's message that tells most, after the error's type if the line tells too little."""
+    """Return the most telling line of an error's message, after the error's type if the line tells too little alone."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1 if isinstance(error, StrictDataclassError) else 0].removeprefix("ValueError: ")
     if line.endswith(":") and line is lines[0]:  # a heading, as of torch's load_state_dict

@@ -80,7 +80,7 @@ class MechanismEntry(Entry):
         return self.layers[:1] if self.site == SEGMENT else self.layers
 
     def changed(self, **changes: object) -> MechanismEntry:
-        """Return the entry with other options.
+        """Return a new entry with some options changed; the entry itself stays as it is.
 
         changes: new values by option; None restores a default. Raises ValueError for invalid options.
         """
@@ -191,7 +191,7 @@ def _with_words(written: Mapping[object, object] | Written) -> dict[str, object]
 
 
 def parse_activation(activation: str | Written) -> ActivationEntry:
-    """Parse the activation: the name of a function, or a mapping with the key `name` and options.
+    """Parse the option `activation` of a model: the name of a function, or a mapping with the key `name` and options.
 
     Raises ValueError for unknown names and keys and for invalid values.
     """

@@ -175,7 +175,8 @@ def convert(source: str | Path, out: Path, *, dtype: str | None = None, gguf_fil
 def files_of(source: str | Path) -> list[Path]:
     """Return the files with the weights of a checkpoint that has been loaded, those of an adapter's base included.
 
-    source: as in `load_pretrained`. The files of a hub name are those of the local cache.
+    source: a folder, a hub name (whose files in the local cache are returned), the path of a .gguf file, or the folder
+    of a PEFT adapter.
     """
     name, gguf_file = _locate(source, None)
     if gguf_file is not None:
@@ -291,7 +292,7 @@ def _header(name: str, gguf_file: str | None) -> Header | None:
 
 
 def four_bit_rows(source: str | Path) -> FourBitRows | None:
-    """Return the four-bit rows of the GGUF file at the path `source`; None for a folder or a hub name.
+    """Return an index of the four-bit rows of the GGUF file `source`; None if it is a folder or a hub name.
 
     Raises FileNotFoundError if `source` is neither a path nor a hub name, and ValueError for a damaged file.
     """

@@ -33,11 +33,12 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
     their number is not a multiple of 64. Groups have 32 inputs instead if most weights come from blocks such as Q8_0 or
     Q5_0 of a GGUF file, whose values they keep. Each 32 inputs of a four-bit row share a scale and an offset. With 4
     bits, three kinds of matrices in the blocks become int8: those whose number of inputs is not a multiple of 64, those
-    whose weights fp16 scales cannot hold, and up and down of an MLP that leaves out neurons by magnitude. With 16, the
-    last stay in floating point. given: the rows of the GGUF file that an fp32 model was loaded from: with 4 bits, its
-    four-bit blocks are taken over as they are, and if it has any, its other matrices become int8. Raises ValueError for
-    anything but a SkipstoneForCausalLM, for a model that is quantised already (by this function or by torchao), for one
-    with adapters of PEFT, for a mixture of experts, and for weights that are not finite.
+    whose weights fp16 scales cannot hold, and up and down of an MLP that leaves out neurons by magnitude. With 16 bits,
+    these up and down matrices keep their dtype. given: the rows of the GGUF file that an fp32 model was loaded from:
+    with 4 bits, the file's four-bit blocks are taken over as they are, and if it has any, all other matrices become
+    int8. None means that all weights are rounded here. Raises ValueError for anything but a SkipstoneForCausalLM, for a
+    model that is quantised already (by this function or by torchao), for one with adapters of PEFT, for a mixture of
+    experts, and for weights that are not finite.
     """
     check_model(model)
     if type(bits) is not int or bits not in BITS:
@@ -67,7 +68,10 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
 
 
 def check_model(model: object) -> None:
-    """Raise ValueError unless an object is a model of ours, neither routed in place nor wrapped by PEFT."""
+    """Raise ValueError unless `model` is a SkipstoneForCausalLM.
+
+    A model of transformers with mechanisms added by `skipstone.route` and one wrapped by PEFT are refused.
+    """
     if not isinstance(model, SkipstoneForCausalLM):
         raise ValueError(f"model must be a SkipstoneForCausalLM, got {type(model).__name__}")
 
@@ -121,7 +125,10 @@ def _read_by_neuron(model: SkipstoneForCausalLM) -> list[str]:
 
 
 def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
-    """Return a copy of a quantised model that holds the same values in the dtype of its activations."""
+    """Return a copy of a quantised model that holds the same values in the dtype of its activations.
+
+    Raises ValueError for anything but a SkipstoneForCausalLM.
+    """
     check_model(model)
     config = _with_format(model, FLOAT, None, None)
     tensors = dict(model.state_dict())
@@ -153,11 +160,11 @@ def _layers(config: SkipstoneConfig) -> dict[str, StoredWeights]:
 
 
 def rebuilt(model: SkipstoneForCausalLM, config: SkipstoneConfig, tensors: dict[str, Tensor]) -> SkipstoneForCausalLM:
-    """Return a model of another configuration with these weights.
+    """Return a model with the configuration `config` and the weights `tensors`.
 
-    Its dtype, training mode and generation config are taken from `model`. tensors: the state dict of the new model.
-    Entries of the head are dropped if it is tied to the embedding. Tensors that are those of `model` are copied, so
-    that a change of one model never reaches the other.
+    Its dtype, training mode and generation config are those of `model`. tensors: the state dict of the new model;
+    entries of the head are dropped if `config` ties it to the embedding, and tensors that belong to `model` are copied,
+    so that a change of one model never reaches the other.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     tensors = {n: x.clone() if x.untyped_storage().data_ptr() in own else x for n, x in tensors.items()}

@@ -1,7 +1,8 @@
 """A check, before a model is saved, that its configuration describes its blocks as they are.
 
-Tools that remove, copy or exchange blocks of a built model leave the configuration as it was. The blocks keep their own
-angles and windows, but the saved model would be built from the configuration, and compute something else.
+Tools that remove, copy or exchange blocks of a built model leave the configuration as it was. The blocks keep their
+RoPE angles and attention windows, but the saved model would be built from the configuration, and compute something
+else.
 """
 
 from __future__ import annotations

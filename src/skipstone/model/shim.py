@@ -1,7 +1,7 @@
 """A module saved with each model, for processes that load it with `trust_remote_code=True` without importing skipstone.
 
-transformers runs the file that `auto_map` in config.json names. Ours holds one import, so that the installed package
-runs and not an outdated copy in the folder.
+transformers runs the file that `auto_map` in config.json names. The file written here holds one import, so that the
+installed package runs and not an outdated copy in the folder.
 """
 
 from __future__ import annotations

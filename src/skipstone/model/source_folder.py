@@ -66,7 +66,7 @@ def _check_blob(path: Path) -> None:
 def check_room(folder: Path, weights: int, room: int = 4) -> None:
     """Raise ValueError if a configuration describes more weights than the folder's files can hold.
 
-    Called before memory is allocated. folder: the folder with the weights' files. weights: the model's number of
+    It is called before memory is allocated. folder: the folder with the weights' files. weights: the model's number of
     parameters. room: the largest number of weights per byte (packed formats hold several).
     """
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]

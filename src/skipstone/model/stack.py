@@ -4,9 +4,9 @@ A segment's mechanism wraps the update of a stack of blocks, as others wrap the 
 
     update(x, tokens) = block_j(... block_i(x, tokens) ...) - x
 
-It is a module of the segment's first block (`Block.sites["segment"]`); the other blocks refer to that block. Its
-decisions are returned with those of every block of the segment, so that what a block computed can be read there; the
-auxiliary loss and the carried state are returned with the first block alone.
+The mechanism is a module of the segment's first block (`Block.sites["segment"]`); the other blocks refer to that block.
+Its decisions are returned in the records of every block of the segment, so that each block's records tell what the
+block computed; the auxiliary loss and the carried state are returned with the first block alone.
 
 Shape letters: B rows, T tokens, D width.
 """
@@ -49,8 +49,9 @@ class Stack:
     def run(self, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, list[Records]]:
         """Return the hidden states after the last block, [B, T, D], and the records of each block's decisions.
 
-        x_BTD, tokens: hidden states and tokens before the first block. Records of blocks that numba's code ran in one
-        call are empty if `recorded` is False.
+        x_BTD, tokens: hidden states and tokens before the first block. Records are dicts of decisions by mechanism
+        name, one for each block; if `recorded` is False, they are empty for blocks that ran in one call compiled by
+        numba.
         """
         records: list[Records] = []
         for blocks, compiled in self._runs(x_BTD, tokens):

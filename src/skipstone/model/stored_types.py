@@ -1,4 +1,4 @@
-"""Weights keep the type in which they are stored: the numbers of a quantised model are not taken for its weights.
+"""Checks that stored weights have the type of the parameter, so that no quantised numbers are taken for weights.
 
 torch and transformers convert whatever they load to the dtype of the model's parameter. An int8 matrix without its
 scales, or bits of bf16 read as integers, would become weights without a word, and fractions would become 0.
@@ -25,8 +25,8 @@ class KeepsStoredTypes(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does, and check that its weights are of the types that the files have.
 
-        The arguments are those of transformers. Raises ValueError for integers in the place of floating-point weights
-        and the reverse, as with a `weight_format` that is not that of the files.
+        Arguments and result are those of transformers' method. Raises ValueError for integers in the place of
+        floating-point weights and the reverse, for instance if `weight_format` in config.json is not that of the files.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         given = kwargs.get("state_dict")
@@ -35,7 +35,11 @@ class KeepsStoredTypes(PreTrainedModel):
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load tensors by name as torch does, but refuse integers in the place of floating-point weights."""
+        """Load tensors by name as torch does, but refuse integers in the place of floating-point weights.
+
+        state_dict: the tensors by name. args, kwargs, result: those of torch's method. Raises ValueError that names the
+        tensor.
+        """
         kinds = {name: _kind(parameter.dtype) for name, parameter in self.named_parameters()}
         wrong = {
             n: k
@@ -47,9 +51,10 @@ class KeepsStoredTypes(PreTrainedModel):
 
 
 def check_types(model: nn.Module, stored: Mapping[str, str]) -> None:
-    """Raise ValueError if a parameter is stored as integers and the model's is in floating point, or the reverse.
+    """Raise ValueError if a tensor is stored as integers and its parameter is in floating point, or the reverse.
 
-    stored: types by names of tensors, with or without "model." before them, as safetensors or torch name them.
+    model: the model whose parameters are compared. stored: types such as "F32" or "float32" by tensor name, with or
+    without "model." before the name.
     """
     for name, parameter in model.named_parameters():
         kind = next((stored[n] for n in (name, f"model.{name}", name.removeprefix("model.")) if n in stored), None)

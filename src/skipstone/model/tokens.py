@@ -47,11 +47,12 @@ class Call:
 
 
 def tokens_of(call: Call, mode: PassMode) -> Tokens:
-    """Return the `Tokens` of a call: slots, positions, documents and padding, derived from the caller's arguments.
+    """Return the `Tokens` of a call: slots, positions, documents and padding, derived from its arguments.
 
-    mode: how the pass decides and executes. Slots are indices in the row, padding and cached tokens counted. Without
-    position_ids, positions count the tokens of each document but padding; without document_ids, positions that restart
-    in a call without mask and cache mark new documents. Raises ValueError for arguments of another shape.
+    call: the arguments. mode: how the pass decides and executes. Slots are indices in the row, with padding and cached
+    tokens counted. Without position_ids, positions count the tokens of each document without padding; without
+    document_ids, positions that restart in a call without mask and cache mark new documents. Raises ValueError for
+    arguments of another shape.
     """
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:
@@ -163,9 +164,10 @@ def _documents(call: Call, position_BT: Tensor) -> Tensor | None:
 def with_ids(tokens: Tokens, input_ids: Tensor | None, cache: SkipstoneCacheLayer | None) -> Tokens:
     """Return the tokens with their ids and the ids before them in `state`, for mechanisms that decide by token ids.
 
-    Each is int64 [B, T]; the id before a document's first token is -1. input_ids: int64 [B, T]; if None (a call with
-    inputs_embeds), the tokens are returned unchanged. cache: the first block's cache, in which the last id of each row
-    is stored for the next call, or None.
+    The entries of `state` are "input_ids" and "input_ids_before", int64 [B, T]; the id before a document's first token
+    is -1. tokens: the tokens of this call. input_ids: int64 [B, T]; if None (a call with inputs_embeds), the tokens are
+    returned unchanged. cache: the first block's cache, in which the last id of each row is stored for the next call;
+    None without a cache.
     """
     if input_ids is None:
         return tokens

@@ -66,7 +66,8 @@ def check_weight_files(folder: Path, *, quantised: bool) -> None:
 
     That is: a damaged or missing file, an entry that is not a tensor, one tensor in two files with different values
     (transformers takes the last one, whatever the index says), and, unless `quantised`, weights or biases that are
-    integers or 8-bit floats: their scales are elsewhere, but transformers would take them for the values themselves.
+    integers or 8-bit floats, which transformers would take for the values themselves although they need scales.
+    quantised: whether such numbers are expected.
     """
     found: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
     for path in weight_files(folder):

@@ -6,9 +6,9 @@ from __future__ import annotations
 def require_ours(model: object) -> None:
     """Raise ValueError unless `model` is a Skipstone model that returns one position per given input id.
 
-    A model with PEFT adapters in its layers is accepted. A model wrapped by PEFT for prompt learning is rejected,
-    because virtual tokens precede each text. A decoder of transformers is rejected too, even if `skipstone.route` has
-    added mechanisms to it.
+    A model with PEFT adapters in its layers is accepted. A model wrapped by PEFT for prompt learning is refused,
+    because it puts virtual tokens before each text. A decoder of transformers is refused too, even if `skipstone.route`
+    has added mechanisms to it.
     """
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):

@@ -34,10 +34,11 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A projection of a pretrained architecture that is several of ours, such as one for queries, keys and values.
+    """A projection of a pretrained architecture that is several projections of ours, such as queries, keys and values.
 
     parts: the names of our projections, such as "q_proj". split: divides the fused tensor (weight or bias) into the
-    parts' tensors, given our configuration. join: the reverse; by default it concatenates along the first axis.
+    parts' tensors, given our configuration. join: the reverse of split; by default it concatenates along the first
+    axis.
     """
 
     parts: tuple[str, ...]
@@ -140,9 +141,9 @@ class Family:
     """The rules by which a family of pretrained decoders is translated to our configuration and back.
 
     read: returns our configuration fields for a configuration of the family. write: returns the family's fields for our
-    configuration and the family's name of the activation, except fields with the same names in all families, such as
-    vocab_size, which are added. layout: translates tensors. only: settings of the family that change its result, each
-    with the values that we support, its default first.
+    configuration and the family's name of the activation, without fields that have the same names in all families, such
+    as vocab_size, which `family_config` adds. layout: translates tensors. only: settings of the family that change its
+    result, each with the values that we support, its default first.
     """
 
     read: Callable[[PreTrainedConfig], Options]
@@ -303,8 +304,8 @@ def one_window(theirs: PreTrainedConfig) -> Options:
     """Return {"attention_window": tokens} for a family with the same window in every block, or {} if there is none.
 
     In transformers, such a family uses the window whatever `layer_types` says. theirs: a configuration of transformers.
-    Raises ValueError if `layer_types` says something else: transformers' passes with a cache would follow it, and those
-    without would not.
+    Raises ValueError if `layer_types` contradicts this: transformers would follow it in passes with a cache, and not in
+    those without.
     """
     window, types = theirs.sliding_window, {*(getattr(theirs, "layer_types", None) or [])}
     if types - {FULL if window is None else SLIDING}:

@@ -1,9 +1,9 @@
 """How checkpoints of Cohere's Command R, Aya and Command A are translated to our configuration and names.
 
-Attention and MLP are in parallel after one norm, and logits are scaled.
+Attention and MLP run in parallel after one norm, and logits are scaled.
 
-RoPE turns neighbouring features. Command R+ has a norm of queries and keys with a weight for each head; in Command R7B
-and Command A (`cohere2`), the blocks with a window have RoPE and the others have no positions.
+RoPE rotates pairs of neighbouring features. Command R+ has a norm of queries and keys with a weight for each head; in
+Command R7B and Command A (`cohere2`), the blocks with a sliding window have RoPE and the others have no positions.
 """
 
 from __future__ import annotations

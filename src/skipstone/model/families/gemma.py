@@ -1,7 +1,7 @@
 """How checkpoints of Gemma 2 and of Gemma 3's text model are translated to our configuration and tensor names.
 
 Norms stand before and after each sub-layer and scale by 1 + w; embeddings are scaled, scores and logits have soft caps.
-Blocks with and without a window alternate; in Gemma 3 each kind has RoPE parameters of its own.
+Blocks with and without a sliding window alternate; in Gemma 3, the two kinds of blocks have different RoPE parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How GLM-4 checkpoints are translated to our configuration and tensor names.
 
-RoPE turns neighbouring features of a part of each head; gate and up projection are one matrix.
+RoPE rotates pairs of neighbouring features in a part of each head; gate and up projection are one matrix.
 
 The models of 2024 (`glm`) have norms before the sub-layers, those of 2025 (`glm4`) before and after.
 """

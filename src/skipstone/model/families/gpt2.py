@@ -2,7 +2,7 @@
 
 GPT-2 has LayerNorm, learned positions, a plain MLP and biases.
 
-Weights are [in, out]; queries, keys and values are one projection.
+Its weights are stored [in, out]; queries, keys and values are one projection.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They have norms after the sub-layers, not before them, and one norm over all heads of queries and of keys.
 
-OLMo 3 has a window in three of four blocks, and RoPE parameters of its own in each kind of block.
+OLMo 3 has a sliding window in three of four blocks, and different RoPE parameters in blocks with and without one.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Read the state dict in the file `path`, a .safetensors file or one of torch.save.
 
-    In a file of torch.save it may be part of a checkpoint. Nothing in a pickle is executed. Tensors of a zipped
-    torch.save file stay on disk until they are used. Raises FileNotFoundError if there is no such file, and ValueError
-    for a file that cannot be read.
+    In a file of torch.save, the state dict may be part of a checkpoint. Nothing in a pickle is executed. Tensors of a
+    zipped torch.save file stay on disk until they are used. Raises FileNotFoundError if there is no such file, and
+    ValueError for a file that cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"file {str(path)!r} does not exist")
@@ -81,8 +81,8 @@ def _weights(found: Any, name: str) -> Weights:
 def write_weights(weights: Weights, path: Path, kind: str) -> None:
     """Write weights to `path`, by safetensors if `kind` is ".safetensors", else by torch.save.
 
-    Safetensors stores shared tensors twice and drops the numbers in `weights.beside`. torch.save gets a dict with the
-    state dict under "model" and these numbers.
+    weights: the state dict and plain numbers beside it. Safetensors stores shared tensors twice and drops the numbers
+    in `weights.beside`. torch.save gets a dict with the state dict under "model" and these numbers.
     """
     if kind == SAFETENSORS:
         whole = torch.contiguous_format  # a matrix of a compiled step may lie input by input

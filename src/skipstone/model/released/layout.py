@@ -26,9 +26,9 @@ class Translated:
 class ReleasedLayout:
     """A layout in which a paper's authors released weights: how to read and write it.
 
-    read: translates weights, given options. write: translates one of our models back; None if that is not supported.
-    options: the names of the options of `read`, values that the weights do not contain. Both functions raise ValueError
-    for weights or models that do not fit the layout.
+    read: translates a file's weights to ours, given options. write: translates one of our models to a file's weights;
+    None if that is not supported. options: the names of the options of `read`, values that the weights do not contain.
+    Both functions raise ValueError for weights or models that do not fit the layout.
     """
 
     read: Callable[[Weights, Options], Translated]

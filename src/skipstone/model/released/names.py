@@ -16,8 +16,8 @@ Table = Mapping[str, str]
 def count_blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """Return the number of blocks in a state dict, from names such as `prefix.0.weight`.
 
-    It is the highest index plus 1. tensors: the state dict. prefix: the beginning of the names. Raises ValueError if
-    there is none.
+    It is the highest index plus 1. tensors: the state dict. prefix: the beginning of the names. Raises ValueError if no
+    name has this form.
     """
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     numbers = {int(match[1]) for match in found if match}
@@ -35,9 +35,9 @@ def expand(table: Table, count: int) -> dict[str, str]:
 
 
 def check_names(tensors: Mapping[str, Tensor], expected: Mapping[str, object], ignored: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless `tensors` has exactly the names of `expected`.
+    """Raise ValueError unless `tensors` has exactly the names of `expected`, whose values are not read.
 
-    ignored: names that may be present or absent.
+    tensors: a state dict. ignored: names that may be present or absent.
     """
     if missing := [name for name in expected if name not in tensors and name not in ignored]:
         raise ValueError(f"lacks {and_more(missing)}")
