@@ -165,7 +165,8 @@ class BudgetTable:
     def save(self, folder: str | Path) -> Path:
         """Write the table as budget.json into `folder`, where the model's weights are, and return the path.
 
-        Raises FileExistsError if there is a table already, OSError or `WriteError` if the file cannot be written.
+        Raises FileExistsError if there is a table already, and OSError or `WriteError` (a ValueError) if the file
+        cannot be written.
         """
         path = self.free_path(folder)
         write_whole(path, json.dumps(sealed(asdict(self)), indent=1) + "\n")
@@ -183,7 +184,8 @@ class BudgetTable:
     def free_path(cls, folder: str | Path) -> Path:
         """Return the path that `save` would write in `folder`, after checking that it may be written.
 
-        Raises FileExistsError if there is a table already, OSError or `WriteError` if no file can be created there.
+        Raises FileExistsError if there is a table already, and OSError or `WriteError` (a ValueError) if no file can be
+        created there.
         """
         if (path := cls.find(folder)) is not None:
             raise FileExistsError(f"{str(path)!r} exists already; nothing is overwritten; remove it to calibrate again")

@@ -1,7 +1,7 @@
 """Threshold handles: one interface to the thresholds that decide which tokens are kept, for all mechanisms.
 
-A token is kept if its score is above the threshold. The score is that of the records, so that a calibration reads it
-from ordinary passes: a router's logit, or the logit of a gate's gain.
+A token is kept if its score is above the threshold. The score is that of the records (decisions that a pass returns),
+so that a calibration reads it from ordinary passes: a router's logit, or the logit of a gate's gain.
 
 Shape letters: B rows, T tokens, N tokens that reached a block.
 """
@@ -79,7 +79,7 @@ class ThresholdHandle:
         """Return the scores of a pass that this threshold decides on, fp32 [N].
 
         A token has one score for each block of this threshold that it reached. Scores are in the order of blocks, then
-        of rows and tokens. records: the records of the pass, a dict by mechanism name for each block.
+        of rows and tokens. records: the decisions of the pass, a dict by mechanism name for each block.
         """
         parts = []
         for placement, threshold in zip(self._placements, self._thresholds, strict=True):

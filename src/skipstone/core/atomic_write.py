@@ -50,11 +50,11 @@ class WriteError(ValueError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn an error of a full or failing disk, raised in a `with` block, into a `WriteError` that names `path`.
+    """Turn an error of a full or failing disk, raised in a `with` block, into a `WriteError` naming `path`.
 
-    path: the file or folder that the block writes. Such errors are recognised by the messages of the operating system,
-    torch, safetensors and tokenizers; all other errors pass unchanged. A `WriteError` for the temporary name of `path`
-    is raised again with `path` itself.
+    path: the file or folder that the block writes. `WriteError` is a ValueError. Such errors are recognised by the
+    messages of the operating system, torch, safetensors and tokenizers; all other errors pass unchanged. A `WriteError`
+    for the temporary name of `path` is raised again with `path` itself.
     """
     try:
         yield
@@ -104,8 +104,8 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write or replace the text file `path` atomically: after a crash, it holds the old or the new text, never a part.
 
-    text: the new content, written in UTF-8. Missing parent folders are created. Raises `WriteError` if the disk is full
-    or fails.
+    text: the new content, written in UTF-8. Missing parent folders are created. Raises `WriteError` (a ValueError) if
+    the disk is full or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = partial_of(path)
@@ -124,8 +124,8 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: PlainMapping) -> None:
     """Write or replace the JSON file `path` atomically: after a crash, it holds the old or the new object as a whole.
 
-    value: the object, written with an indent of 2. Missing parent folders are created. Raises `WriteError` if the disk
-    is full or fails.
+    value: the object, written with an indent of 2. Missing parent folders are created. Raises `WriteError` (a
+    ValueError) if the disk is full or fails.
     """
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
@@ -134,7 +134,7 @@ def check_writable(path: Path) -> None:
     """Raise an error if no file can be created at `path`, by writing and deleting a small trial file beside it.
 
     If folders of `path` are missing, the trial is made in the nearest one that exists. Raises the system's OSError with
-    `path` as its file name, or `WriteError` for a full or failing disk.
+    `path` as its file name, or `WriteError` (a ValueError) for a full or failing disk.
     """
     place = _existing(path)
     trial = place / f".{path.name}.trial"  # a fixed name, so that the next call removes what a killed process left
@@ -195,8 +195,8 @@ def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create `folder` with everything that `fill` writes into it, or not at all.
 
     fill: called with a temporary folder, which is renamed to `folder` after it returns and deleted if it raises. An
-    empty folder at this path is replaced. Raises FileExistsError for anything else there, `WriteError` if the disk is
-    full or fails, and whatever `fill` raises.
+    empty folder at this path is replaced. Raises FileExistsError for anything else there, `WriteError` (a
+    ValueError) if the disk is full or fails, and whatever `fill` raises.
     """
     partial = partial_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -234,8 +234,8 @@ def complete(out: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `out` if the `with` block raises nothing.
 
     out: the final path of the file or folder, locked against other processes meanwhile. If the block raises, what it
-    wrote is deleted. Raises FileExistsError if `out` is a file or a non-empty folder, `Busy` if another process is
-    writing it, and `WriteError` if the disk is full or fails.
+    wrote is deleted. Raises FileExistsError if `out` is a file or a non-empty folder, and the ValueErrors `Busy`,
+    if another process is writing it, and `WriteError`, if the disk is full or fails.
     """
     with locked(out), naming(out):
         check_free(out)

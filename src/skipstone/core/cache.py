@@ -18,8 +18,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     """The cache of one block, for transformers' `DynamicCache(config=...)` and `generate`.
 
     kv: the stored keys and values. stores: the mechanisms' own per-token state, by mechanism name. scratch: values that
-    a decoding step may reuse from the previous step. window: the block's attention window in tokens, or None.
-    cumulative_length: tokens that the model has seen, including those that this block skipped; the decoder advances it.
+    a decoding step may reuse from the previous step. window: the block's attention window in tokens; None means no
+    window. Keyword arguments go to transformers' base class. cumulative_length: tokens that the model has seen,
+    including those that this block skipped; the decoder advances it.
     """
 
     _layer_type = "skipstone"

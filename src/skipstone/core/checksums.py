@@ -50,8 +50,8 @@ def check(folder: Path, hash_up_to: float = float("inf"), leave_out: str | None 
 
     Folders of earlier releases have none. hash_up_to: hashes are compared for files of at most this many bytes, and
     only sizes for larger files. leave_out: suffix of files whose hashes are not compared, such as ".md"; None means no
-    exception. Raises `Damaged` for the first file that is missing or differs, and for a `files.json` that cannot be
-    read.
+    exception. Raises `Damaged` (a ValueError) for the first file that is missing or differs, and for a `files.json`
+    that cannot be read.
     """
     known = _read(folder / FILES)
     if known is None:

@@ -39,9 +39,9 @@ class Busy(ValueError):
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock between processes on a folder or file, which need not exist, during a `with` block.
 
-    wait: whether to wait while another process holds the lock; if False, `Busy` is raised then. A process may take a
-    lock again that it already holds. The lock is a file `.NAME.lock` beside `folder`, deleted at the end; one that a
-    killed process left behind locks nothing. On Windows nothing is locked.
+    wait: whether to wait while another process holds the lock; if False, `Busy` (a ValueError) is raised then. A
+    process may take a lock again that it already holds. The lock is a file `.NAME.lock` beside `folder`, deleted at the
+    end; one that a killed process left behind locks nothing. On Windows nothing is locked.
     """
     target = folder.absolute()
     key = (os.getpid(), str(target))

@@ -1,8 +1,9 @@
 """`placeholders`: import modules of this package for a moment without the heavy libraries that they need.
 
 The options of a mechanism are a dataclass in the file of the mechanism, which imports torch. Parsing them needs no
-tensor, but loading torch and transformers takes seconds. With placeholders for both, the command checks a recipe with
-the very code that builds the model, in a tenth of a second, and nothing about options stands in two places.
+tensor, but loading torch and transformers takes seconds. With placeholders for both, the command checks a recipe (the
+YAML file of a model and its training) with the very code that builds the model, in a tenth of a second, and nothing
+about options stands in two places.
 """
 
 from __future__ import annotations

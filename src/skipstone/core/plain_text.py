@@ -67,10 +67,10 @@ def read_object(path: Path) -> PlainDict:
 def check_yaml(text: str) -> None:
     """Raise ValueError for a YAML text that is too large to be a recipe, or that holds numbers in disguise.
 
-    The limits are 4 MiB of characters, and 200,000 values once aliases are expanded: a few lines of aliases of aliases
-    can stand for billions. Numbers in disguise are those that YAML 1.1 reads to base 60 or 8: a range of blocks without
-    quotes, 2:6, would be 126, and 010 would be 8. Text that is not valid YAML passes, because the parser reports it
-    later.
+    A recipe describes a model and its training. The limits are 4 MiB of characters, and 200,000 values once aliases are
+    expanded: a few lines of aliases of aliases can stand for billions. Numbers in disguise are those that YAML 1.1
+    reads to base 60 or 8: a range of blocks without quotes, 2:6, would be 126, and 010 would be 8. Text that is not
+    valid YAML passes, because the parser reports it later.
     """
     import yaml
 

@@ -143,7 +143,7 @@ def show(shown: bool = True) -> None:
 
 
 def say(text: str) -> None:
-    """Print the line `text` to stderr if progress is shown (see `show`)."""
+    """Print the line `text` to stderr if this process has switched progress on by `show`."""
     if _shown:
         print(text, file=sys.stderr)  # noqa: T201
 

@@ -168,7 +168,7 @@ class RaggedStore:
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return the used columns of tensor `name`, [B, C, ...]; those beyond a row's end have slot EMPTY (2^62).
+        """Return the used columns of tensor `name`, [B, C, ...]; "slot" is EMPTY (2^62) beyond a row's end.
 
         rows: the rows to return; None means all. newest: return at most this many of the newest entries of each row,
         which are copied if rows differ in length; None means all entries.

@@ -18,10 +18,10 @@ class DepthRecord(NamedTuple):
     """The decisions of one depth mechanism in one block for B rows of T tokens.
 
     score_BT: fp32 router logits; NaN for tokens that did not reach the mechanism (padding, or skipped by an outer one).
-    kept_BT: bool, tokens that get the update. weight_BT: fp32 factor on the update by this mechanism alone; 0 where it
-    skips. reached_BT: bool, the tokens that it decided about. loss_BT: fp32 auxiliary loss of each token, multiplied by
-    its coefficient, 0 where not reached; None means that the mechanism has none. carry: new values of its tensors in
-    `Tokens.state`, [B, T] by name.
+    kept_BT: bool, tokens that get the block's update. weight_BT: fp32 factor on the update by this mechanism alone; 0
+    where it skips. reached_BT: bool, the tokens that it decided about. loss_BT: fp32 auxiliary loss of each token,
+    multiplied by its coefficient, 0 where not reached; None means that the mechanism has none. carry: new values of its
+    tensors in `Tokens.state`, [B, T] by name.
     """
 
     score_BT: Tensor

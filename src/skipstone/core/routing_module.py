@@ -45,7 +45,7 @@ class RoutingModule(nn.Module):
     placement: the position in the model. built_in: whether the module replaces a part of the decoder (an MLP of
     experts, say) instead of being added to it. cast_with_model: names of its parameters, buffers or children that are
     cast to the dtype in which a model is loaded; all others stay fp32. adapt_defaults: options that `skipstone adapt`
-    sets if a recipe does not.
+    sets if the user's recipe (a YAML file) does not.
     """
 
     config: Any
@@ -97,10 +97,10 @@ class RoutingModule(nn.Module):
         return f"{kind}/{self.placement.layer}/{self.placement.name}"
 
     def decay_kind(self, name: str) -> str | None:
-        """Return the category of a parameter in the recipe's `train.no_decay`; None if it always gets weight decay.
+        """Return the category by which recipes exempt a parameter from weight decay; None if they cannot exempt it.
 
-        name: the name of one of this module's parameters. Names that contain "bias" or "norm" are "biases" or "norms";
-        all others are "routers".
+        name: the name of one of this module's parameters. Recipes list categories in `train.no_decay`. Names that
+        contain "bias" or "norm" are "biases" or "norms"; all others are "routers".
         """
         return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
 

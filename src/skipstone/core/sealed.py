@@ -29,7 +29,7 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
     """Return the content of a JSON object that `sealed` made, without the key `sha256`, after comparing the hash.
 
     values: the object as read; without the key it is returned unchecked. path: the file, named in the error. Raises
-    `Damaged` if the content has a different SHA-256.
+    `Damaged` (a ValueError) if the content has a different SHA-256.
     """
     if KEY not in values:
         return values
@@ -45,8 +45,8 @@ def unsealed(values: PlainDict, path: Path) -> PlainDict:
 def read_sealed(path: Path) -> PlainDict:
     """Return the JSON object in the file `path`, made by `sealed`, without the key `sha256`, after comparing the hash.
 
-    A file without this key is read unchecked. Raises `Damaged` if the content has a different SHA-256, ValueError,
-    which names the file, if it does not hold a JSON object in UTF-8, and OSError if it cannot be opened.
+    A file without this key is read unchecked. Raises `Damaged` (a ValueError) if the content has a different SHA-256,
+    ValueError, which names the file, if it does not hold a JSON object in UTF-8, and OSError if it cannot be opened.
     """
     return unsealed(read_object(path), path)
 
@@ -59,7 +59,7 @@ def sealed_text(text: str) -> str:
 def check_text(text: str, path: Path) -> None:
     """Compare a text with the SHA-256 in its first line, as `sealed_text` writes it; a text without such a line passes.
 
-    path: the file, named in the error. Raises `Damaged` if the hash differs.
+    path: the file, named in the error. Raises `Damaged` (a ValueError) if the hash differs.
     """
     first, _, below = text.partition("\n")
     if first.startswith(COMMENT) and first != COMMENT + hashlib.sha256(below.encode()).hexdigest():

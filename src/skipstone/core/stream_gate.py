@@ -60,8 +60,8 @@ class StreamGate(NamedTuple):
     factor multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that
     the MLP sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys"
     and values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then
-    set to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss in the
-    record; None means no loss.
+    set to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss
+    returned with the decision; None means no loss.
     """
 
     scorer: Scorer
@@ -85,7 +85,7 @@ class StreamGate(NamedTuple):
 class Functions(NamedTuple):
     """A description of an activation that applies a fixed function to each neuron.
 
-    runs: pairs of a function's name (as in `nn/mlp.py`, such as "silu") and the number of adjacent neurons that use it,
+    runs: pairs of a function's name (such as "silu", "gelu" or "relu") and the number of adjacent neurons that use it,
     in their order; the number None stands for all neurons.
     """
 

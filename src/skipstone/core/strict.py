@@ -55,7 +55,7 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> str:
 def choose(kind: str, name: object, table: Mapping[str, T]) -> T:
     """Return `table[name]`. Raises ValueError with the nearest match if `name` is not in the table.
 
-    kind: what is named, for the message, such as "activation".
+    kind: what is named, for the message, such as "activation". table: the values by allowed name.
     """
     if not isinstance(name, str) or name not in table:
         raise ValueError(unknown(kind, name, table))
@@ -71,7 +71,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     values: field values by name. where: the path shown in errors, such as `mechanisms[0]`; "" means the whole input.
     Raises ValueError for an unknown or missing key and for a value of the wrong type; the dataclass's own
-    `__post_init__` checks ranges. Several mistakes are raised together as `Mistakes`.
+    `__post_init__` checks ranges. Several mistakes are raised together as `Mistakes`, a ValueError.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of keys to values, got {values!r}")

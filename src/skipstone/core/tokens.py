@@ -59,17 +59,17 @@ class Tokens:
 
     Frozen: mechanisms pass on changed copies. slot_BT: int64, index in the row, counting padding and cached tokens;
     attention is causal by slot. position_BT: int64, for position embeddings. rotary: cos and sin [B, T, E] of the
-    positions, or None. document_BT: int64, document of each token in packed rows; None means one document per row.
-    real_BT: bool, False for padding; None means no padding. aligned: whether padding is known to come last in every
-    row. gain_BT: factor on the updates of attention and MLP; None means 1. reach: upper bound of (largest slot -
-    smallest slot + 1) of a row, cached tokens included; None means that finding it would need a wait for the GPU.
-    queries: tokens whose update is computed; the others only provide keys and values. rows: the cache rows that the
-    tokens continue; None means all rows. unpadding: indices of the N real tokens if many are padding; projections and
-    MLP then see [1, N, D]. state: named tensors [B, T] carried from block to block. forced_BT: bool, decisions that the
-    caller imposes on this block, or None. noise_seed: int64 scalar, the seed of this pass's random numbers; None means
-    that it is drawn when needed. first_row: int64 scalar, index of the first row in a larger batch, for random numbers;
-    None means 0. memory: where a mechanism around several blocks may keep state of earlier calls, or None. mode: how
-    the pass decides and executes.
+    positions; None means no rotary embedding. document_BT: int64, document of each token in packed rows; None means one
+    document per row. real_BT: bool, False for padding; None means no padding. aligned: whether padding is known to come
+    last in every row. gain_BT: factor on the updates of attention and MLP; None means 1. reach: upper bound of (largest
+    slot - smallest slot + 1) of a row, cached tokens included; None means that finding it would need a wait for the
+    GPU. queries: tokens whose update is computed; the others only provide keys and values. rows: the cache rows that
+    the tokens continue; None means all rows. unpadding: indices of the N real tokens if many are padding; projections
+    and MLP then see [1, N, D]. state: named tensors [B, T] carried from block to block. forced_BT: bool, decisions that
+    the caller imposes on this block; None means that its mechanisms decide. noise_seed: int64 scalar, the seed of this
+    pass's random numbers; None means that it is drawn when needed. first_row: int64 scalar, index of the first row in a
+    larger batch, for random numbers; None means 0. memory: where a mechanism around several blocks may keep state of
+    earlier calls; None means nowhere. mode: how the pass decides and executes.
     """
 
     slot_BT: Tensor
@@ -172,7 +172,8 @@ class Tokens:
         `select_kept` gathers as many columns of every row as the fullest one keeps, so an empty row would still cost as
         much as that one. kept_BT: never True for padding. The CPU waits for the GPU once, and once more if the
         remaining rows do not keep all of their tokens. Rows stay if the pass cannot do without them
-        (`PassMode.whole_rows` is False) and in the masked executor. Mechanisms that call this declare `selects_rows`.
+        (`PassMode.whole_rows` is False), and if `PassMode.executor` is "masked". Mechanisms that call this declare
+        `selects_rows`.
         """
         if self.mode.executor == "masked" or not self.mode.whole_rows:
             return self.select_kept(kept_BT)

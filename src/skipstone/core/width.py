@@ -114,8 +114,8 @@ class InputGroupRouter(GroupRouter):
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
         """Return the groups that are on for each token, with their gains and the record of the decision.
 
-        x_BTD: the MLP's input, with padding. tokens: the tokens of this call. cache: the block's cache in generation,
-        or None.
+        x_BTD: the MLP's input, with padding. tokens: the tokens of this call. cache: the block's cache in generation;
+        None means no cache.
         """
         raise NotImplementedError
 
@@ -204,7 +204,7 @@ class FeedForward(nn.Module):
         """Return what the MLP adds to the residual stream, shaped as x_BTD, and the records of its decisions by name.
 
         x_BTD: the MLP's input, or [1, N, D] without padding if `tokens.unpadding` is set. tokens: the tokens of this
-        call. cache: the block's cache in generation, or None.
+        call. cache: the block's cache in generation; None means no cache.
         """
         raise NotImplementedError
 

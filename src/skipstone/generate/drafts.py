@@ -191,7 +191,7 @@ class OtherModel(Draft):
     """A draft by another model with the same vocabulary, which has a cache of its own.
 
     model: the drafting model, a Skipstone model or one of transformers. target: the model that is to be sped up. Raises
-    ValueError if their vocabularies differ in size.
+    ValueError if their vocabularies differ in size, and `propose` does if rows are padded.
     """
 
     def __init__(self, model: PreTrainedModel, target: SkipstoneForCausalLM) -> None:

@@ -86,7 +86,7 @@ class Length:
         return max(possible, key=lambda n: self._speed(n, max(share, HOPED)))
 
     def rest(self) -> int:
-        """Return how many plain steps to take before the next attempt to draft, at most 64.
+        """Return how many plain steps (without a draft) to take before the next attempt to draft, at most 64.
 
         The result is 0 if an attempt costs next to nothing, as beside a large model, or if decoding would even with one
         take at most about 2 % longer than without drafts.

@@ -1,4 +1,4 @@
-"""Streaming text generation by a run folder or a saved model."""
+"""Streaming text generation by the model in the folder of a training run, or a saved model."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def stream_text(
     budget: float | None = None,
     draft: str | None = None,
 ) -> Iterator[Piece]:
-    """Continue a prompt by a run or a saved model, yielding pieces of text.
+    """Continue a prompt by the model of a training run or a saved model, yielding pieces of text.
 
-    run: folder of a run or a saved model. prompt: at least one character. max_new_tokens: None means 128, or what fits
-    the context. temperature: None means 0.8. top_k: draw among this many of the most probable tokens; None means all.
-    seed: seed of the draws; None means a random seed. greedy: always choose the most probable token. budget: share of
-    the dense FLOPs to execute, by the budget table beside the weights; None means as trained. draft: source of guesses
-    that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head" or the folder of
-    another model; None means no drafts. Raises ValueError or FileNotFoundError, with a message of one line and before
-    the first piece, for a folder without a model or a tokenizer, a prompt that is empty or exceeds the context, a model
-    that cannot decide without later tokens, a budget that has no table or is outside its range, and draft "head"
-    without a draft head.
+    run: folder of a training run or a saved model. prompt: at least one character. max_new_tokens: None means 128, or
+    what fits the context. temperature: None means 0.8. top_k: draw among this many of the most probable tokens; None
+    means all. seed: seed of the draws; None means a random seed. greedy: always choose the most probable token. budget:
+    share of the dense FLOPs to execute, by the budget table beside the weights; None means as trained. draft: source of
+    guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head" or the
+    folder of another model; None means no drafts. Raises ValueError or FileNotFoundError, with a message of one line
+    and before the first piece, for a folder without a model or a tokenizer, a prompt that is empty or exceeds the
+    context, a model that cannot decide without later tokens, a budget that has no table or is outside its range, and
+    draft "head" without a draft head.
     """
     opened = Run(run)
     if draft == HEAD:

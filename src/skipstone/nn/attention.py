@@ -316,9 +316,9 @@ def eager_attention(
 
     module: supplies `num_key_value_groups`, the number of query heads per key/value head. query: [B, H, K, E] (rows,
     heads, queries, features). key, value: [B, H / groups, C, E]. attention_mask: added to the scores, [B or 1, 1, K,
-    C], or None. scaling: factor on the scores. dropout: dropout probability for the attention weights. softcap: c, if
-    scores become c tanh(score / c), or None. kwargs: ignored. Returns the output [B, K, H, E] and the weights [B, H, K,
-    C].
+    C]; None means that all keys are visible. scaling: factor on the scores. dropout: dropout probability for the
+    attention weights. softcap: c, if scores become c tanh(score / c); None means no cap. kwargs: ignored. Returns the
+    output [B, K, H, E] and the weights [B, H, K, C].
     """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]

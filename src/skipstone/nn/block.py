@@ -86,7 +86,7 @@ class Block(GradientCheckpointingLayer):
         self._inside_names = [name for name in self.routing_modules() if name not in outside]
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, past_key_values: Cache | None = None) -> tuple[Tensor, Records]:
-        """Return the residual stream after this block, [B, T, D], and the records of its mechanisms by name.
+        """Return the residual stream after this block, [B, T, D], and its mechanisms' decisions by name.
 
         x_BTD: the stream before the block. tokens: the tokens' slots (indices in the row), padding and documents, and
         how mechanisms decide. past_key_values: a cache with a `SkipstoneCacheLayer` for each block; None means no
@@ -117,10 +117,10 @@ class Block(GradientCheckpointingLayer):
         return {*self._inside_names, *self.sites[SEGMENT]}
 
     def routing_modules(self) -> dict[str, RoutingModule]:
-        """Return by record name all modules of this block that make decisions.
+        """Return all modules of this block that make decisions, by the names under which decisions are returned.
 
-        These are its depth mechanisms, and those inside the MLP: an activation that mixes functions, a router of neuron
-        groups, or a mixture of experts.
+        The modules are its depth mechanisms, and those inside the MLP: an activation that mixes functions, a router of
+        neuron groups, or a mixture of experts.
         """
         return {**self.mechanisms, **self.mlp.routing_modules()}
 

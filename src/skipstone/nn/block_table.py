@@ -38,9 +38,9 @@ ALONE = -1.0  # the decay of a mixture that depends on the token alone
 def sizes_of(blocks: Sequence[Block]) -> decode_stack.Sizes | None:
     """Return the sizes that all blocks have, or None if they differ or a compiled decoding step cannot run one of them.
 
-    Such a step is one call of numba code for several blocks. It can run a block with a gated MLP, root-mean-square
-    norms and weights in fp32 or a compact format, if every mechanism in it describes its decision as data
-    (`core/stream_gate.py`).
+    Sizes are widths, head counts and constants. Such a step is one call of numba code for several blocks. It can run a
+    block with a gated MLP, root-mean-square norms and weights in fp32 or a compact format, if every mechanism in it
+    describes its decision as data (`core/stream_gate.py`).
     """
     found = {_sizes(block) if _served(block) else None for block in blocks}
     return found.pop() if len(found) == 1 else None

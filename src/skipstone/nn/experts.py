@@ -305,18 +305,18 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def passes(self, tokens: float, kept: Mapping[str, Amount], single_token: bool = False) -> float | Fraction:
         """Return how many evaluations of an expert `tokens` tokens of a row need; choices of no-ops need none.
 
-        kept: numbers of evaluations per row that were measured in a forward pass, by record name; the one of this MLP
-        is returned. If there is none, all experts and no-ops are assumed to be chosen equally often. single_token: not
-        used.
+        kept: numbers of evaluations per row that were measured in a forward pass, by name, as the method `measured`
+        returns them; the one of this MLP is returned. If there is none, all experts and no-ops are assumed to be chosen
+        equally often. single_token: not used.
         """
         promised = self.dense_passes(tokens) * self.config.count / self.config.total
         return number(kept.get(self.placement.name, promised))
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return {name of the MLP's record: number of evaluations of an expert in a pass, as a mean over its rows}.
+        """Return {name: how many evaluations of an expert a row of the pass needed, on average}.
 
-        Choices of no-ops and of padding are not counted. records: the decisions recorded in the pass, by name. The dict
-        is empty if they contain none of this MLP.
+        name: the name under which the MLP's choices are returned. Choices of no-ops and of padding are not counted.
+        records: the decisions recorded in the pass, by name. The dict is empty if they contain none of this MLP.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         if record is None:
@@ -327,7 +327,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
     def token_passes(self, records: Records) -> Tensor:
         """Return the number of each token's choices that are not no-ops, int64 [B, T] on the CPU; 0 for padding.
 
-        records: the records of a forward pass.
+        records: the decisions recorded in a forward pass, by name.
         """
         record = find(records, self.placement.name, ExpertsRecord)
         assert record is not None

@@ -56,8 +56,8 @@ class Float16Linear(_Float16, StoredLinear):
 class Float16Embedding(_Float16):
     """A token embedding with weights in bf16 or fp16, for inference; it converts the rows that are looked up.
 
-    num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of the padding token or None; it
-    has no effect. scale: a constant factor on the result. stored: dtype of the weights, bf16 or fp16.
+    num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of the padding token or None,
+    without effect. scale: a constant factor on the result. stored: dtype of the weights, bf16 or fp16.
     """
 
     def __init__(

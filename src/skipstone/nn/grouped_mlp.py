@@ -100,11 +100,11 @@ class DivisibleMLP(FeedForward):
         return Fraction(tokens) * self._matrix_share(share, single_token)
 
     def measured(self, records: Records) -> dict[str, Fraction]:
-        """Return {name of the MLP's record: share of neuron groups that were on in a pass}, for `passes`.
+        """Return {name: share of neuron groups that were on in a pass}, as the method `passes` takes it.
 
-        The share is a mean over the tokens that reached the MLP; the dict is empty if none did. Where more groups are
-        tried (multiplied by the up projection) than kept (by the down projection), it is the mean of both shares.
-        records: the decisions recorded in the pass, by name.
+        name: the one under which the router's decisions are returned. The share is a mean over the tokens that reached
+        the MLP; the dict is empty if none did. Where more groups are tried (multiplied by the up projection) than kept
+        (by the down projection), it is the mean of both shares. records: the decisions recorded in the pass, by name.
         """
         name = self.router.placement.name
         record = find(records, name, NeuronGroupsRecord)

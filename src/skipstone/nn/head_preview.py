@@ -24,8 +24,9 @@ class HeadPreview(OwnDtype):
     Exact logits are computed for the candidates alone, from their rows of the head itself. All other tokens get the
     copy's approximate logits, the preview. width: width of the hidden states, D. vocabulary: number of tokens, V.
     directions: rank of the copy, K, a multiple of 64. candidates: number of candidates per step; the attribute may be
-    changed. The buffers are the parts of `ops.head_preview.Preview`: turn [K + 1, D], shift [K + 1], scale and offset
-    [V], which stay fp32 when the model's dtype changes, and packed, uint8 [V, K / 2].
+    changed. The approximate logit of token v for a hidden state x is scale_v sum_k (q_vk - 8) t_k + offset_v + t_K,
+    with t = turn x + shift and the four-bit numbers q in `packed`. Buffers: turn [K + 1, D], shift [K + 1], scale and
+    offset [V], which stay fp32 when the model's dtype changes, and packed, uint8 [V, K / 2].
     """
 
     turn: Tensor

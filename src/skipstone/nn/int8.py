@@ -68,8 +68,8 @@ class Int8Linear(Int8Weights, StoredLinear):
 class Int8Embedding(Int8Weights):
     """A token embedding with int8 weights and fp32 scales, for inference; it restores the rows that are looked up.
 
-    num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of the padding token or None; it
-    has no effect. scale: a constant factor on the result. group: number of features that share a scale; None, or a
+    num_embeddings: vocabulary size. embedding_dim: features per token. padding_idx: id of the padding token or None,
+    without effect. scale: a constant factor on the result. group: number of features that share a scale; None, or a
     number that does not divide `embedding_dim`, means one scale per token.
     """
 

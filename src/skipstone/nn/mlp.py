@@ -180,7 +180,8 @@ def activated(
 
     gate: pre-activations, [B, T, F], or [1, N, F] where `tokens` says that the N real tokens of all rows are
     concatenated without padding. x: the MLP's input, in the same form. cache: where the activation keeps state of
-    earlier calls, or None. An activation that depends on other tokens (not `by_token`) is applied in the padded form.
+    earlier calls; None means nowhere. An activation that depends on other tokens (not `by_token`) is applied in the
+    padded form.
     """
     y_BTF: Tensor
     records: Records

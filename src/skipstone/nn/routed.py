@@ -56,7 +56,7 @@ class Routed(nn.Module):
         return_records: bool = False,
         **kwargs: object,
     ) -> Any:
-        """Return the stream after the block; with `return_records`, a tuple of it and the records by name.
+        """Return the stream after the block; with `return_records`, a tuple of it and the decisions by name.
 
         x_BTD: the stream before the block. args, kwargs: passed to the block, gathered if they have an entry for each
         token (see the class). routing: "oracle" (decisions may look at the whole row) or "causal" (at no later token);
