@@ -81,7 +81,7 @@ def source_path(name: str) -> str:
 
 
 def run_beside(folder: Path, arm: str) -> Run:
-    """Return the run of another arm (compared recipe) of the same study, scale and seed.
+    """Return the run of another arm (compared recipe) of the same study, of the same scale (size) and seed.
 
     folder: the run folder of this arm. arm: the name of the other. Raises FileNotFoundError if it has not been run.
     """

@@ -44,7 +44,7 @@ def maskable(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
     """Return a copy of a dense model whose blocks skip the tokens that `forward(routing=...)` tells them to skip.
 
     The copy is fp32 and has no gradients. Skipped tokens still provide keys and values. Raises ValueError for a model
-    that has depth mechanisms already.
+    that has depth mechanisms (which choose the tokens that a block updates) already.
     """
     if any(len(block.mechanisms) for block in model.decoder.layers):
         raise ValueError("the benefit of blocks is measured on a dense model, and this one has depth mechanisms")
@@ -241,13 +241,13 @@ def oracle(
     model: the dense model. fit: rows (dicts of tensors [T] with labels) to which a regression of this benefit is
     fitted. held_out: rows on which everything else is measured. units: tuples of indices of blocks that are skipped
     together. repeats: number of random halves of the tokens over which the benefit is averaged. seed: the seed of all
-    random choices. Returns plain values for a record: `loss` of the whole model in nats per prediction; `predictions`
-    and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`, with these keys for each:
-    `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share of the benefit's variance
-    that the regression predicts; `correlation` of each score with the benefit, by the score's name; `kept`, the loss if
-    the blocks update only the tokens with the highest scores, {share of tokens as text: {score: loss}}. Losses are in
-    nats per prediction. Scores are "benefit", "regression on the stream", "entropy", "gradient norm", "surprise" and
-    "random".
+    random choices. Returns plain values, to be stored as figures of the run: `loss` of the whole model in nats per
+    prediction; `predictions` and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`,
+    with these keys for each: `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share
+    of the benefit's variance that the regression predicts; `correlation` of each score with the benefit, by the score's
+    name; `kept`, the loss if the blocks update only the tokens with the highest scores, {share of tokens as text:
+    {score: loss}}. Losses are in nats per prediction. Scores are "benefit", "regression on the stream", "entropy",
+    "gradient norm", "surprise" and "random".
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)

@@ -21,9 +21,9 @@ Published = Mapping[str, Mapping[str, float]]
 class PublishedColumn:
     """A column of a table that compares a paper's figures with ours.
 
-    title: its heading. key: dotted path of our figure in a record's figures, such as "training.tokens". published: name
-    of the figure among the paper's; "" means that the paper has none. format: a format specification, as for Python's
-    format().
+    title: its heading. key: dotted path of our figure in the nested figures of a run, such as "training.tokens".
+    published: name of the figure among the paper's; "" means that the paper has none. format: a format specification,
+    as for Python's format().
     """
 
     title: str
@@ -111,9 +111,9 @@ RULE = (
 class ArmComparison:
     """A comparison of one figure between several recipes and a reference, by differences of runs of equal seed.
 
-    key: dotted path of the figure in a record's figures. title: name of the figure. The recipes are the arms of a
-    study. against: name of the reference, whose figure is subtracted. arms: names of the arms to compare; () means all
-    arms that have the figure. format: a format specification for the differences. better: whether "low" or "high"
+    The recipes are the arms of a study. key: dotted path of the figure in the nested figures of a run. title: name of
+    the figure. against: name of the reference, whose figure is subtracted. arms: names of the arms to compare; () means
+    all arms that have the figure. format: a format specification for the differences. better: whether "low" or "high"
     values are better.
     """
 

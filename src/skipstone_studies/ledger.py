@@ -1,8 +1,8 @@
-"""The ledger: costs and claims of all records, as two tables for the README of the results and a page that draws them.
+"""The ledger: costs and claims of all studies, as two tables for the README of the results and a page that draws them.
 
-The FLOPs of a record are the executed training FLOPs that it states (as studies at equal FLOPs do), else three times
-the executed forward FLOPs per token (one forward and two for backward) times the number of tokens. Gates that are
-trained soft compute everything, so their training took more.
+A record is the stored result of one run of a study. Its FLOPs are the executed training FLOPs that it states (as
+studies at equal FLOPs do), else three times the executed forward FLOPs per token (one forward and two for backward)
+times the number of tokens. Gates that are trained soft compute everything, so their training took more.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Compute:
     """The cost of one run's training.
 
     tokens: number of tokens read in training. hours: GPU hours if it ran on a GPU, else core hours. flops: FLOPs of the
-    training; None if the record does not say. parameters: number of parameters of the model; None if the record does
-    not say. gpu: whether it ran on a GPU.
+    training, or None. parameters: number of parameters of the model, or None. None means that the run's record (stored
+    result) does not say. gpu: whether it ran on a GPU.
     """
 
     tokens: float
@@ -49,7 +49,10 @@ class Compute:
 
 
 def compute_of(record: Record) -> Compute | None:
-    """Return the cost of a record's training; None if nothing was trained or the record does not say."""
+    """Return the cost of the training of one run; None if nothing was trained or the record does not say.
+
+    record: the stored result of the run.
+    """
     tokens, seconds = (lookup(record.figures, f"training.{name}") for name in ("tokens", "seconds"))
     if tokens is None or seconds is None:
         return None
@@ -66,12 +69,18 @@ def compute_of(record: Record) -> Compute | None:
 
 
 def compute(out: Path) -> str:
-    """Return a Markdown table of the training costs of every study with records in the folder `out`."""
+    """Return a Markdown table of the training costs of every study with records (stored results of runs) in `out`.
+
+    out: the folder of all studies' records.
+    """
     return without_title(compute_section(out))
 
 
 def compute_section(out: Path) -> Section:
-    """Return the table of the training costs of every study with records in `out`; its last row has the sums."""
+    """Return the table of the training costs of every study with records (stored results of runs) in `out`.
+
+    out: the folder of all studies' records. The table has a row for each study and a last one with the sums.
+    """
     found = {name: [compute_of(record) for record in records.read_all(out, name)] for name in names(out)}
     rows = [_row(name, each) for name, each in found.items()]
     everything = [one for each in found.values() for one in each]
@@ -96,7 +105,7 @@ def without_title(section: Section) -> str:
 
 
 def names(out: Path) -> list[str]:
-    """Return the names of all studies with records in the folder `out`, sorted."""
+    """Return the names of all studies with records (stored results of runs) in the folder `out`, sorted."""
     return sorted(path.parent.name for path in out.glob("*/records"))
 
 
@@ -124,8 +133,8 @@ def _row(name: str, found: Sequence[Compute | None]) -> list[str]:
 class Judged:
     """The claims of one table of a study.
 
-    study: name of the study. claims: the claims with their verdicts. records: the records from which they were derived.
-    seeds: their number of seeds, in words.
+    study: name of the study. claims: the claims with their verdicts. records: the stored results of runs from which the
+    claims were derived. seeds: the number of seeds of these runs, in words.
     """
 
     study: str
@@ -137,7 +146,8 @@ class Judged:
 def claims(out: Path) -> str:
     """Return a Markdown table of every claim of all studies in `out`, with verdicts for each compared recipe.
 
-    Its last column says what could change the verdict.
+    The last column says what could change the verdict. out: the folder of all studies' records (stored results of
+    runs).
     """
     return without_title(claims_section(judged(out)))
 
@@ -153,7 +163,10 @@ def claims_section(found: Iterable[Judged]) -> Section:
 
 
 def judged(out: Path) -> list[Judged]:
-    """Return the claims of every study with records in the folder `out`, each judged by its confidence interval."""
+    """Return the claims of every study with records in the folder `out`, each judged by its confidence interval.
+
+    out: the folder of all studies' records (stored results of runs). The list has an entry for each table of a study.
+    """
     return [one for name in names(out) for one in _judged(out, name)]
 
 
@@ -190,11 +203,12 @@ def _arms(arms: Sequence[str]) -> str:
 
 
 def write(out: Path) -> Path:
-    """Write the tables of all studies' costs and claims into OUT/README.md, and OUT/ledger.html, which draws them too.
+    """Write tables of all studies' costs and claims into OUT/README.md, and a page that draws them, OUT/ledger.html.
 
-    out: the folder of all records, which has the README. The costs replace what is there between the marks `<!--
-    compute:begin -->` and `<!-- compute:end -->`; so do the claims, with `claims` in the marks. Returns the path of the
-    README. Raises ValueError unless each mark occurs once, FileNotFoundError if there is no README.
+    out: the folder of all records (stored results of runs), which has the README. There the table of costs replaces
+    what is between the marks `<!-- compute:begin -->` and `<!-- compute:end -->`, and the table of claims what is
+    between such marks with the word claims. Returns the path of the README. Raises ValueError unless each mark occurs
+    once, FileNotFoundError if there is no README.
     """
     path = out / "README.md"
     for name in (COMPUTE, CLAIMS):

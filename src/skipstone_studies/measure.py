@@ -84,7 +84,7 @@ def watched() -> Iterator[CoreUse]:
 
 
 def executed_training(model: SkipstoneForCausalLM, run: Run, steps: int) -> float:
-    """Return the training FLOPs of a run by the cost model, for the shares of tokens that blocks really kept.
+    """Return the training FLOPs of a run by formulas (`model.cost`), for the shares of tokens that blocks really kept.
 
     The shares are those that the training logged, averaged over its log lines. model: the trained model. run: the
     finished run. steps: number of optimizer steps.

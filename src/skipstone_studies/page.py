@@ -23,8 +23,8 @@ OTHER_SESSION = "The arms of a seed were not all timed in one session, so their 
 def render(study: Study, records: Sequence[Record]) -> str:
     """Return the page of a study, results/NAME.md, as Markdown, made from its records alone.
 
-    records: the records of one study. Records of configurations that the study no longer has are left out, and counted
-    at the end of the page.
+    A record is the stored result of one run. study: the study. records: all records of the study. Records of
+    configurations that the study no longer has are left out, and counted at the end of the page.
     """
     parts = [f"# {study.name}", study.purpose, study.about]
     shown = 0
@@ -36,7 +36,7 @@ def render(study: Study, records: Sequence[Record]) -> str:
 
 
 def left_out(shown: int, known: int) -> str:
-    """Return a sentence on records that a page leaves out; "" if there are none.
+    """Return a sentence on records (stored results of runs) that a study's page leaves out; "" if there are none.
 
     shown: number of records that the page shows. known: number of all records.
     """
@@ -46,7 +46,8 @@ def left_out(shown: int, known: int) -> str:
 def groups(study: Study, records: Sequence[Record], scale: str | None = None) -> Iterable[list[Record]]:
     """Yield the records of each table of a study: one table for every scale and corpus that has records.
 
-    records: the records of the study. scale: name of the only scale to yield; None means all.
+    A record is the stored result of one run. study: the study. records: all records of the study. scale: the only scale
+    (size of the study, such as "laptop") to yield; None means all.
     """
     for name in (name for name in SCALES if name in study.seeds and scale in (None, name)):
         for arms in study.variants(name):
@@ -57,8 +58,8 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
     """Return the records that belong to the arms' current recipes, in the order of arms (compared recipes) and seeds.
 
-    arms: the recipe of each arm, by name, without seeds. Records that were converted from the output of earlier scripts
-    have no recipe and are included.
+    A record is the stored result of one run. arms: the recipe of each arm, by name, without seeds. records: records of
+    the study. Records that were converted from the output of earlier scripts have no recipe and are included.
     """
     order = list(arms)
     kept = [r for r in records if r.arm in arms and (r.converted is not None or r.digest == digest(arms[r.arm]))]
@@ -66,7 +67,10 @@ def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record])
 
 
 def heading(records: Sequence[Record]) -> str:
-    """Return the heading of the part of a page with `records`: scale and corpora, as `laptop, tiny-shakespeare`."""
+    """Return the heading of one part of a study's page: scale and corpora, such as `laptop, tiny-shakespeare`.
+
+    records: the stored results of the runs that this part shows, at least one.
+    """
     corpora = dict.fromkeys(record.config.get("data", {}).get("corpus") for record in records)
     return ", ".join([records[0].scale, *(str(corpus) for corpus in corpora if corpus)])
 
@@ -80,7 +84,7 @@ def _section(study: Study, records: Sequence[Record]) -> list[str]:
 def pictures(study: Study, records: Sequence[Record]) -> dict[str, str]:
     """Return the SVG files that belong to a study's page, {file name: SVG text}.
 
-    records: the records of the study.
+    study: the study. records: the stored results of its runs.
     """
     found: dict[str, str] = {}
     for current in groups(study, records):
@@ -99,7 +103,8 @@ def _files(study: Study, records: Sequence[Record]) -> dict[str, str]:
 def block(study: Study, records: Sequence[Record]) -> str:
     """Return the table of one scale and corpus as Markdown, with its notes and the command that makes it.
 
-    study: the study. records: its records of one scale and corpus, at least one.
+    study: the study. records: the stored results of its runs of one scale (size, such as "laptop") and corpus, at least
+    one.
     """
     columns = [(column, _cells(column, figures_of(study, records))) for column in study.columns]
     section = Section(
@@ -116,8 +121,8 @@ def block(study: Study, records: Sequence[Record]) -> str:
 def terminal(study: Study, records: Sequence[Record]) -> Section:
     """Return the table of one scale and corpus for a terminal: compared recipes as columns, figures as rows.
 
-    study: the study. records: its records of one scale and corpus, at least one. Ratios to the first recipe are on rows
-    of their own.
+    study: the study. records: the stored results of its runs of one scale (size, such as "laptop") and corpus, at least
+    one. Ratios to the first recipe are on rows of their own.
     """
     rows = []
     for column in study.columns:
@@ -133,9 +138,10 @@ def _arms(records: Sequence[Record]) -> list[str]:
 
 
 def figures_of(study: Study, records: Sequence[Record]) -> dict[str, dict[int, PlainMapping]]:
-    """Return the figures of records, {arm: {seed: figures}}, with those that the study derives from several arms.
+    """Return the figures of a study's runs, {arm: {seed: figures}}, and the figures that the study derives from them.
 
-    An arm is a compared recipe. study: the study. records: its records of one scale and corpus.
+    An arm is a compared recipe; derived figures are entries of its figures. study: the study. records: the stored
+    results of its runs of one scale (size, such as "laptop") and corpus.
     """
     found: dict[str, dict[int, PlainMapping]] = {record.arm: {} for record in records}
     for seed in sorted({record.seed for record in records}):
@@ -247,13 +253,13 @@ def _notes(study: Study, records: Sequence[Record]) -> list[str]:
 
 
 def command(records: Sequence[Record]) -> str:
-    """Return the shell command that reproduces all of these records."""
+    """Return the shell command that reproduces all of these records (stored results of runs) of one study."""
     base = min(record.command for record in records)
     return f"{base} --seeds {','.join(map(str, sorted({record.seed for record in records})))}"
 
 
 def provenance(records: Sequence[Record]) -> str:
-    """Return a sentence with the versions, commits and machines with which the records were made."""
+    """Return a sentence with the versions, commits and machines of these records (stored results of runs)."""
     made = dict.fromkeys(_made_with(record.environment) for record in records)
     text = "Made with " + "; and with ".join(made) + "."
     files = dict.fromkeys(record.converted["file"] for record in records if record.converted is not None)

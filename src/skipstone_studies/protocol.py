@@ -111,9 +111,10 @@ def lengths(steps: int) -> PlainDict:
 
 @lru_cache(maxsize=256)
 def step_flops(model: str, context: int, rows: int) -> float:
-    """Return the mean training FLOPs of a step by the cost model, at the configured capacities and their warm-ups.
+    """Return the mean training FLOPs of a step by formulas, at the configured capacities (shares of kept tokens).
 
-    model: the recipe's section `model`, as JSON text. context: tokens per row. rows: rows per step.
+    Where the share of kept tokens falls to the capacity in the course of the training, the mean includes this. model:
+    the recipe's section `model`, as JSON text. context: tokens per row. rows: rows per step.
     """
     values = json.loads(model)
     for entry in values.get("mechanisms") or ():
@@ -323,7 +324,7 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def tuning_figures(losses: dict[float, float]) -> PlainDict:
-    """Return the entries of a record that describe how the learning rate was tuned.
+    """Return the figures of a run that describe how its learning rate was tuned.
 
     losses: the validation loss by rate. Keys of the result: `losses`, the finite ones by rate; `rate`, the best one;
     `inside`, whether rates on both sides of the best one were tried.

@@ -25,8 +25,8 @@ def check(path: Path, name: str) -> None:
 def write(path: Path, study: Study, records: Sequence[Record]) -> None:
     """Write a study's table into a README between the marks with the study's name, and change nothing else.
 
-    path: the README. The marks are `<!-- NAME:begin -->` and `<!-- NAME:end -->`. records: the records that the table
-    shows. Raises ValueError unless both marks occur once.
+    path: the README. The marks are `<!-- NAME:begin -->` and `<!-- NAME:end -->`. study: the study, whose name is NAME.
+    records: the stored results of runs that the table shows. Raises ValueError unless both marks occur once.
     """
     write_between(path, study.name, f"**{heading(records)}**\n\n{block(study, records)}")
 

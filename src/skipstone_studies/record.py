@@ -25,7 +25,7 @@ ON_DISK = {"study": "experiment", "timing_session": "sitting"}  # names of field
 class Record:
     """The result of one run of one arm (compared recipe) of a study, stored as a JSON file.
 
-    study, scale, arm, seed: names of study, scale and arm, and the seed of the run to which the result belongs. config:
+    study, scale, arm, seed: names of study, scale (size, such as "laptop") and arm, and the seed of the run. config:
     the arm's recipe, without the seed. digest: hash of that recipe. environment: versions, commit and machine, as
     environment.json of a run has them. command: the shell command that makes the result. figures: the measurements,
     nested. timing_session: time and arms of the session in which figures that compare arms were taken; None until then.
@@ -58,23 +58,26 @@ def digest(recipe: PlainMapping) -> str:
 
 
 def folder(out: Path, name: str) -> Path:
-    """Return the folder of the records of the study `name`, below the folder `out` of all records."""
+    """Return the folder of a study's records (one JSON file for each run), below the folder `out` of all records.
+
+    name: the name of the study.
+    """
     return out / name / "records"
 
 
 def path_of(out: Path, name: str, scale: str, arm: str, seed: int) -> Path:
-    """Return the path of the file of a run's record.
+    """Return the path of the JSON file that holds the record (result) of one run.
 
-    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm (compared recipe) and seed of
-    the run.
+    out: folder of all records. name, scale: name of the study, and of its scale (size, such as "laptop"). arm, seed:
+    arm (compared recipe) and seed of the run.
     """
     return folder(out, name) / scale / f"{arm}-seed{seed}.json"
 
 
 def write(record: Record, out: Path) -> Path:
-    """Write a record to its file below the folder `out`, replacing an earlier one of the same run; return the path.
+    """Write a record, the result of one run, as a JSON file below the folder `out` of all records; return the path.
 
-    The file appears complete or not at all.
+    An earlier record of the same run is replaced. The file appears complete or not at all.
     """
     path = path_of(out, record.study, record.scale, record.arm, record.seed)
     values = {ON_DISK.get(name, name): value for name, value in asdict(record).items()}
@@ -87,7 +90,7 @@ def write(record: Record, out: Path) -> Path:
 
 
 def read(path: Path) -> Record:
-    """Read the record in the file `path`.
+    """Read the record (result of one run) in the JSON file `path`.
 
     Raises ValueError, naming the file, if it is damaged or not a record.
     """
@@ -99,16 +102,19 @@ def read(path: Path) -> Record:
 
 
 def find(out: Path, name: str, scale: str, arm: str, seed: int) -> Record | None:
-    """Return the record of a run; None if there is none.
+    """Return the record (stored result) of a run; None if there is none.
 
-    out: folder of all records. name, scale: name of the study and scale. arm, seed: arm (compared recipe) and seed of
-    the run.
+    out: folder of all records. name, scale: name of the study, and of its scale (size, such as "laptop"). arm, seed:
+    arm (compared recipe) and seed of the run. Raises ValueError for a damaged file.
     """
     path = path_of(out, name, scale, arm, seed)
     return read(path) if path.is_file() else None
 
 
 def read_all(out: Path, name: str) -> list[Record]:
-    """Return every record of the study `name` below `out`, ordered by scale, compared recipe (arm) and seed."""
+    """Return every record (stored result of a run) of the study `name`, ordered by scale, arm and seed.
+
+    An arm is a compared recipe. out: folder of all records. Raises ValueError for a damaged file.
+    """
     paths: Iterable[Path] = folder(out, name).glob("*/*.json")
     return sorted(map(read, paths), key=lambda record: (record.scale, record.arm, record.seed))

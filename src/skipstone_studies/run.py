@@ -48,13 +48,13 @@ def reproduce(
 
     name: the name of the study. scale: "laptop", "paper" or "quick", as far as the study has them. arms: names of the
     arms (compared recipes) to run; None means all. The page shows all arms that are recorded. seeds: the seeds to run;
-    None means the study's own. out: folder of pages and records; None means `runs`. runs: parent folder of the run
-    folders. readme: a file into which the table is written, too, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
-    render_only: whether to train and measure nothing. jobs: number of arms that run at a time, each in a process of its
-    own, as several small models fit on one GPU. html: whether to write OUT/NAME.html as well, with pictures of the
-    table and the claims. Recorded runs are not run again, and arms that another process is running are left out with a
-    message. Raises ValueError for unknown names, scales and arms, jobs below 1, a timing with several jobs, and
-    unreadable records; at the end, if arms have failed.
+    None means the study's own. out: folder of pages and records (results of runs, one file each); None means `runs`.
+    runs: parent folder of the run folders. readme: a file into which the table is written, too, between `<!--
+    NAME:begin -->` and `<!-- NAME:end -->`. render_only: whether to train and measure nothing. jobs: number of arms
+    that run at a time, each in a process of its own, as several small models fit on one GPU. html: whether to write
+    OUT/NAME.html as well, with pictures of the table and the claims. Recorded runs are not run again, and arms that
+    another process is running are left out with a message. Raises ValueError for unknown names, scales and arms, jobs
+    below 1, a timing with several jobs, and unreadable records; at the end, if arms have failed.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)

@@ -32,14 +32,14 @@ USER_ERRORS = (ValueError, OSError)
 
 @dataclass(kw_only=True)
 class Session:
-    """One study at one scale, with its run folders and records; it runs what is missing.
+    """One study at one scale, with its run folders and records (stored results of runs); it runs what is missing.
 
     Several processes may share its folders: each arm (compared recipe) of a seed is locked while it runs. study, scale:
-    the study, and the name of its scale. arms: recipes by name, without seeds. runs: parent folder of the run folders.
-    out: parent folder of the records. console: where messages are printed. only: names of the arms to run; None means
-    all. jobs: number of arms that run at a time. made_by: the shell command that makes the records; "" means `skipstone
-    reproduce ...`. failures: one message for each arm that failed. busy: arms that were left out because another
-    process runs them. spent: for each arm that was run in this process, its seconds.
+    the study, and the name of its scale (size), such as "laptop". arms: recipes by name, without seeds. runs: parent
+    folder of the run folders. out: parent folder of the records. console: where messages are printed. only: names of
+    the arms to run; None means all. jobs: number of arms that run at a time. made_by: the shell command that makes the
+    records; "" means `skipstone reproduce ...`. failures: one message for each arm that failed. busy: arms that were
+    left out because another process runs them. spent: for each arm that was run in this process, its seconds.
     """
 
     study: Study
@@ -57,7 +57,7 @@ class Session:
 
     @property
     def command(self) -> str:
-        """The shell command that reproduces the records."""
+        """The shell command that reproduces the records (stored results of runs) of the study."""
         return self.made_by or f"skipstone reproduce {self.study.name} --scale {self.scale}"
 
     def folder(self, arm: str, seed: int) -> Path:
@@ -65,7 +65,7 @@ class Session:
         return self.runs / self.study.name / self.scale / f"{arm}-seed{seed}"
 
     def recorded(self, arm: str, seed: int) -> Record | None:
-        """Return the record of an arm (compared recipe) and seed; None if there is none.
+        """Return the record (stored result) of the run of an arm (compared recipe) with a seed; None if there is none.
 
         A record that was made with another recipe of this arm counts as none.
         """
@@ -73,11 +73,11 @@ class Session:
         return record if record is not None and record.digest == digest(self.arms[arm]) else None
 
     def finished(self, seeds: list[int]) -> int:
-        """Return the number of runs, of all compared recipes with each of `seeds`, that have a record already."""
+        """Return how many runs have a record (stored result) already, of all compared recipes with each of `seeds`."""
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
-        """Run all compared recipes (arms) with these seeds that have no record, then measure them together by seed.
+        """Run all recipes (arms) with these seeds that have no stored result, and compare the arms of each seed.
 
         seeds: the seeds. Arms that fail are noted in `failures` and passed over.
         """
@@ -87,7 +87,7 @@ class Session:
                 self.measure_together(seed)
 
     def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Run the recipes (arms) with these seeds that have no record, without measurements that compare arms.
+        """Run the recipes (arms) with these seeds that have no stored result, without measurements that compare arms.
 
         seeds: the seeds. then: seeds that will be run afterwards, which count for the estimate of the time left.
         """
@@ -169,7 +169,7 @@ class Session:
         return Run(folder).environment() if trained else describe(seed)
 
     def measure_together(self, seed: int) -> None:
-        """Take the measurements that compare the recipes (arms) of a seed, if the record of any arm lacks them.
+        """Take the measurements that compare the recipes (arms) of a seed, if the stored result of any arm lacks them.
 
         All arms whose run folders exist take part.
         """

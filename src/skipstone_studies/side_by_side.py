@@ -1,6 +1,6 @@
 """Run several arms (compared recipes) of a study at a time, each in a process of its own.
 
-This is for a GPU that one small model leaves idle.
+This is for a GPU that one small model does not keep busy.
 
 Nothing is timed here: the parent process measures what compares arms when all have ended.
 """
@@ -46,7 +46,7 @@ class Worker:
 
 
 def run(session: Session, seeds: Sequence[int], jobs: int) -> None:
-    """Run the recipes (arms) that have no record, `jobs` at a time, each in its own process, then compare them.
+    """Run the recipes (arms) that have no stored result, `jobs` at a time, each in its own process, then compare them.
 
     session: the study at one scale, which notes failures. seeds: the seeds to run. Raises ValueError for a study of
     timings, whose arms must run alone.
@@ -131,7 +131,7 @@ def _stopped_with_us(running: Sequence[Worker]) -> Iterator[None]:
 
 
 def main(given: dict[str, object]) -> int:
-    """Run one recipe (arm) of a study with one seed, and record it; this is the entry point of a worker process.
+    """Run one recipe (arm) of a study with one seed, and store its result; this is the entry point of a worker process.
 
     given: a dict with the keys name (of the study), scale, corpus, arm, seed, runs, out and jobs. Returns the exit
     status: 0, or 1 if the arm failed or another process runs it.

@@ -36,10 +36,11 @@ def train_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
 class Column:
     """A column of a study's table.
 
-    key: dotted path of the figure in a record's figures, such as "training.tokens". title: the heading. format: a
-    format specification, as for Python's format(). unit: the number by which the figure is divided. better: which end,
-    "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the first arm
-    (compared recipe). spread: whether the figure is {median, min, max} of several measurements, all of which are shown.
+    key: dotted path of the figure in the nested figures of a run, such as "training.tokens". title: the heading.
+    format: a format specification, as for Python's format(). unit: the number by which the figure is divided. better:
+    which end, "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the
+    first arm (compared recipe). spread: whether the figure is {median, min, max} of several measurements, all of which
+    are shown.
     """
 
     key: str
@@ -64,13 +65,13 @@ class Study:
     """The definition of a study: what is run, what is measured, and what its published page shows.
 
     name: the name of the study. purpose: one line, for lists. about: paragraphs above the table. arms: a function that
-    returns the compared recipes of a scale by name, without seeds; the first is the reference. seeds: the seeds of each
-    scale, which set train.seed and data.seed. corpora: names of corpora, the first available of which replaces the
-    recipes' own; () means that the recipes' own stay. make: a function that makes the run of an arm. clock: for timings
-    without runs, a function that returns the figures of an arm from its recipe; `make`, `measure` and
-    `measure_together` are not used then. measure: a function that returns figures of a finished run, given its folder.
-    measure_together: a function that returns further figures of all runs of a seed, by arm, taken in one session so
-    that they compare fairly; None means that there are none. columns: the columns of the table.
+    returns the compared recipes of a scale (size, such as "laptop") by name, without seeds; the first is the reference.
+    seeds: the seeds of each scale, which set train.seed and data.seed. corpora: names of corpora, the first available
+    of which replaces the recipes' own; () means that the recipes' own stay. make: a function that makes the run of an
+    arm. clock: for timings without runs, a function that returns the figures of an arm from its recipe; `make`,
+    `measure` and `measure_together` are not used then. measure: a function that returns figures of a finished run,
+    given its folder. measure_together: a function that returns further figures of all runs of a seed, by arm, taken in
+    one session so that they compare fairly; None means that there are none. columns: the columns of the table.
 
     The other functions are called when the page is rendered. derive returns figures by arm that follow from the figures
     of all arms of a seed. The rest get the figures by arm and seed: details returns Markdown below a table, claims the
@@ -97,8 +98,8 @@ class Study:
     def recipes(self, scale: str, corpus: str | None = None) -> dict[str, RecipeDict]:
         """Return the recipes that the study compares (its arms) at a scale, by name.
 
-        corpus: name of a corpus that replaces the recipes' own; None means that it stays. Raises ValueError for a scale
-        that the study does not have.
+        scale: name of a size of the study, such as "laptop". corpus: name of a corpus that replaces the recipes' own;
+        None means that it stays. Raises ValueError for a scale that the study does not have.
         """
         choose(f"scale of study {self.name!r}", scale, self.seeds)
         arms = {name: copy.deepcopy(dict(recipe)) for name, recipe in self.arms(scale).items()}
@@ -107,7 +108,10 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """Return the compared recipes at a scale, one dict by name for every corpus on which they may run."""
+        """Return the compared recipes at a scale, {name: recipe} for every corpus on which they may run.
+
+        scale: name of a size of the study, such as "laptop".
+        """
         return [self.recipes(scale, corpus) for corpus in self.corpora or (None,)]
 
 

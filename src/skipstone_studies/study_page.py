@@ -29,7 +29,8 @@ ByArm = Mapping[str, Mapping[int, PlainMapping]]
 def render(study: Study, records: Sequence[Record]) -> str:
     """Return a study's page as HTML: the text and tables of its Markdown page, with pictures of every column and claim.
 
-    records: the records of the study; those of configurations that the study no longer has are left out.
+    study: the study. records: the stored results of its runs; results of configurations that it no longer has are left
+    out.
     """
     pages = environment()
     assert pages.loader is not None

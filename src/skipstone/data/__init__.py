@@ -18,7 +18,7 @@ sharding.py    `write_shards`: tokenised documents on disk, with a manifest; res
 shards.py      reads shards by memory mapping
 blend.py       rows from several sources, in shares that change during training
 synthetic.py   Reset-S3: synthetic rows that mark the tokens that need depth
-switched.py    Switched-S3: the same, but no token shows by itself whether it needs depth
+switched.py    Switched-S3: such rows in which no token shows by itself whether it needs depth
 mixed.py       text with spans of Switched-S3
 sequences.py   the copy and sort tasks
 config.py      `DataConfig`: the data of a run, checked without loading torch

@@ -61,7 +61,7 @@ class AtSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class KlBudget(OneTable):
-    """The settings of a model that were measured for a KL budget, those that were chosen, and what was written.
+    """The settings of a model that were measured for a KL budget, which of them were chosen, and what was written.
 
     A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
     preview computes. limit: the largest allowed KL(source || model) in nats per token, where the source is a reference

@@ -145,7 +145,10 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
 
 
 def is_trainable(model: SkipstoneForCausalLM) -> bool:
-    """Return whether a model can take a training step: not one that is quantised or has a preview of its head."""
+    """Return whether a model can take a training step.
+
+    It cannot if its weights are quantised, or if its output head has a preview (which chooses candidate tokens).
+    """
     return model.config.weight_format == "float" and model.head_preview is None
 
 

@@ -1,4 +1,4 @@
-"""The depth map: the decision of each depth mechanism for each token of a text, and the loss of its prediction.
+"""The depth map: which tokens of a text each block updates, by its depth mechanisms, and the loss of each prediction.
 
 It is a table with one line for each token, block and mechanism; a `DepthMap` is the part of this table for some rows of
 text. `skipstone trace` writes it, and the live page reads the same decisions (`read_decisions`) token by token.

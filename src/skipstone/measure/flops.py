@@ -277,7 +277,7 @@ class FlopCheck:
 
 
 def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Mapping[str, torch.Tensor]]) -> FlopCheck:
-    """Count the FLOPs of a model's forward passes and compare them with the cost model's prediction.
+    """Count the FLOPs of a model's forward passes and compare them with the prediction by formulas (`model.cost`).
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
     `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs and once to record

@@ -81,9 +81,9 @@ def measure_loss(
     model: should be in evaluation mode. forward: the kind of pass, which says how the model decides and executes.
     batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and on synthetic
     data `difficulty`, int64 [B, T], the number of operations on which a token depends. Apart from rounding, no figure
-    depends on how rows are batched. activations: whether the result has figures of activation mechanisms such as
-    PolyGLU, which take about as long as the pass itself and are therefore those of the first 64 rows. Raises ValueError
-    for a model that is not a Skipstone model, and if no token has a label.
+    depends on how rows are batched. activations: whether the result has figures of mixed activation functions
+    (PolyGLU). Taking them costs about as much time as the pass itself, so they are taken from the first 64 rows only.
+    Raises ValueError for a model that is not a Skipstone model, and if no token has a label.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0

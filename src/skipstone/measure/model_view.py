@@ -24,8 +24,8 @@ def view_model(model: SkipstoneForCausalLM, data: PreparedData, forced: bool) ->
     """Run a model on up to 8 validation rows and return what a report shows about it.
 
     data: the prepared data of the run, whose first validation rows are used; up to 256 tokens of the first one are
-    shown as text. forced: whether blocks keep the tokens that a synthetic corpus marks as needing depth, instead of
-    those that the routers choose. Raises ValueError if `forced` is False and the model needs the caller to say which
+    shown as text. forced: whether blocks keep the tokens that a synthetic corpus marks as needing depth, instead of the
+    tokens that the routers choose. Raises ValueError if `forced` is False and the model needs the caller to say which
     tokens blocks keep.
     """
     rows = data.validation

@@ -41,9 +41,9 @@ class ScoreReader(Protocol):
 class Seen:
     """The decisions of passes that look at no later token (as in generation), and the FLOPs that they need.
 
-    needed: forward FLOPs per token by the cost model with these decisions. dense: the same without any mechanism.
-    scores: for each threshold an fp32 tensor [N] of the scores of the N tokens that reached its blocks. kept: for each
-    threshold, the share of its scores that are above it; 0 if there are none.
+    needed: forward FLOPs per token by the formulas of `model.cost`, with these decisions. dense: the FLOPs of the same
+    model without any mechanism. scores: for each threshold an fp32 tensor [N] of the scores of the N tokens that
+    reached its blocks. kept: for each threshold, the share of its scores that are above it; 0 if there are none.
     """
 
     needed: float

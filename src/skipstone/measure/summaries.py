@@ -231,7 +231,7 @@ def _activation_table(title: str, kind: str, figures: Mapping[str, str]) -> Figu
 
 
 class ActivationReader(Reader[MixFigures, ActivationRecord]):
-    """Accumulates figures of an activation mechanism (PolyGLU) over the first `activation_rows` rows.
+    """Accumulates figures of mixed activation functions (PolyGLU) over the first `activation_rows` rows.
 
     `shares`: mean share of each activation function in the mix, by name. `neurons`: share of neurons in which each
     function is the strongest, by name. `diversity`: share of neurons whose strongest function is not the most common

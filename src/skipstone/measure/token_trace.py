@@ -98,8 +98,8 @@ class TokenTrace:
     {layer: {mechanism: share}}, over all rows. activations: for each layer that mixes activation functions, by index, a
     summary with shares in the order of `activation_names`. experts: for each layer with experts, by index, the shares
     in all choices of the "most chosen expert", the "least chosen expert" and "no-ops". allocation: how compute was
-    distributed, over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by the cost
-    model, with the decisions (each row by itself) and without mechanisms; None unless routing is "causal".
+    distributed, over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by
+    formulas, with the decisions (each row by itself) and without mechanisms; None unless routing is "causal".
     """
 
     tokens: list[str]
@@ -119,7 +119,10 @@ class TokenTrace:
 
     @property
     def strongest(self) -> float:
-        """The largest absolute factor on an update of any block with a depth mechanism; 0 without one."""
+        """The largest absolute factor on an update of any block with a depth mechanism; 0 without one.
+
+        A depth mechanism chooses the tokens that a block updates, and may scale their updates by a factor.
+        """
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 
     def to_dict(self) -> PlainDict:
