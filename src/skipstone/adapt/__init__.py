@@ -13,9 +13,12 @@ stages.py             trained parameters, learning rates and adapters of each st
 distillation.py       losses against the dense model
 adapt_trainer.py      the trainer of `skipstone train` with stages, distillation and a budget loss
 export.py             export to a dense checkpoint of transformers' own classes
+export_quantised.py   export with weights in 16, 8 or 4 bits
 harden.py             conversion of PolyGLU to one fixed activation per neuron, without a router
 prune.py              removal of neuron groups that calibration rows never use
-export_calibrated.py  common code of the two
+export_calibrated.py  common code of harden.py and prune.py
+draft_head.py         training of a draft head, which guesses the model's next tokens
+draft_head_run.py     the same for the folder of a run or saved model
 """
 
 from __future__ import annotations

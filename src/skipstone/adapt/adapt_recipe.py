@@ -23,12 +23,12 @@ class Stage:
     value in the recipe's section `adapt`. steps: optimizer steps of the stage, at least 1; has to be given.
     learning_rate: the peak, reached after warmup_steps; in every stage the rate decays anew by cosine to
     train.min_lr_ratio times the peak. None means train.learning_rate. router_learning_rate: the peak for parameters of
-    mechanisms; None means the value in `adapt`, or else the stage's learning_rate. warmup_steps: steps of linear
-    warm-up; None means train.warmup_steps, but at most `steps`. routing: how training passes decide: oracle (as in
-    ordinary training: routers may look at later tokens of the row, gates scale updates and skip nothing), or causal
+    mechanisms; None means the value in the section `adapt`, or else the stage's learning_rate. warmup_steps: steps of
+    linear warm-up; None means train.warmup_steps, but at most `steps`. routing: how training passes decide: oracle (as
+    in ordinary training: routers may look at later tokens of the row, gates scale updates and skip nothing), or causal
     (the pass that generation executes: no look at later tokens, hard gates, no noise); None means oracle.
 
-    `read_recipe` checks the stages and replaces every None by the value that it means.
+    `read_recipe` replaces every None by the value that it means, and raises ValueError for values out of range.
     """
 
     train_only: Trained | None = None
@@ -73,7 +73,7 @@ class Loss:
 
     @property
     def teaches(self) -> bool:
-        """Whether any term of the loss needs a teacher."""
+        """Whether any term of the loss needs a teacher, a dense model to distil from."""
         return self.distillation > 0 or self.hidden_states > 0
 
 
@@ -82,7 +82,8 @@ class Lora:
     """Options of low-rank adapters (LoRA, arXiv 2106.09685) on every projection of every block, by PEFT.
 
     The adapters are merged into the weights when training ends. rank: rank of the adapters, at least 1. alpha: the
-    adapters' output is scaled by alpha / rank. dropout: dropout probability for the adapters' inputs, in [0, 1).
+    adapters' output is scaled by alpha / rank. dropout: dropout probability for the adapters' inputs, in [0, 1). Raises
+    ValueError for values out of range.
     """
 
     rank: int = 8
@@ -110,7 +111,7 @@ class AdaptConfig:
     the source. calibration_rows: number of training rows (all, if there are fewer) on which blocks are scored and
     routers are started; thresholds are set on at most the first 32 of them. tolerance: the largest allowed difference
     between the logits of the routed model before training and those of the source, divided by the source's largest
-    absolute logit.
+    absolute logit. Raises ValueError for values out of range.
     """
 
     train_only: Trained = "all"

@@ -26,8 +26,8 @@ from skipstone.train.trainer import RunTrainer
 class Unfreeze(TrainerCallback):
     """A callback that enables gradients only for the parameters that the current stage trains.
 
-    It acts at the first step of each stage. stages: the stages in order, with their steps. now: the current stage; None
-    before the first step.
+    It acts at the first step of each stage. stages: the stages in order, with every field filled in. now: the current
+    stage; None before the first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -49,7 +49,8 @@ class AdaptTrainer(RunTrainer):
     adapt: the options of the adaptation. teacher: a frozen dense model on the student's device; None means no
     distillation. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
     budget to meet. parts: for the next log line, sums of the loss terms by name ("distillation_loss", "hidden_loss",
-    "budget_loss"). Further arguments are those of `RunTrainer`.
+    "budget_loss"). kwargs: further arguments of `RunTrainer`, such as `recipe`, `data` and those of transformers'
+    Trainer.
     """
 
     def __init__(

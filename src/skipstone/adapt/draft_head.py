@@ -43,9 +43,10 @@ LIKE_LLAMA = ("norm", "norm_placement", "mlp", "activation", "qk_norm", "positio
 class TrainedHead:
     """A trained draft head and the figures of its training.
 
-    head: the head. steps: number of optimizer steps. rows: number of rows that it was trained on. tokens: tokens per
-    row. right: on held-out rows, the share of positions at which the head guesses the model's most probable token, one
-    token ahead, two tokens ahead, and so on; the tokens before the guessed one are those of the text.
+    head: the head, a block that guesses the model's next tokens from its last hidden states. steps: number of optimizer
+    steps. rows: number of rows that it was trained on. tokens: tokens per row. right: on held-out rows, the share of
+    positions at which the head guesses the model's most probable token, one token ahead, two tokens ahead, and so on;
+    the tokens before the guessed one are those of the text.
     """
 
     head: DraftHead
@@ -103,7 +104,7 @@ def train_draft_head(
 
 
 def rows_for(steps: int) -> int:
-    """Return the number of rows that `steps` steps need, including the rows held out for measuring."""
+    """Return how many rows of text `steps` optimizer steps need, including those held out for measuring."""
     return max(math.ceil(steps * ROWS / REUSE * HELD_OUT / (HELD_OUT - 1)), 2)
 
 
@@ -242,9 +243,9 @@ class _Learner:
 
 
 def new_head(model: SkipstoneForCausalLM, shortlist: int) -> DraftHead:
-    """Return an untrained draft head for a model.
+    """Return an untrained draft head, a block that guesses next tokens from a model's last hidden states.
 
-    Its block is a copy of the model's last block if that has the parts that a head supports. At first, guesses depend
+    Its block is a copy of the model's last block if a head supports all parts of that block. At first, guesses depend
     on hidden states and hardly on the next token. shortlist: number of tokens among which it guesses.
     """
     head = DraftHead(model.config, shortlist)

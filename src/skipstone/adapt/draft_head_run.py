@@ -29,7 +29,7 @@ WRITING = 0.4  # of the minutes, at most, for writing them
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenHead(OneTable):
-    """The figures of a draft head that was trained and written.
+    """The figures of a draft head (a block that guesses next tokens) that was trained and written.
 
     path: the file of its weights. text: a description of the text that it was trained on. steps: number of optimizer
     steps. rows: number of rows that it was trained on. tokens: tokens per row. right: on held-out rows, the share of
@@ -65,7 +65,7 @@ def draft_head_run(
     minutes: float = 10.0,
     seed: int = 0,
 ) -> WrittenHead:
-    """Train a draft head for a run or a saved model, and write it beside the weights.
+    """Train a draft head, which guesses a model's next tokens, for a run or saved model; write it beside the weights.
 
     folder: the folder of the run or saved model. corpus, context: name of the corpus and tokens per row; None means the
     run's own, with at most 128 tokens per row. A saved model without a corpus generates the text itself. steps:

@@ -33,8 +33,9 @@ def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None
 
     The architecture is that of the original checkpoint, or the first known one that computes the same. A warning names
     each mechanism that is left out. model: folder of the run or saved model. dtype: dtype of the weights; None keeps
-    the dtype as stored. Raises ValueError for a PolyGLU whose neurons mix activations and for a decoder that no dense
-    architecture computes, and FileExistsError if `out` is not empty.
+    the dtype as stored. Raises FileNotFoundError or ValueError for a folder that cannot be read, ValueError for a
+    PolyGLU whose neurons mix activations and for a decoder that no dense architecture computes, and FileExistsError if
+    `out` is not empty.
     """
     with stages("reading the model", "writing the model") as stage:
         next(stage)

@@ -93,8 +93,9 @@ def _crossing(share: Callable[[float], float], budget: float) -> float:
 def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, dense: float) -> None:
     """Set the model's saved thresholds so that passes that decide without later tokens meet the FLOP budget on `rows`.
 
-    Mechanisms that decide by a trained predictor or by a fixed threshold stay as they are. rows: batches of one row
-    each. budget: forward FLOPs per token as a share of `dense`. dense: the source's forward FLOPs per token.
+    Mechanisms that decide by a trained predictor or by a fixed threshold stay as they are. rows: batches (tensors by
+    name) of one row each. budget: forward FLOPs per token as a share of `dense`. dense: the source's forward FLOPs per
+    token.
     """
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]
@@ -105,7 +106,8 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:
     """Return the forward FLOPs per token of passes that decide without later tokens and really skip.
 
-    They are counted while the passes run. model: the model to run, in evaluation mode. rows: batches of one row each.
+    They are counted while the passes run. model: the model to run, in evaluation mode. rows: batches (tensors by name)
+    of one row each.
     """
     forward = PASSES["executed"]
     total = sum(count_flops(lambda row=row: forward.run(model, row)).total for row in rows)  # type: ignore[misc]

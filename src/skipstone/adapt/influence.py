@@ -25,8 +25,8 @@ SCORE_KEYS = ("score", "count", "among")
 def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
     """Yield for each batch the residual stream of a dense model before and after every block, attention and MLP.
 
-    model: dense. rows: the batches. Each batch gives a list over blocks; its entries map "block", "attention" and "mlp"
-    to a pair of tensors [N, D], for the N tokens of the batch that are not padding.
+    model: dense. rows: the batches, each with its tensors by name. Each batch gives a list over blocks; its entries map
+    "block", "attention" and "mlp" to a pair of tensors [N, D], for the N tokens of the batch that are not padding.
     """
     seen: list[Tensor] = []
     blocks = model.model.layers
@@ -63,7 +63,7 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
     """Return the influence of each block on the residual stream: the mean over tokens of 1 - cos(x_in, x_out).
 
     It is the score of ShortGPT (arXiv 2403.03853, equation 1): 0 for a block that only scales the stream. Values have 6
-    decimals. model: dense. rows: batches of text to measure on.
+    decimals. model: dense. rows: batches of text to measure on, each with its tensors by name.
     """
     sums = torch.zeros(len(model.model.layers), dtype=torch.float64)
     count = 0
@@ -74,7 +74,7 @@ def block_influence(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> list[fl
 
 
 def wants_score(layers: object) -> bool:
-    """Return whether an option `layers` asks for blocks by their influence, which a mapping does."""
+    """Return whether the value `layers` of an option asks for blocks by their influence, which a mapping does."""
     return isinstance(layers, Mapping)
 
 

@@ -48,12 +48,12 @@ def write(
     One text in 20 goes to validation.txt; empty lines separate texts. source: folder or Hub name of a dense checkpoint.
     tokens: stop once all texts together have at least this many tokens. length: largest number of tokens of a text.
     batch: number of texts generated at a time. start: text that precedes each of them and is not written; None means
-    the token that begins a text, or else the one that ends it. seed: seed of the sampling. dtype: dtype of the weights;
-    None means float32. report: called after each batch with the number of tokens of all texts so far.
+    the tokenizer's token that begins a text, or else the one that ends it. seed: seed of the sampling. dtype: dtype of
+    the weights; None means float32. report: called after each batch with the number of tokens of all texts so far.
 
     Raises FileNotFoundError or ValueError for a source that cannot be read or is not dense, FileExistsError if `out` is
     not empty, and ValueError for numbers out of range, for a batch larger than memory, for a source without a tokenizer
-    or without such a token, and for one that generates only empty texts.
+    or, with `start` None, without a token that begins or ends a text, and for one that generates only empty texts.
     """
     for name, value in (("tokens", tokens), ("length", length), ("batch", batch)):
         if value < 1:

@@ -68,8 +68,9 @@ def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrained
     """Load another dense model to distil from, in evaluation mode with frozen weights.
 
     name: folder or Hub name of its checkpoint. student: the model to be trained. tokenizer: the student's. Raises
-    ValueError if vocabulary size or tokenizer differ from the student's; if the teacher has no tokenizer, a message on
-    stderr says so.
+    FileNotFoundError or ValueError for a checkpoint that cannot be read, and ValueError if it is not dense or if
+    vocabulary size or tokenizer differ from the student's; if the teacher has no tokenizer, a message on stderr says
+    so.
     """
     teacher = load_dense(name)
     ours, theirs = student.config.vocab_size, teacher.config.vocab_size

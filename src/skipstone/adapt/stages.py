@@ -35,8 +35,8 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
     """Return the stage to which an optimizer step belongs, and the index of the step within it.
 
-    stages: the stages in order, completed by `read_recipe`. step: index of the optimizer step, counted from 0 over all
-    stages; beyond the last stage, that stage and its last step are returned.
+    stages: the stages in order, with every field filled in (`read_recipe`). step: index of the optimizer step, counted
+    from 0 over all stages; beyond the last stage, that stage and its last step are returned.
     """
     for stage in stages:
         assert stage.steps is not None
@@ -50,8 +50,9 @@ def rate(stages: Sequence[Stage], role: str, min_ratio: float, step: int) -> flo
     """Return the learning rate of a group of parameters at an optimizer step.
 
     In each stage the rate warms up linearly to the stage's peak and decays by cosine to `min_ratio` times the peak.
-    stages: the stages in order, completed by `read_recipe`. role: "routers" uses the stage's router_learning_rate,
-    "weights" and "lora" its learning_rate. step: index of the optimizer step, counted from 0 over all stages.
+    stages: the stages in order, with every field filled in (`read_recipe`). role: "routers" uses the stage's
+    router_learning_rate, "weights" and "lora" its learning_rate. step: index of the optimizer step, counted from 0 over
+    all stages.
     """
     stage, at = stage_at(stages, step)
     top = stage.router_learning_rate if role == "routers" else stage.learning_rate
@@ -90,8 +91,8 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
     """Return the learning rate schedule of an adaptation's optimizer.
 
     In each stage the rates warm up linearly to the stage's peaks and decay by cosine. optimizer: its groups are those
-    that `groups` yields, each with its `role`. stages: the stages in order, completed by `read_recipe`. min_ratio: the
-    rate at the end of a stage, divided by the peak.
+    that `groups` yields, each with its `role`. stages: the stages in order, with every field filled in (`read_recipe`).
+    min_ratio: the rate at the end of a stage, divided by the peak.
     """
     functions: list[Callable[[int], float]] = [
         partial(rate, stages, group["role"], min_ratio) for group in optimizer.param_groups
@@ -107,10 +108,10 @@ def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
 
 
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) -> None:
-    """Raise ValueError for impossible stages, before anything is trained.
+    """Raise ValueError if stages train nothing, or train different weights where that is not possible.
 
     stages: the stages in order. together: whether several processes train the model, or it is sharded; all stages must
-    then train the same weights.
+    then train the same weights. Stages that all train routers need a model with mechanisms.
     """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")
@@ -151,7 +152,7 @@ def add_adapters(model: SkipstoneForCausalLM, lora: Lora) -> Any:
 def merge_adapters(model: SkipstoneForCausalLM, tuner: Any) -> None:
     """Merge the LoRA adapters into the weights in place, which leaves an ordinary model.
 
-    tuner: PEFT's object, which `add_adapters` returned for this model.
+    tuner: the object of PEFT that `add_adapters` returned for this model.
     """
     tuner.merge_and_unload()
     assert not hasattr(model, "peft_config")

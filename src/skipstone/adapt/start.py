@@ -67,8 +67,8 @@ def start_measured(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, ro
     A router starts as the best linear estimate of the logarithm of how much its block changes a token beyond the skip
     path, scaled to variance 1; a skip path (a low-rank map that replaces the update of skipped tokens) starts as the
     best linear estimate of the update, fitted to the tokens that a perfect router would skip. model: changed in place.
-    source: the dense model. rows: batches to measure on. Raises ValueError if there is neither a router nor a skip path
-    to fit.
+    source: the dense model. rows: batches to measure on, each with its tensors by name. Raises ValueError if there is
+    neither a router nor a skip path to fit.
     """
     mixtures = [m for m in depth_mechanisms(model) if any(part is not None for part in m.fitted_parts())]
     if not mixtures:

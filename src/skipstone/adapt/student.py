@@ -81,7 +81,7 @@ class NeutralStart:
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
-        """Raise ValueError if logits differ by more than the share `tolerance` of the source's largest one."""
+        """Raise ValueError if the logits differ by more than `tolerance` times the source's largest absolute logit."""
         if not self.share <= tolerance:
             raise ValueError(
                 f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "
@@ -97,15 +97,16 @@ class NeutralStart:
 
 
 def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
-    """Return the recipe's mechanisms, with each mechanism's defaults for adaptation where an option is not given."""
+    """Return entries of `mechanisms` in which missing options have their defaults for adaptation (`adapt_defaults`)."""
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 
 
 def drop_blocks(model: SkipstoneForCausalLM, layers: Sequence[int]) -> SkipstoneForCausalLM:
-    """Build the dense model without the blocks with the indices `layers`; all others are unchanged.
+    """Build a copy of a dense model without the blocks whose indices are in `layers`.
 
-    The result is in evaluation mode with frozen weights. Raises ValueError if no block is left.
+    The other blocks keep their weights. The result is in evaluation mode with frozen weights. Raises ValueError if no
+    block is left.
     """
     kept = [i for i in range(len(model.model.layers)) if i not in layers]
     if not kept:
@@ -141,11 +142,11 @@ def _patterns(config: SkipstoneConfig, kept: Sequence[int]) -> PlainDict:
 
 
 def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> SkipstoneForCausalLM:
-    """Build a model with the source's weights and new mechanisms that initially change nothing.
+    """Build a model with the source's weights and new mechanisms that initially leave its outputs unchanged.
 
-    source: the dense model. config: the same decoder with mechanisms. seed: seed of the mechanisms' initial weights.
-    Gates start open, PolyGLU prefers SiLU, and Mixture-of-Depths and neuron groups start at capacity 1 by their
-    schedules.
+    source: the dense model. config: the source's configuration with mechanisms added. seed: seed of the mechanisms'
+    initial weights. Gates start open, PolyGLU prefers SiLU, and Mixture-of-Depths and neuron groups start at capacity 1
+    by their schedules.
     """
     set_seed(seed)
     model = SkipstoneForCausalLM(config)
@@ -168,9 +169,9 @@ def _names(model: SkipstoneForCausalLM, mechanism: RoutingModule) -> list[str]:
 def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, rows: Sequence[Row]) -> NeutralStart:
     """Compare the logits of the routed model with the source's on the same rows, without exploration noise.
 
-    model: the routed model. source: the dense one. rows: batches to compare on. The model decides as in training and,
-    if it can, in a second pass without later tokens; the larger difference counts. Raises ValueError if the source's
-    logits are not finite.
+    model: the routed model. source: the dense one. rows: batches to compare on, each with its tensors by name. The
+    model decides as in training and, if it can, in a second pass without later tokens; the larger difference counts.
+    Raises ValueError if the source's logits are not finite.
     """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training

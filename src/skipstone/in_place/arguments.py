@@ -24,9 +24,9 @@ CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 class Signature:
     """The signature of `forward` of another library's decoder block, by which its arguments are told by name.
 
-    The hidden states must come first. block: the block to inspect. cache_name: the name of the argument for the
-    key-value cache; "past_key_values" for a block that takes it among its **kwargs. Raises ValueError for a block that
-    takes no cache or accepts *args.
+    `forward` must take the hidden states first. block: the block to inspect. cache_name: the name of the argument for
+    the key-value cache; "past_key_values" for a block that takes it among its **kwargs. Raises ValueError for a block
+    that takes no cache or accepts *args.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -44,8 +44,8 @@ class Signature:
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
         """Return all arguments of a call of the block by name, except the hidden states.
 
-        block: the module itself. x_BTD: the hidden states, [B, T, D]. args, kwargs: the call's other arguments. Raises
-        TypeError if `forward` cannot be called with them.
+        block: the block, passed as `self`. x_BTD: the hidden states, [B, T, D]. args, kwargs: the call's other
+        arguments. Raises TypeError if `forward` cannot be called with them.
         """
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}
@@ -71,10 +71,10 @@ class Subset:
 
     @classmethod
     def of(cls, part: Selection, shape: torch.Size, device: torch.device) -> Subset:
-        """Return the tokens that a selection selects, as indices in the whole call.
+        """Return the tokens of a call that a `Selection` (kept tokens, or whole rows) selects, as a `Subset`.
 
-        part: the selection; of a `WholeRows` only its rows are used. shape: (B, T) of the call. device: the device of
-        the tokens.
+        part: the selection; if it is a `WholeRows`, all tokens of its rows are taken, whatever it selects within them.
+        shape: (B, T) of the call. device: the device of the tokens.
         """
         if isinstance(part, WholeRows):
             return cls(shape, rows=part.rows)
@@ -82,7 +82,7 @@ class Subset:
         return cls(shape, index_BK=part.gather(slot_BT))
 
     def at(self, x: Tensor, row_axis: int) -> Tensor:
-        """Return the values that a tensor x has for these tokens: [..., B, K, ...], or [..., R, T, ...] for whole rows.
+        """Return x at the subset's tokens: a tensor [..., B, K, ...], or [..., R, T, ...] for whole rows.
 
         x: [..., B, T, ...] of any dtype, or [..., 1, T, ...] if all rows are equal, which stays as it is for whole
         rows. row_axis: the axis of rows, counted from the end (negative); the axis of tokens follows it.
@@ -153,7 +153,8 @@ def masks_of(arguments: PlainDict, change: Callable[[Tensor | None], Tensor | No
 def causal_mask(mask: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Return the mask unchanged or, if it is None, a causal one: bool [1, 1, T, T], True where attention is allowed.
 
-    mask: the attention mask of a call in any form, or None. length: T. device: where the causal mask is created.
+    mask: the attention mask of a call in any form, or None. length: T, the number of tokens of the call. device: where
+    the causal mask is created.
     """
     if mask is not None:
         return mask

@@ -79,7 +79,7 @@ class RoutedBlock:
     def undo(self) -> None:
         """Restore the block's original forward and remove the mechanisms.
 
-        Raises ValueError if other code has wrapped it since.
+        Raises ValueError if other code has replaced the block's `forward` since.
         """
         if getattr(self.block.__dict__.get("forward"), "__self__", None) is not self:
             raise ValueError(f"block {self.layer} was wrapped after it was routed; undo that first")

@@ -45,8 +45,8 @@ class RoutedDecoder:
     kept tokens only; "masked" computes all tokens and discards the others' updates, with equal results.
     training_routing: how passes in training mode with gradients and without cached tokens decide: "oracle" may look at
     the whole row, "causal" looks at no later token; all other passes are causal. routing: "oracle" or "causal" for
-    every pass; None means the rule just described. forced: decisions to impose, bool masks [B, T] of kept tokens by
-    block index.
+    every pass; None means as described under `training_routing`. forced: decisions to impose, bool masks [B, T] of kept
+    tokens by block index.
     """
 
     def __init__(
@@ -94,7 +94,11 @@ class RoutedDecoder:
             yield from mechanism.parameters()
 
     def set_identity(self) -> None:
-        """Make every mechanism keep all tokens with weight 1; its parameters still get gradients."""
+        """Make every mechanism keep all tokens with weight 1, as if there were none.
+
+        Outputs are then those of the model itself; gates, which stay just below 1, change them slightly. Parameters
+        still get gradients.
+        """
         for mechanism in self.routing_modules():
             mechanism.set_identity()
 
@@ -123,7 +127,8 @@ class RoutedDecoder:
         """Return the share of the tokens of the last pass that a block computed, from 0 to 1, as a mean over blocks.
 
         All blocks of the decoder count, those without mechanisms as 1. A token counts for a block if all of its
-        mechanisms kept it. Padding does not count where the call had a padding mask [B, T]; otherwise it is unknown.
+        mechanisms kept it. Padding tokens are left out if the call had a padding mask [B, T]; otherwise they count like
+        others.
         """
         shares, real_BT = [1.0] * self.count, None if self._tokens is None else self._tokens.real_BT
         for i, records in enumerate(self.records):
@@ -145,7 +150,8 @@ class RoutedDecoder:
     def undo(self) -> None:
         """Remove all mechanisms from the model.
 
-        Raises ValueError if other code has wrapped a block since, and if they were removed before.
+        Raises ValueError if other code has replaced a block's `forward` since, and if the mechanisms were removed
+        before.
         """
         if vars(self.model).get("skipstone_routing") is not self:
             raise ValueError("the mechanisms were removed before; route the model anew")

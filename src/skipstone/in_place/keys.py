@@ -54,7 +54,7 @@ class Catching(_Between):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
         """Store `key_states` and `value_states` in `caught`, and end the block's run by an exception.
 
-        `keys_of` catches it.
+        `keys_of` catches the exception. Other arguments are stored in `handed`. Nothing is returned.
         """
         self.caught = key_states, value_states
         self.handed = args, kwargs
@@ -87,7 +87,7 @@ class Joining(_Between):
 
 
 def keys_of(block: nn.Module, where: str, run: Callable[[Catching], object], cache: Any) -> Catching:
-    """Run a block only as far as its attention's keys and values, and return the cache that captured them.
+    """Run a block only as far as its attention's keys and values, and return the `Catching` cache that has them.
 
     block: the module. where: the block's name in error messages. run: calls the block with the cache that it is given.
     cache: the model's cache, or None. Raises ValueError for a block that passes no keys and values to a cache.

@@ -66,7 +66,7 @@ def read_weights(folder: Path, modules: Mapping[str, nn.Module]) -> None:
     """Load the weights of mechanisms from skipstone_routing.safetensors in a folder into `modules`, in place.
 
     modules: the modules that hold the mechanisms' weights; keys are the prefixes of their weights' names in the file.
-    Raises ValueError for a file that is missing or broken, or that does not fit these mechanisms.
+    Raises ValueError for a file that is missing or broken, or whose weights do not fit `modules`.
     """
     path = folder / WEIGHTS
     try:

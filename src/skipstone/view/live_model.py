@@ -63,9 +63,10 @@ class LiveModel:
         """Return the description of the model that the page shows before a prompt is entered, as plain values for JSON.
 
         Keys: name, mechanisms (in words), parameters, context (tokens), layers. slots: a pair [block, mechanism] for
-        each decision that a pass event lists for a token, in the same order; mechanism is None for a block without
-        mechanisms. budgets: [least, largest] share of the dense FLOPs that the budget table can set, None without a
-        table. trained_budget: share of the model as it was trained, or None. has_thresholds: whether `skipstone
+        each decision that a `pass` event of `events` lists for a token, in the same order; mechanism is None for a
+        block without mechanisms. budgets: [least, largest] share of the dense FLOPs to which the model can be set, by
+        the table of thresholds that `skipstone calibrate` writes; None without this table. trained_budget: share of the
+        dense FLOPs that the model uses as it was trained; None without the table. has_thresholds: whether `skipstone
         calibrate` could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns
         a map. twin: whether a dense twin is timed. dense_flops: forward FLOPs of one token without mechanisms.
         """
@@ -105,7 +106,7 @@ class LiveModel:
         Keys: names: the functions' names. layers: for each block that mixes activations {"layer": its index, "every":
         step between shown neurons, of which there are at most 256, "preference": logits of each shown neuron, by
         function}. The function that a neuron prefers for a token has the largest sum of preference and the token's own
-        logits (`mix` in pass events).
+        logits (`mix` in the `pass` events of `events`).
         """
         layers = []
         for layer, mix in self._mixes().items():
@@ -121,7 +122,7 @@ class LiveModel:
         return {i: module for i, module in modules if isinstance(module, MixFigures)}
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt. Raises ValueError for an empty one."""
+        """Return the token ids of a prompt. Raises ValueError if it is empty or not valid Unicode."""
         return encode(self.tokenizer, prompt)
 
     def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
@@ -157,12 +158,13 @@ class LiveModel:
         prompt that exceeds the context, and for a budget or a draft that the model does not support.
 
         The start event has `prompt`, its tokens (id, text, label). A pass event has: `read`, a dict for each token that
-        was read, which are all tokens of the prompt in the first pass and one in later ones (compute, entropy and loss
-        of its prediction, and score, weight and kept for each of the `slots` of `describe`); `first`, the index of the
-        first token read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and
-        of its dense twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new
-        token was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are
-        added at its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
+        was read, which are all tokens of the prompt in the first pass and one in later ones (compute: the share of the
+        blocks' computation done for it; entropy and loss of its prediction, in nats; and lists score, weight and kept
+        with one value for each decision, in the order of `slots` of `describe`); `first`, the index of the first token
+        read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of its dense
+        twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new token was one
+        of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are added at its first
+        token; the draft's own computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -292,7 +294,7 @@ class DenseTwin:
 def warm(model: SkipstoneForCausalLM) -> None:
     """Decode two tokens, so that compilation on first use is not included in any later measurement of time.
 
-    A model that cannot generate is left alone; it raises its error when it is asked to.
+    A model that cannot generate is left alone; its error appears when it is asked to generate.
     """
     with suppress(ValueError):
         for _ in _greedy(model, [0], 2):

@@ -133,9 +133,9 @@ def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]
     """Yield the events of all requested models in turns, each with its model's index as `model`.
 
     models: all loaded models. Each model has an event of type "start", one of type "pass" for each new token, and one
-    of type "end". Pass events also have `dense_seconds`, the time of the same pass of the dense twin, if `request.twin`
-    is set and the model has a twin. Raises ValueError, with a message of one line and before the first event, if a
-    model cannot serve the request.
+    of type "end". `LiveModel.events` names the fields of the first two. Pass events also have `dense_seconds`, the time
+    of the same pass of the dense twin, if `request.twin` is set and the model has a twin. Raises ValueError, with a
+    message of one line and before the first event, if a model cannot serve the request.
     """
     budgets = request.budgets or [None] * len(request.models)
     runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}

@@ -50,10 +50,11 @@ def save_page(
 ) -> Path:
     """Continue a prompt with one or two models and write what the live page would show as one HTML file.
 
-    runs: folders of runs or saved models. out: the file to write, which is also returned. new_tokens: largest number of
-    tokens to generate. temperature: 0 chooses the most probable token; otherwise tokens are sampled. seed: seed of the
-    sampling. Raises ValueError, with a message of one line, for values that are not allowed and for a model that cannot
-    serve the request.
+    runs: folders of runs or saved models. out: the file to write, which is also returned; an existing one is replaced.
+    new_tokens: largest number of tokens to generate. temperature: 0 chooses the most probable token; otherwise tokens
+    are sampled. seed: seed of the sampling. Raises ValueError, with a message of one line, for values that are not
+    allowed and for a model that cannot serve the request, and ValueError or FileNotFoundError for a folder without a
+    model or a tokenizer.
     """
     request = Request(
         prompt=prompt, models=list(range(len(runs))), new_tokens=new_tokens, temperature=temperature, seed=seed

@@ -24,7 +24,8 @@ def serve(runs: Sequence[Path], *, port: int, browser: bool, announce: Callable[
 
     runs: folders of runs or saved models. port: 0 chooses any free port. browser: whether to open the page in a
     browser. announce: called with the page's address as soon as it can be loaded. Raises ValueError, with a message of
-    one line, for a port that is in use or not permitted, and for a folder that cannot be shown.
+    one line, for a port that is in use or not permitted, and ValueError or FileNotFoundError for a folder that cannot
+    be shown.
     """
     with _bound(port) as listening:
         models = open_models(runs)

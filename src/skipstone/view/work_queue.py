@@ -67,9 +67,10 @@ class Job:
             self.stop()
 
     async def events(self) -> AsyncIterator[PlainDict]:
-        """Yield the job's events as they arrive; if other jobs are ahead, a `waiting` event comes first.
+        """Yield the job's events as they arrive; if other jobs are ahead, an event of type "waiting" comes first.
 
-        The job is stopped when the caller stops iterating, as when a browser disconnects.
+        That event has `ahead`, the number of these jobs. The job is stopped when the caller stops iterating, as when a
+        browser disconnects.
         """
         try:
             if self.ahead:

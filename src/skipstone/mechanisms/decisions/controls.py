@@ -20,8 +20,8 @@ from skipstone.ops import reference as ops
 def hashed(position_BT: Tensor, seed: int) -> Tensor:
     """Return a pseudo-random number in [0, 1) for each position, fp32 [B, T]; equal positions get equal numbers.
 
-    position_BT: the positions. seed: gives other numbers to the same positions. The numbers are the fractional parts of
-    large sines.
+    position_BT: the positions. seed: with another seed, the same positions get other numbers. The numbers are the
+    fractional parts of large sines.
     """
     turned = torch.sin(position_BT.double() * 12.9898 + seed * 78.233) * 43758.5453
     return (turned - turned.floor()).float()
