@@ -318,7 +318,7 @@ class ModelFields:
 
 
 def unlike_llama(config: ModelFields) -> dict[str, object]:
-    """Return the architecture fields of `config` (those in `PARTS`) whose values differ from Llama's, by name."""
+    """Return the architecture fields of `config` (all that `PARTS` lists) whose values differ from Llama's, by name."""
     values = {name: getattr(config, name) for name in PARTS}
     return {name: value for name, value in values.items() if value != getattr(ModelFields, name)}
 

@@ -56,8 +56,9 @@ class Entry(Mapping[str, object]):
 class MechanismEntry(Entry):
     """A parsed entry of `SkipstoneConfig.mechanisms`: one mechanism with the blocks that it applies to and its options.
 
-    kind: the mechanism's name, a key of `DEPTH`. site: what it wraps: "block", "attention", "mlp" or "segment". layers:
-    indices of its blocks, ascending, out of `num_layers`. options: an instance of the mechanism's `Config`.
+    kind: the mechanism's name, such as "mixture_of_depths". site: what it wraps: "block", "attention", "mlp" or
+    "segment". layers: indices of its blocks, ascending, out of `num_layers`. options: an instance of the mechanism's
+    `Config`.
     """
 
     kind: str
@@ -70,13 +71,14 @@ class MechanismEntry(Entry):
     def key(self) -> str:
         """The name of the mechanism in a block, under which its parameters are stored and its decisions returned.
 
-        It is the kind, followed by "_on_" and the site if that is not the mechanism's default.
+        It is the mechanism's name (`kind`), followed by "_on_" and the site if this is not the mechanism's default
+        site, as in "gate_skip_on_mlp".
         """
         return self.kind if self.site == DEPTH[self.kind].sites[0] else f"{self.kind}_on_{self.site}"
 
     @property
     def homes(self) -> tuple[int, ...]:
-        """The blocks that hold a module of this entry: all of `layers`, or only the first block of a segment."""
+        """Indices of the blocks that hold a module of this entry: all of `layers`, or only the first of a segment."""
         return self.layers[:1] if self.site == SEGMENT else self.layers
 
     def changed(self, **changes: object) -> MechanismEntry:
@@ -114,8 +116,7 @@ class ActivationEntry(Entry):
 class GroupsEntry(Entry):
     """The parsed options of neuron groups, which switch parts of an MLP on and off.
 
-    kind: the option `decision`, a key of `GROUPS`, such as "learned" or "magnitude". options: an instance of its
-    `Config`.
+    kind: the option `decision`: "learned", "random", "magnitude" or "zeros". options: the parsed options of this kind.
     """
 
     kind: str

@@ -1,8 +1,8 @@
 """PolyGLU's activation mixture in a form that a compiler fuses well: one expression per neuron, no activation axis.
 
 Signature and result are those of `reference.mix_activations`. A compiler neither vectorises nor recomputes the [B, T,
-F, A] tensor of that function: with it, the whole compiled MLP takes 2.4 to 3.7 times as long on a CPU and saves twice
-as much for the backward pass. Shape letters: B rows, T tokens, F neurons, A activations.
+F, A] tensor of `reference`: with that tensor, the whole compiled MLP takes 2.4 to 3.7 times as long on a CPU and saves
+twice as much for the backward pass. Shape letters: B rows, T tokens, F neurons, A activations.
 """
 
 from __future__ import annotations

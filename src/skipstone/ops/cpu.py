@@ -1,8 +1,8 @@
-"""PolyGLU's activation mixture on a CPU without the [B, T, F, A] tensor: `reference` in less memory and time.
+"""PolyGLU's activation mixture on a CPU without a [B, T, F, A] tensor, in less memory and time than `reference`.
 
-It saves only its inputs and recomputes in the backward pass, in chunks of tokens small enough for the processor's
-cache. The softmax factors into a part of the neuron, s, and a part of the token, c, so that exponentials are taken of
-each part alone and not of every pair:
+The function saves only its inputs and recomputes the rest in the backward pass, in chunks of tokens small enough for
+the processor's cache. The softmax factors into a part of the neuron, s, and a part of the token, c, so that
+exponentials are taken of each part alone and not of every pair:
 
     p_k = exp(s_k) exp(c_k) / sum_j exp(s_j) exp(c_j)
 

@@ -29,9 +29,10 @@ from skipstone.ops.workers import call, inner, unit
 def attention(frame_at: int) -> None:
     """Compute the current block's attention and add it to the residual stream; compiled by numba.
 
-    Keys and values are stored for the tokens that reach the attention, and their number is returned to the caller
-    (`Ran.stored`); only tokens that get an update have queries. frame_at: address of the thread's frame, its int64
-    array of addresses and sizes (`decode_frame.py`), which names the block and says which tokens these are.
+    Keys and values are stored for the tokens that reach the attention, and these tokens are noted in the results of
+    `decode_stack.run` (`Ran.stored`); only tokens that get an update have queries. frame_at: address of the thread's
+    frame, its int64 array of addresses and sizes (`decode_frame.py`), which names the block and says which tokens reach
+    the attention.
     """
     frame = framed(frame_at)
     T, D, H, G, E = frame[of.TOKENS], frame[of.WIDTH], frame[of.HEADS], frame[of.GROUPS], frame[of.HEAD_SIZE]

@@ -38,9 +38,10 @@ ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.4
 def mlp(frame_at: int) -> None:
     """Compute the current block's MLP and add it to the residual stream; compiled by numba.
 
-    Only tokens that get an update are computed. Their number is returned to the caller (`Ran.stored`), with the number
-    of neurons whose up projection at least one of them needs. frame_at: address of the thread's frame, its int64 array
-    of addresses and sizes (`decode_frame.py`), which names the block and says which tokens these are.
+    Only tokens that get an update are computed. These tokens, and the number of neurons whose up projection at least
+    one of them needs, are noted in the results of `decode_stack.run` (`Ran.stored`). frame_at: address of the thread's
+    frame, its int64 array of addresses and sizes (`decode_frame.py`), which names the block and says which tokens get
+    an update.
     """
     frame = framed(frame_at)
     T, D, F, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.NEURONS], frame[of.PART], frame[of.PARTS]

@@ -89,7 +89,7 @@ def listed(kinds: Array, least: int, out: Array) -> int:
 
 @inner
 def bits(tokens: Array) -> int:
-    """Return an integer in which bit n is set for each token n of a list; compiled by numba."""
+    """Return an integer in which bit n is set for each index n in `tokens`, an integer array; compiled by numba."""
     found = 0
     for token in tokens:
         found |= 1 << token

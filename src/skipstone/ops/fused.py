@@ -1,8 +1,9 @@
-"""PolyGLU's activation mixture as one Triton kernel forward and one backward, with the result of `reference`.
+"""PolyGLU's activation mixture as one Triton kernel forward and one backward; it must equal the one in `reference`.
 
-Like `cpu`, it saves only its inputs: each program computes a tile of tokens by neurons with all four softmax weights
-and activations in registers. Sums over tokens and neurons are written as one partial sum per tile and added afterwards,
-so that results do not depend on the order in which programs run. The gradients are derived in `cpu`.
+Like the function in `cpu`, it saves only its inputs for the backward pass. Each program computes a tile of tokens by
+neurons with all four softmax weights and activations in registers. Sums over tokens and neurons are written as one
+partial sum per tile and added afterwards, so that results do not depend on the order in which programs run. The
+gradients are derived in `cpu`.
 
 Shape letters: B rows, T tokens, F neurons, A activations; in kernels, t and f are the tokens and neurons of a tile.
 """

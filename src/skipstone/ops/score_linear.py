@@ -1,8 +1,8 @@
 """`reference.score_linear`, a router's fp32 product, saving only the unconverted input for the backward pass.
 
-The plain form saves an fp32 copy of a bf16 input, or the normalised input: one or two times the size of the stream,
-which dominates the memory of a routed block that computes an eighth of the tokens. With n = |x| / sqrt(D), the root
-mean square:
+The plain form in `reference` saves an fp32 copy of a bf16 input, or the normalised input: one or two times the size of
+the stream, which dominates the memory of a routed block that computes an eighth of the tokens. With n = |x| / sqrt(D),
+the root mean square:
 
     y = W x / n        dW = sum (dy / n) x        dx = W^T dy / n - x (dy . y) / (D n^2)
 

@@ -61,8 +61,8 @@ def halves(config: SkipstoneConfig) -> Tensor:
 class Layout:
     """The correspondence between a family's tensor names and shapes and ours.
 
-    names: substrings of the family's tensor names, and what replaces them in ours. fused: projections of the family
-    that are several of ours, by name. transposed: projections of the family whose weights are stored [in, out].
+    names: substrings of the family's tensor names, each with what replaces it in our names. fused: projections of the
+    family that are several of ours, by name. transposed: projections of the family whose weights are stored [in, out].
     interleaved: our names of the projections and norms with one entry for each feature of each head, if the family's
     RoPE rotates neighbours (2i, 2i + 1); ours rotates (i, i + n / 2) of the n rotated features, so the entries are
     permuted.
@@ -76,7 +76,7 @@ class Layout:
     def ours(self, theirs: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
         """Translate `theirs`, a state dict of the family, to our names and shapes.
 
-        config: our configuration of the model.
+        config: our configuration of the model. Returns contiguous tensors by name.
         """
         found: Tensors = {}
         for name, tensor in theirs.items():
@@ -93,7 +93,7 @@ class Layout:
     def theirs(self, ours: Mapping[str, Tensor], config: SkipstoneConfig) -> Tensors:
         """Translate `ours`, a state dict of our model, to the family's names and shapes.
 
-        config: our configuration of the model.
+        config: our configuration of the model. Returns contiguous tensors by name.
         """
         back = {new: old for old, new in self.names.items()}
         found: Tensors = {}
