@@ -50,7 +50,10 @@ def places_for_folders(places: Mapping[str, Path | None]) -> None:
 
 
 def existing_run(path: Path) -> Path:
-    """Return `path` if it is a run folder or the folder of a saved model. Raises UserError or ValueError otherwise."""
+    """Return `path` if it is a run folder or the folder of a saved model.
+
+    Raises UserError if there is no such folder, and ValueError if it holds neither.
+    """
     from skipstone.runs import Run
 
     return Run(existing_dir(path, "run folder")).folder

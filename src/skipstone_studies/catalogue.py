@@ -1,4 +1,4 @@
-"""All studies by name. A new one is a file in quality/ or speed/ and a line in `FILES`, whose order lists follow.
+"""All studies by name. A new one is a file in quality/ or speed/ and a line in `FILES`, in whose order they are listed.
 
 Studies are imported when they are needed, so that a mistyped name is reported before torch is loaded.
 """

@@ -112,7 +112,7 @@ def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
 def grid(across: AxisScale, rows: int) -> list[Markup]:
     """Draw the vertical grid lines of a picture with `rows` rows, and their values below it.
 
-    across: the horizontal axis.
+    across: the horizontal axis, from values to pixels.
     """
     floor, parts = TOP + ROW * rows, []
     for value, label in labelled(ticks(across.low, across.high, 5)):
@@ -122,13 +122,13 @@ def grid(across: AxisScale, rows: int) -> list[Markup]:
 
 
 def name(i: int, text: str) -> Markup:
-    """Draw the name `text` to the left of row `i`, cut after 34 characters."""
+    """Draw the name `text` to the left of a picture's row with index `i`, cut after 34 characters."""
     cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return svg.text(LEFT - 8, middle(i), cut, "tick", text_anchor="end")
 
 
 def middle(i: int) -> float:
-    """Return the y coordinate of the text in row `i`."""
+    """Return the y coordinate, in pixels, of the text in a picture's row with index `i`."""
     return TOP + ROW * (i + 0.5) + 4
 
 

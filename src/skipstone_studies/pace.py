@@ -34,8 +34,8 @@ class TimeLeft(TrainerCallback):
 
     The first step is not measured: text is encoded and code compiled in it.
 
-    following: the work of the trainings that follow, divided by the work of this training. say: called with each
-    message, after 20 steps and then after every checkpoint.
+    following: the work (tokens times blocks) of the trainings that follow, divided by the work of this training. say:
+    called with each message, after 20 steps and then after every checkpoint.
     """
 
     def __init__(self, following: float, say: Callable[[str], None]) -> None:

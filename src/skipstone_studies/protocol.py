@@ -189,10 +189,10 @@ def tuned_run(
     """Train a recipe at its best learning rate, which is tuned first unless a run with another seed has done so.
 
     If another study has finished a run of the same recipe, its folder is copied instead. The rates are stored in the
-    folder `rates/` beside the run folders. recipe: the sections `model`, `data`, `train` and `protocol` of `planned`,
-    with `seed` in `data` and `train`. folder: the run folder. resume: whether to continue an interrupted run.
-    callbacks: further callbacks of the trainer. blocks: number of blocks of the model without mechanisms whose initial
-    weights all arms share. Raises ValueError if the training diverges at every rate.
+    folder `rates/` beside the run folders. recipe: what `planned` returns (the sections `model`, `data`, `train` and
+    `protocol`), with `seed` in `data` and `train`. folder: the run folder. resume: whether to continue an interrupted
+    run. callbacks: further callbacks of the trainer. blocks: number of blocks of the model without mechanisms whose
+    initial weights all arms share. Raises ValueError if the training diverges at every rate.
     """
     if not folder.is_dir() and _taken_over(recipe, folder):
         return
@@ -389,8 +389,8 @@ def recipe_of(folder: Path) -> RecipeDict:
 def capacities(layers: Sequence[PlainMapping]) -> dict[str, float]:
     """Return the share of tokens that each routed block keeps, by the block's index as text.
 
-    layers: for each block the figures of its mechanisms, by name. Of several mechanisms in a block, the smallest share
-    counts.
+    layers: for each block {mechanism name: {figure: value}}, where the figure "capacity" is the share. Of several
+    mechanisms in a block, the smallest share counts.
     """
     found = {}
     for i, layer in enumerate(layers):

@@ -1,6 +1,6 @@
 """Losses by blocks of the validation text, so that two runs are compared on the same text.
 
-A block is a batch of neighbouring windows, because single windows of the same passage are not independent.
+A block is 64 neighbouring windows (rows) of the text, because single windows of the same passage are not independent.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ RECORDED = "stretches"  # name of the losses by block in records, kept from earl
 def block_losses(folder: Path) -> list[float]:
     """Return the validation loss of each block of text (64 neighbouring windows), in nats per token, in order.
 
-    folder: the run folder. The loss is that of the pass that really skips, if the model can decide without later
-    tokens.
+    folder: the run folder. It is measured in the pass that really skips tokens if the model can decide without later
+    ones, else as routed in training.
     """
     return list(of_loaded(load_run(folder)))
 
@@ -27,7 +27,8 @@ def block_losses(folder: Path) -> list[float]:
 def of_loaded(loaded: LoadedRun) -> Iterator[float]:
     """Yield the validation loss of each block of text (64 neighbouring windows) in nats per token, for a loaded run.
 
-    The loss is that of the pass that really skips, if the model can decide without later tokens.
+    It is measured in the pass that really skips tokens if the model can decide without later ones, else as routed in
+    training. loaded: the run, with its validation rows.
     """
     assert loaded.data is not None
     for batch in batches(loaded.data, WINDOWS, loaded.model.device):

@@ -50,7 +50,8 @@ def forward_speeds(runs: Mapping[str, Path], rows: int = 64, rounds: int = ROUND
 def forward_pass(loaded: LoadedRun, rows: int) -> Task:
     """Return a function that times one forward pass over the first `rows` validation rows of a loaded run.
 
-    It has no arguments and returns a `Lap`. The pass really skips if the model can decide without later tokens.
+    It has no arguments and returns a `Lap`. The pass really skips tokens if the model can decide without later ones;
+    else it is routed as in training.
     """
     assert loaded.data is not None
     batch = next(batches(loaded.data, rows, loaded.model.device))

@@ -38,10 +38,10 @@ class Corpus:
         return tuple(self.readers)
 
     def documents(self, split: str) -> Documents:
-        """Read and return the documents of a split, leaving out empty ones.
+        """Read and return the documents of a split, a tuple of strings; empty documents are left out.
 
         Raises ValueError for a split that the corpus does not have or that contains no text, and FileNotFoundError if
-        its file is neither on this machine nor can be downloaded.
+        the file of the split is not on this machine and cannot be downloaded.
         """
         if split not in self.readers:
             raise ValueError(unknown(f"split of corpus {self.name!r}", split, self.readers))

@@ -110,9 +110,10 @@ class ShardSet:
         return load_saved(self.folder / TOKENIZER)
 
     def encoded(self, split: str) -> Encoded:
-        """Return the documents of a split, after comparing the SHA-256 of all its files; token ids stay on disk.
+        """Return the token ids of a split with the places of its documents; the ids stay on disk.
 
-        Raises ValueError for a split that does not exist, and for a file that differs from the manifest.
+        All files of the split are read once, to compare their SHA-256 with the manifest. Raises ValueError for a split
+        that does not exist, and for a file that is absent or differs from the manifest.
         """
         if split not in self.manifest.splits:
             raise ValueError(unknown(f"split of shards {str(self.folder)!r}", split, self.manifest.splits))

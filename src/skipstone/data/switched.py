@@ -1,8 +1,9 @@
 """Switched-S3: a variant of Reset-S3 in which a symbol alone does not show whether it is an operation.
 
 Fillers and operations share one alphabet: the six elements of S3 and the reset. The last switch decides what a symbol
-is: after `on` it is an operation as in Reset-S3, after `off` a filler, whose label is itself and which does not change
-the state. So a router that sees a single token can do no better than chance.
+is: after `on` it is an operation on a state (an element multiplies it, the reset sets it to the identity), after `off`
+a filler, whose label is itself and which does not change the state. So a router that sees a single token can do no
+better than chance.
 
 Each entry is, independently, a switch (probability 1/8; `on` with 2/7, else `off`) or a symbol (reset 1/16, else a
 uniform element); the first entry of a row is always a switch. So one entry in four is an operation (1/4 = 2/7 * 7/8,

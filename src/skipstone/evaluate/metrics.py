@@ -119,8 +119,8 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
     """Measure all figures of a run except its speeds, which `compare` times for all runs in turns.
 
     loaded: the run. others: a run whose text is used if `loaded` has none; None means random tokens. rates: the speeds,
-    by task ("prefill", "decode 1", "decode 8"). Raises ValueError for a model that needs the caller to decide which
-    tokens to keep (decision `forced`), on data that do not say which.
+    by task ("prefill", "decode 1", "decode 8"). Raises ValueError for a model that needs the caller to say which tokens
+    to keep, on data that do not mark them.
     """
     model, forward = loaded.model, loaded.primary
     ids_BT = sample_ids(loaded, ROWS, loaded.context, others)

@@ -148,7 +148,7 @@ class Accuracy:
         self._parts.append((guess, target, difficulty))
 
     def by_bin(self) -> dict[str, float]:
-        """Return the share of correct predictions by bin of difficulty and over "all operations".
+        """Return the share of correct predictions by bin of difficulty, and over all bins as "all operations".
 
         The bins are "0-3", "4-7", "8-15" and "16+" operations since the last reset; the share of a bin without
         operations is nan. Raises ValueError if no batch has been added.

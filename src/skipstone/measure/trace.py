@@ -37,11 +37,12 @@ def trace_tokens(
 ) -> TokenTrace:
     """Run a model on a batch, in evaluation mode and without noise, and return its decisions for every token.
 
-    batch: dict of the inputs as [B, T] tensors (rows, tokens); labels add the losses. names: the texts of the first
-    tokens of the first row, as many as the trace shows. known_BT: bool [B, T], the tokens that every block with a depth
-    mechanism has to keep; None lets the model decide. category_BT: int64 [B, T], the kind of each token's text as an
-    index in `CATEGORIES`, or None. Raises ValueError for a model that is not a Skipstone model, and, if known_BT is
-    None, for a model that needs the caller to say which tokens blocks keep.
+    batch: dict of [B, T] tensors (rows, tokens): `input_ids`, perhaps other inputs of forward, and for losses `labels`
+    or `shift_labels`. names: the texts of the first tokens of the first row, as many as the trace shows. known_BT: bool
+    [B, T], the tokens that every block with a depth mechanism has to keep; None lets the model decide. category_BT:
+    int64 [B, T], the kind of each token's text as an index in `CATEGORIES`, or None. Raises ValueError for a model that
+    is not a Skipstone model, and, if known_BT is None, for a model that needs the caller to say which tokens blocks
+    keep.
     """
     require_ours(model)
     blocks = list(model.decoder.layers)

@@ -23,7 +23,10 @@ class Drawn(Markup):
 
     @classmethod
     def of(cls, picture: Markup, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Drawn:
-        """Return `picture` with a table: `heads` names its columns, `rows` has its cells as text."""
+        """Return `picture` with a table of the numbers that it shows; of long tables, only every k-th row is kept.
+
+        picture: the SVG. heads: the table's column names. rows: its cells as text.
+        """
         drawn, whole = cls(picture), list(rows)
         drawn.heads, drawn.every = heads, -(-len(whole) // MOST_ROWS) or 1
         kept = whole[:: drawn.every]
