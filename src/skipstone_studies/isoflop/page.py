@@ -51,7 +51,7 @@ def _arms(result: IsoFlopResult) -> str:
 
 
 def as_html(result: IsoFlopResult) -> str:
-    """Return the HTML page of an isoFLOP result, which may be incomplete."""
+    """Return the HTML page of an isoFLOP result; runs may be missing in `result`."""
     pages = environment()
     ours = PackageLoader("skipstone_studies.isoflop", "templates")
     assert pages.loader is not None
@@ -60,7 +60,11 @@ def as_html(result: IsoFlopResult) -> str:
 
 
 def context(result: IsoFlopResult) -> PlainDict:
-    """Return the variables of the HTML page's template, `templates/isoflop.html`, by name, for the result `result`."""
+    """Return the variables of the HTML page's template, `templates/isoflop.html`, by name, for the result `result`.
+
+    Keys: `title`, `base`, `about`, `arms` and `verdicts`, names and texts; `iso_flop`, `relative` and `iso_time`,
+    charts; `first`, `second` and `last`, tables; `notes`, `commands` and `provenance`, how the runs were made.
+    """
     spec, found = result.collected.grid.spec, result.collected.records
     return {
         "title": spec.name,

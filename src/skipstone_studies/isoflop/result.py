@@ -25,7 +25,7 @@ from skipstone_studies.isoflop.curves import Curve, GridPoint, GridRecords, Refu
 class EqualTime:
     """The losses of all arms (compared recipes) after the same number of seconds of training.
 
-    seconds: this number of seconds. curves: loss over model size, by arm; losses are interpolated between runs of
+    seconds: the training time in seconds. curves: loss over model size, by arm; losses are interpolated between runs of
     different budgets. stretched: for each arm, the sizes (numbers of parameters) whose loss is extrapolated beyond the
     budgets that were run.
     """

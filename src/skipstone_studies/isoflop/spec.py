@@ -138,10 +138,11 @@ class GridSpec:
 
     @property
     def base(self) -> str:
-        """The name of the arm with which others are compared.
+        """The name of the arm (recipe) with which others are compared.
 
-        With the default arms it is dense, and if dense is not run, nothing is compared and the page says so. If the
-        recipe names its own arms, of which none has to be dense, it is dense if that is run, else the first that is.
+        With the default arms the base is "dense"; if "dense" is not run, nothing is compared and the page says so. If
+        the recipe names its own arms, the base is "dense" if an arm of this name is run, else the first arm that is
+        run.
         """
         return DENSE if self.changes is None or DENSE in self.arms else self.arms[0]
 

@@ -52,10 +52,10 @@ def measured(folder: Path) -> Figures:
     """Return the figures of one run; those of the model of 8 blocks include the benefit of each block.
 
     The benefit of a block for a token is the number of nats by which it lowers the token's loss. folder: the run
-    folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split), `training_flops` and
-    `tuning`; for 8 blocks also `benefit`, measured on the test split: `loss`, numbers of predictions, and `units`, a
-    list with the values of each set of blocks, such as `blocks`, `removed` (the loss without them) and `mean_benefit`
-    in nats.
+    folder. Keys: those of `protocol.measured`, such as `loss` (nats per byte on the test split), `training_flops`, and
+    `tuning` (of the learning rate); for 8 blocks also `benefit`, measured on the test split: `loss`, numbers of
+    predictions, and `units`, a list with the values of each set of blocks, such as `blocks`, `removed` (the loss
+    without them) and `mean_benefit` in nats.
     """
     figures = protocol.measured(folder)
     if folder.name.rpartition("-seed")[0] != FULL:

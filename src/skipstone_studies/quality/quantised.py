@@ -123,7 +123,8 @@ def _check_saved(made: SkipstoneForCausalLM, folder: Path) -> None:
 def measured(folder: Path, rows: int) -> Figures:
     """Return `nats`, the loss per token by the pass that skips, and `bytes`, the size of the weights' file.
 
-    folder: the model folder, with the choice of text that `make` stored. rows: number of rows that are read.
+    The loss is in nats. folder: the model folder, in which the choice of evaluated text is stored as well. rows: number
+    of rows that are read.
     """
     text = read_object(folder / TEXT)
     loaded = load_run(folder, **text)

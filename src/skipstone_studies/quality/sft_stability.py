@@ -78,7 +78,7 @@ def _recipe(options: PlainDict) -> RecipeDict:
 
 
 def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Train the base model of a recipe into `folder`, with a tokenizer that is trained on the chats first.
+    """Train the base model of a recipe into `folder`, with a tokenizer that is first trained on GSM8K's chats.
 
     recipe: an entry of `arms` with a seed. resume: whether to continue an interrupted training. callbacks: further
     callbacks of the trainer.
@@ -181,7 +181,10 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Remove the measurements of steps that a resumed training repeats; in a new one, measure before step 1."""
+        """Remove the measurements of steps that a resumed training repeats; in a new one, measure before step 1.
+
+        args, state, control: what transformers' Trainer passes to its callbacks.
+        """
         kept = [line for line in course(self.path) if line["step"] <= state.global_step]
         lines = kept or [{"step": 0, **self.routing.figures()}]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -206,8 +209,10 @@ def course(path: Path) -> list[PlainDict]:
 def measured(folder: Path) -> Figures:
     """Fine-tune the base model in `folder` by TRL's SFTTrainer, and return the figures of the tuning.
 
-    They are the dict that `figures` describes: `losses`, `course`, `drift`, `flips`, `stable` and others. An
-    interrupted tuning is resumed. Raises ValueError if TRL is not installed or if the temperature tau has changed.
+    Keys: `losses` and `course`, what was logged; `drift`, relative change of the dynamic entropy (of a neuron's softmax
+    over activations); `flips`, share of neurons with another strongest activation; `stable`, 1 if both are small, else
+    0; and the others that `figures` describes. An interrupted tuning is resumed. Raises ValueError if TRL is not
+    installed or if the temperature tau has changed.
     """
     try:
         from datasets import Dataset
@@ -260,7 +265,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: PlainDict) -> dict[str, Tensor
 def figures(losses: Sequence[float], lines: Sequence[PlainMapping], tau: float) -> Figures:
     """Return the figures of a fine-tuning: what was logged, and summaries.
 
-    losses: the logged training losses. lines: measurements over time, dicts with `dynamic_entropy` (one value per
+    losses: the logged training losses. lines: measurements over time, dicts with `dynamic_entropy` (nats, one value per
     layer) and `flips`; the first is from before tuning. tau: the temperature of PolyGLU. Keys of the result: `losses`,
     `course` (the lines) and `tau` as given; `first_loss`, `last_loss`; `start` and `end`, dynamic entropies averaged
     over layers; `drift`, end / start - 1; `largest`, the largest such drift at any time, by its magnitude; `flips`, the

@@ -48,10 +48,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Time an MLP with neuron groups, and a SwiGLU with as many neurons as are on, in turns with the whole SwiGLU.
 
-    A router multiplies only some groups of the neurons, which are called on. recipe: an entry of `arms` with a key
-    "seed". The result is {"time": {"groups", "narrow"}}, CPU seconds of each divided by those of the whole SwiGLU, as
-    {"median", "min", "max"} over rounds; in training also "flops", the counted FLOPs of the groups divided by those of
-    the SwiGLU.
+    A router lets only some groups of the neurons be multiplied: those that are on. recipe: an entry of `arms` with a
+    key "seed". The result is {"time": {"groups", "narrow"}}, CPU seconds of each divided by those of the whole SwiGLU,
+    as {"median", "min", "max"} over rounds; in training also "flops", the counted FLOPs of the groups divided by those
+    of the SwiGLU.
     """
     torch.manual_seed(recipe["seed"])
     return (_training if recipe["part"] == "training" else _decoding)(recipe)

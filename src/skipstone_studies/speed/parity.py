@@ -273,7 +273,8 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
     """Measure the agreement of one checkpoint with transformers on two rows of random tokens.
 
     source: folder, Hub name or .gguf file of the checkpoint. length: tokens of a row; the first half is the prompt.
-    tokens: number of generated tokens.
+    tokens: number of generated tokens. The result is a `Parity`: `fp32` and `bf16`, largest difference of the logits
+    divided by the largest logit, and `generation`, whether greedy texts are equal.
     """
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     ids_BT = torch.randint(2, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
-"""PolyGLU's MLP compared with a SwiGLU of the same matrices, and a hardened model with SwiGLU in decoding.
+"""PolyGLU's MLP in training, and a model with one fixed activation per neuron in decoding, compared with SwiGLU.
 
-Training: forward and backward of one MLP, with logits as at initialisation (tau 1) and as after training (some nats
-apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without parameters.
+Training: forward and backward of one MLP with the matrices of the SwiGLU, with logits as at initialisation (tau 1) and
+as after training (some nats apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without parameters.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def training_name(width: int, precision: str, tau: float, noise: bool) -> str:
 
 
 def decoding_name(width: int) -> str:
-    """Return the name under which the table shows a timing of a hardened PolyGLU model in decoding.
+    """Return the name under which the table shows a timing of decoding by a PolyGLU model with fixed activations.
 
     width: width of the model's residual stream.
     """
@@ -58,11 +58,11 @@ def decoding_name(width: int) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Time PolyGLU in turns with SwiGLU, in training or in decoding.
+    """Time PolyGLU in turns with SwiGLU, in training (one MLP) or in decoding (a whole model).
 
-    recipe: an entry of `arms` with a key "seed". Keys of the result: `time`, seconds divided by SwiGLU's, as
-    {"median", "min", "max"} over rounds; in training also `saved`, the bytes that autograd keeps for the backward pass,
-    divided by SwiGLU's.
+    recipe: an entry of `arms` with a key "seed". Keys of the result: `time`, seconds divided by SwiGLU's, as {"median",
+    "min", "max"} over rounds; in training also `saved`, the bytes that autograd keeps for the backward pass, divided by
+    SwiGLU's.
     """
     torch.manual_seed(recipe["seed"])
     return _training(recipe) if "tau" in recipe else _decoding(recipe)

@@ -35,9 +35,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Measure whether a routed model has the same operations, FLOPs and compiled graphs for many inputs of one shape.
 
-    recipe: has the keys "decision" and "inputs" (number of batches). Keys of the result: `lists`, the number of
-    different sequences of operations and shapes; `flops`, the number of different FLOP counts; `graphs`,
-    `recompilations` and `breaks` of torch.compile.
+    recipe: has the keys "decision" (name of a decision of Mixture-of-Depths) and "inputs" (number of batches). Keys of
+    the result: `lists`, the number of different sequences of operations and shapes; `flops`, the number of different
+    FLOP counts; `graphs`, `recompilations` and `breaks`, the numbers of graphs that torch.compile makes, of batches
+    after the first for which it compiles again, and of graph breaks.
     """
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
@@ -49,7 +50,10 @@ def measured(recipe: RecipeDict) -> Figures:
 
 
 def model_of(decision: str) -> SkipstoneForCausalLM:
-    """Build a small model in training mode in which every second block is routed by `decision`."""
+    """Build a small model in training mode in which every second block is routed by Mixture-of-Depths.
+
+    decision: name of its decision, such as "topk".
+    """
     torch.manual_seed(0)
     mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
     sizes: PlainDict = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}

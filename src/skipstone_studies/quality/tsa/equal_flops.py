@@ -91,8 +91,8 @@ def _exit_points(figures: Figures) -> list[Point]:
 def blocks_of(seeds: BySeed, rival: str) -> list[list[float]]:
     """Return a routed model's losses minus a rival's on each block of the text, one list for each seed.
 
-    seeds: the model's figures by seed, with those of `at_equal_flops`. rival: the kind of rival, "over_dense",
-    "over_random" or "over_exit".
+    rival: the kind of rival, "over_dense", "over_random" or "over_exit". seeds: the model's figures by seed, with the
+    lists that `at_equal_flops` returns under the key rival + "_by_block"; seeds without such a list are left out.
     """
     return [list(found[rival + BY_BLOCK]) for found in seeds.values() if found.get(rival + BY_BLOCK)]
 

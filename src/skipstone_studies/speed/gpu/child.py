@@ -15,7 +15,8 @@ from skipstone_studies.speed.gpu.bench import Bench
 def main(part: str, out: Path) -> None:
     """Measure one part of the GPU study in this process, and write the measurements to the file `out`.
 
-    part: its name. Its recipe, an entry of `parts.arms`, is read as JSON from stdin.
+    What is measured follows from the recipe, an entry of `parts.arms` with a key "seed", which is read as JSON from
+    stdin. part: its name; not used here.
     """
     sizes = json.load(sys.stdin)
     torch.manual_seed(sizes["seed"])

@@ -21,7 +21,7 @@ STEPS = 256  # more than are run: warm-ups, the capture and the timed ones
 
 
 def measure(bench: Bench) -> None:
-    """Time decoding steps of a dense and a Mixture-of-Depths model for several numbers of rows.
+    """Time decoding steps of a dense and a routed (Mixture-of-Depths) model for several numbers of rows.
 
     bench: gives the device and the sizes, and stores the results: for each number of rows the figures of `beside`
     (milliseconds, tokens per second and others), and for some of them those of `fixed` (milliseconds with a cache of
@@ -45,7 +45,7 @@ def models(bench: Bench) -> dict[str, SkipstoneForCausalLM]:
 
 
 def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
-    """Time decoding steps of a dense and a routed model in turns, with a cache that grows.
+    """Time decoding steps of a dense and a routed (Mixture-of-Depths) model in turns, with a cache that grows.
 
     bench: gives the sizes. pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of
     the result: `dense_ms` and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model
@@ -68,9 +68,10 @@ def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) ->
 def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> PlainDict:
     """Time decoding steps with a cache of fixed size, kernel by kernel ("eager") and as one CUDA graph ("graph").
 
-    Such a step computes every block, so it shows what launching costs and not what skipping saves. bench: gives the
-    device and the sizes. pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of the
-    result: milliseconds per step as `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms` and `routed_graph_ms`.
+    With such a cache a step computes every block for every row, so it shows what launching costs and not what skipping
+    saves. bench: gives the device and the sizes. pair: the models "dense" and "routed". rows: number of sequences
+    decoded together. Keys of the result: milliseconds per step as `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms`
+    and `routed_graph_ms`.
     """
     found: PlainDict = {}
     for name, model in pair.items():

@@ -31,12 +31,12 @@ def measure(bench: Bench) -> None:
 
 
 def both(bench: Bench, way: str) -> PlainDict:
-    """Time training steps of the dense and the routed model in turns.
+    """Time training steps of a dense and a routed (Mixture-of-Depths) model in turns.
 
     bench: gives the device and the sizes. way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the
-    result: `dense_ms` and `routed_ms`; `time`, the routed milliseconds divided by the dense ones; `flops`, the same
-    ratio of the FLOPs by the cost model; `tokens_per_second` of the routed model; `dense_mfu` and `routed_mfu`, FLOPs
-    per second divided by the GPU's peak, if it is known; on a GPU `peak_gb`.
+    result: `dense_ms` and `routed_ms`, milliseconds per step; `time`, the routed milliseconds divided by the dense
+    ones; `flops`, the same ratio of the FLOPs by the cost model; `tokens_per_second` of the routed model; `dense_mfu`
+    and `routed_mfu`, FLOPs per second divided by the GPU's peak, if this peak is known; on a GPU `peak_gb`.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}

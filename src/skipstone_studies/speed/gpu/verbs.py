@@ -105,7 +105,7 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
     """Compare the training losses of two runs step by step, and return the figures of the first with the comparison.
 
     folder, other: the run folders. limit: the largest difference in nats that counts as equal. The result has
-    `first_loss`, `last_loss` and `tokens_per_second` of the first, and `difference` (the largest of any step),
+    `first_loss`, `last_loss` and `tokens_per_second` of the first, and `difference` (the largest of any step, in nats),
     `tolerance` (the limit) and `equal` (1 or 0).
     """
     pairs = zip(losses(folder), losses(other), strict=True)
@@ -116,7 +116,7 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in fp32, and return `first_loss`, `last_loss` (nats per token) and `tokens_per_second` of the run.
 
-    bench: gives the device. plain: the recipe. root: the folder in which the run folder `whole` is written.
+    bench: not used. plain: the recipe. root: the folder in which the run folder `whole` is written.
     """
     return figures(_train(plain, root, "whole"))
 
@@ -124,8 +124,8 @@ def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in bf16 under autocast, and return `first_loss`, `last_loss` and `tokens_per_second` of the run.
 
-    bench: gives the device. Losses are in nats per token. plain: the recipe. root: the folder in which the run folder
-    `bf16` is written.
+    bench: not used. Losses are in nats per token. plain: the recipe. root: the folder in which the run folder `bf16` is
+    written.
     """
     return figures(_train(plain, root, "bf16", precision="bf16"))
 
@@ -134,8 +134,8 @@ def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train under FSDP2, and compare the losses with those of the run that `plainly` made.
 
     The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of any
-    step, in nats), `tolerance` and `equal` (1 or 0). bench: gives the device. plain: the recipe. root: the folder that
-    holds that run, and in which this one is written.
+    step, in nats), `tolerance` and `equal` (1 or 0). bench: not used. plain: the recipe. root: the folder that holds
+    the run of `plainly`, and in which the sharded run is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
@@ -145,8 +145,8 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
     The losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so their order may change the last
     bits. The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of
-    any step, in nats), `tolerance` and `equal` (1 or 0). bench: gives the device. plain: the recipe. root: the folder
-    that holds the whole run, which `plainly` made, and in which this one is written.
+    any step, in nats), `tolerance` and `equal` (1 or 0). bench: knows the device. plain: the recipe. root: the folder
+    that holds the whole run, which `plainly` made, and in which the resumed run is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1
@@ -161,8 +161,9 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def used(bench: Bench, folder: Path) -> PlainDict:
     """Evaluate the run in `folder`, and generate text if its model can decide without later tokens.
 
-    bench: gives the device. Keys of the result: `evaluated_loss`, the validation loss in nats per token, and `pieces`,
-    the number of pieces of text that were generated.
+    bench: not used. folder: the run folder. Keys of the result: `evaluated_loss`, the validation loss in nats per
+    token, and `pieces`, the number of pieces of text that were generated; it is absent for a model whose decisions need
+    later tokens.
     """
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}
