@@ -35,7 +35,7 @@ def ids(rows: int = 2, tokens: int = 9) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 24])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 129])
 @pytest.mark.parametrize(("inputs", "group"), [(37, None), (128, None), (192, 64)])
 def test_few_and_many_tokens_equal_the_restored_weights(
     tokens: int, outputs: int, inputs: int, group: int | None

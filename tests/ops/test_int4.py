@@ -30,7 +30,7 @@ def test_what_is_packed_is_unpacked_and_restored_exactly() -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 24])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 8, 9, 65, 128, 259])
 @pytest.mark.parametrize("inputs", [64, 192, 576])
 def test_few_and_many_tokens_equal_the_restored_weights(tokens: int, outputs: int, inputs: int) -> None:
     weight, x = packed(outputs, inputs), torch.randn(tokens, inputs)
@@ -90,7 +90,7 @@ def test_any_range_of_rows_is_computed_alone() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 131])
 def test_several_threads_share_the_rows(tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough to be shared, with a number of rows that they cannot share evenly."""
     pytest.importorskip("skipstone.ops.int4_native")
