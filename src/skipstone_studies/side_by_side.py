@@ -133,7 +133,8 @@ def _stopped_with_us(running: Sequence[Worker]) -> Iterator[None]:
 def main(given: dict[str, object]) -> int:
     """Run one recipe (arm) of a study with one seed, and store its result; this is the entry point of a worker process.
 
-    given: a dict with the keys name (of the study), scale, corpus, arm, seed, runs, out and jobs. Returns the exit
+    given: a dict with the keys name (of the study), scale, corpus (or None), arm, seed, runs (parent folder of the run
+    folders), out (parent folder of the stored results) and jobs (number of arms that run at a time). Returns the exit
     status: 0, or 1 if the arm failed or another process runs it.
     """
     study, scale, arm = STUDIES[str(given["name"])], str(given["scale"]), str(given["arm"])

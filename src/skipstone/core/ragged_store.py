@@ -168,10 +168,11 @@ class RaggedStore:
         return rows is not None and len({self.lengths[b] for b in rows.at}) == 1
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return the used columns of tensor `name`, [B, C, ...]; "slot" is EMPTY (2^62) beyond a row's end.
+        """Return the stored entries of tensor `name`, [B, C, ...], C being the number of entries of the longest row.
 
-        rows: the rows to return; None means all. newest: return at most this many of the newest entries of each row,
-        which are copied if rows differ in length; None means all entries.
+        Shorter rows end in unused columns, which the tensor "slot" (each entry's token index) marks with EMPTY, 2^62.
+        name: a key of `entries`. rows: the rows to return; None means all. newest: return at most this many of the
+        newest entries of each row, which are copied if rows differ in length; None means all entries.
         """
         longest = self.width
         if rows is not None and self.lengths is not None:

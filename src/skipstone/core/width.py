@@ -133,7 +133,10 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of groups per token that the up projection (second matrix) currently multiplies."""
+        """The number of neuron groups for which the up projection is currently multiplied, for each token.
+
+        It is the most of them if tokens differ. The number may change during training.
+        """
         raise NotImplementedError
 
     @property

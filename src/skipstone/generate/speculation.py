@@ -88,8 +88,8 @@ class Length:
     def rest(self) -> int:
         """Return how many plain steps (without a draft) to take before the next attempt to draft, at most 64.
 
-        The result is 0 if an attempt costs next to nothing, as beside a large model, or if decoding would even with one
-        take at most about 2 % longer than without drafts.
+        The result is 0 if an attempt costs next to nothing, as beside a large model, or if all attempts so far and one
+        more make decoding at most about 2 % slower than without drafts; also if `fixed` is set or no times are known.
         """
         if self.fixed is not None or len(self.check[0]) < KNOWN or self._watching() <= FREE:
             return 0

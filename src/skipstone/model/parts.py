@@ -57,8 +57,8 @@ class MechanismEntry(Entry):
     """A parsed entry of `SkipstoneConfig.mechanisms`: one mechanism with the blocks that it applies to and its options.
 
     kind: the mechanism's name, such as "mixture_of_depths". site: what it wraps: "block", "attention", "mlp" or
-    "segment". layers: indices of its blocks, ascending, out of `num_layers`. options: an instance of the mechanism's
-    `Config`.
+    "segment" (several neighbouring blocks, for which it decides once). layers: indices of its blocks, ascending, out of
+    `num_layers`. options: an instance of the mechanism's `Config`.
     """
 
     kind: str

@@ -122,7 +122,10 @@ class ExpertRouter(nn.Module):
             init.zeros_(self.balance_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the logits, fp32 [B, T, X] for X experts and no-ops. x_BTD: the MLP's input."""
+        """Return the logits, fp32 [B, T, X], of all experts and then of the no-ops, experts that compute nothing.
+
+        x_BTD: the MLP's input. X: number of experts plus number of no-ops.
+        """
         return score_linear(x_BTD, self.weight)
 
 

@@ -33,9 +33,10 @@ def chosen_neurons(frame_at: int, count: int) -> None:
     """Compute the up and down products of the current block's MLP for chosen neurons only; compiled by numba.
 
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
-    addresses of the activations, fp32 [K, F], and of the result, fp32 [K, D]. count: K. The number of neurons whose up
-    projection at least one token needs is written to the results of `decode_stack.run` (`Ran.stored`), and so are the
-    scores and choices of the neuron groups (`Ran.score_LN`, `Ran.mark_2LN`).
+    addresses of the activations, fp32 [K, F] for K tokens and F neurons, and of the result, fp32 [K, D] for width D.
+    count: the number of tokens K. The number of neurons whose up projection at least one token needs is written to the
+    results of `decode_stack.run` (`Ran.stored`), and so are the scores and choices of the neuron groups
+    (`Ran.score_LN`, `Ran.mark_2LN`).
     """
     frame = framed(frame_at)
     D, F, K, part, parts = frame[of.WIDTH], frame[of.NEURONS], count, frame[of.PART], frame[of.PARTS]

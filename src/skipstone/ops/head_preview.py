@@ -3,8 +3,12 @@
 The preview is the head in a few directions of the hidden states. The best candidates by it get the logits that the
 whole head gives them; every other token keeps its previewed logit, so that the distribution stays whole.
 
-    p_v = s_v sum_k (q_vk - 8) x'_k + o_v + x'_K     x' = turn x + shift
+    p_v = s_v sum_k (q_vk - 8) x'_k + o_v + x'_K     x' = turn x + shift     k = 0 ... K - 1
     y_v = w_v x if p_v is among the m largest of p, else p_v
+
+p: previewed logits, y: logits returned, m: number of candidates. x: hidden state, w: the head's weight. q: four-bit
+numbers, s and o: scale and offset of each vocabulary entry. The rows of turn are the K directions and, last, the mean
+row of the head, whose product x'_K all entries share.
 
 On a CPU with numba, a compiled kernel reads the preview and the candidates' rows alone. `plain` is the form that it is
 tested against.

@@ -54,7 +54,10 @@ def row_bytes(inputs: int) -> int:
 
 
 def inputs_of(weight_OP: Tensor) -> int:
-    """Return the number of inputs I of a four-bit matrix. weight_OP: uint8 [O, P]."""
+    """Return the number of inputs I of a four-bit matrix.
+
+    weight_OP: the matrix as `pack` returns it, uint8 [O, P] with P = 5 I / 8 bytes for each of O outputs.
+    """
     return weight_OP.shape[1] // 5 * 8
 
 

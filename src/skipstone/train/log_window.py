@@ -90,8 +90,9 @@ class LogWindow:
     def save(self, folder: Path, sums: Tensor, lines: int) -> None:
         """Write the window's state to window.json in a checkpoint.
 
-        folder: the checkpoint's folder. sums: fp32 [2], `sums` added up over all processes. lines: current number of
-        lines in metrics.jsonl.
+        folder: the checkpoint's folder. sums: fp32 [2], the window's sums of the token loss and of the auxiliary loss,
+        added up over all processes (the attribute `sums` holds this process's part). lines: current number of lines in
+        metrics.jsonl.
         """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
         state |= {"sums": sums.tolist(), "lines": lines}

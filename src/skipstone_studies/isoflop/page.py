@@ -62,8 +62,10 @@ def as_html(result: IsoFlopResult) -> str:
 def context(result: IsoFlopResult) -> PlainDict:
     """Return the variables of the HTML page's template, `templates/isoflop.html`, by name, for the result `result`.
 
-    Keys: `title`, `base`, `about`, `arms` and `verdicts`, names and texts; `iso_flop`, `relative` and `iso_time`,
-    charts; `first`, `second` and `last`, tables; `notes`, `commands` and `provenance`, how the runs were made.
+    Keys: `title`, the name of the grid; `base`, the arm (compared recipe) that others are compared with; `about`, a
+    paragraph on the runs; `arms`, a tuple of name, line style and options in words for each arm; `verdicts`, sentences;
+    `iso_flop`, `relative` and `iso_time`, charts; `first`, `second` and `last`, lists of tables; `notes`, `commands`
+    and `provenance`, how the runs were made.
     """
     spec, found = result.collected.grid.spec, result.collected.records
     return {

@@ -174,8 +174,9 @@ def details(figures: ByArm) -> str:
 def narrow_details(figures: ByArm) -> str:
     """Return the Markdown below the table of narrow models: what depth gains, differences, and learning rates.
 
-    Differences are those between the losses of compared recipes (arms). figures: the figures of every run, {arm: {seed:
-    nested dict}}.
+    What depth gains is the test loss of the dense model of 5 blocks minus that of the dense model of 8. Differences are
+    those between the test losses of compared recipes (arms). figures: the figures of every run, {arm: {seed: nested
+    dict}}.
     """
     return "\n\n".join(_sections(figures))
 
