@@ -49,8 +49,8 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. against:
     name of the arm that is subtracted. refused: whether the verdict in every row is "no headroom", because a deeper
-    model has no lower loss; otherwise it is "better", "worse" or "not told apart". The table is "" if `against` has not
-    run.
+    model has no lower loss; otherwise it is "better", "worse", "not told apart", "one seed", or "other text" if the two
+    arms were measured on different test texts. The table is "" if `against` has not run.
     """
     rows = []
     for arm in figures:
@@ -58,6 +58,8 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
         if not found:
             continue
         verdict = "no headroom" if refused else _word(paired(found, by_block(figures, arm, against)))
+        if not _same_text(figures, arm, against):
+            verdict = "other text"
         rows.append([arm, *difference(figures, arm, against), verdict])
     columns = ["arm", "seeds", f"test loss − {against}'s", "error from the text alone", "verdict"]
     title = f"Compared with {against}"
@@ -86,6 +88,15 @@ def median_block(figures: ByArm, arm: str, against: str) -> str:
     """
     blocks = [statistics.fmean(values) for values in zip(*by_block(figures, arm, against), strict=True)]
     return f"{statistics.median(blocks):+.4f}" if blocks else UNKNOWN
+
+
+def _same_text(figures: ByArm, arm: str, other: str) -> bool:
+    """Return whether the test texts of two arms are equally long in every seed that both have.
+
+    A corpus of installed packages changes with them, so records made on two machines may be of different texts.
+    """
+    seeds = figures[arm].keys() & figures[other].keys()
+    return all(figures[arm][seed].get("test_bytes") == figures[other][seed].get("test_bytes") for seed in seeds)
 
 
 def _word(interval: Interval | None) -> str:

@@ -209,3 +209,12 @@ def test_what_a_segment_kept_counts_in_all_of_its_blocks() -> None:
     expected = half.cost(tokens=64, batch=2).training.total * 3
     assert executed_training(eighth, Lines(0.5), 3) == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
     assert executed_training(eighth, Lines(0.125), 3) < 0.8 * expected  # type: ignore[arg-type]
+
+
+def test_records_of_different_texts_are_not_compared() -> None:
+    def runs(loss: float, size: int) -> dict[int, dict[str, Any]]:
+        return {seed: {"loss": loss + 0.001 * seed, "test_bytes": size} for seed in range(3)}
+
+    figures = {"dense": runs(1.0, 500), "routed": runs(0.9, 500), "elsewhere": runs(0.9, 501)}
+    table = pages.differences(figures, "dense", refused=False)
+    assert [line.split("|")[-2].strip() for line in table.splitlines()[-2:]] == ["better", "other text"]
