@@ -99,7 +99,7 @@ DECISIVE_SHORT = replace(
         "The text is that of [decisive](decisive.md).\n\n" + decisive.CONTROL
     ),
     arms=arms,
-    seeds={"laptop": (0, 1, 2), "quick": (0,)},
+    seeds={"laptop": (0, 1, 2, 3), "quick": (0,)},
     claims=claims,
     details=details,
 )
