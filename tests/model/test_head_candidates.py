@@ -191,7 +191,8 @@ def test_a_dense_export_has_the_whole_head(plain_model, ids_BT, bits, tmp_path):
     export_dense(tmp_path / "ours", tmp_path / "dense")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids_BT).logits, model(ids_BT).logits, rtol=1e-4, atol=1e-4)
+        far = 1e-4 if bits is None else 0.02  # int8 rounds tokens to int16
+        torch.testing.assert_close(theirs(ids_BT).logits, model(ids_BT).logits, rtol=far, atol=far)
 
 
 def test_candidates_out_of_range_are_refused_before_weights_are_rounded(plain_model, tmp_path, monkeypatch):
