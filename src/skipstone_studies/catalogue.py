@@ -60,6 +60,7 @@ FILES = {
     "neurons_decode": "speed.neurons_decode",
     "decode_rivals": "speed.decode_rivals",
     "decode_rivals_gemma": "speed.decode_rivals",
+    "decode_drafts": "speed.decode_drafts",
     "gpu": "speed.gpu",
     "growth": "speed.growth",
 }

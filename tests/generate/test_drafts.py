@@ -17,7 +17,7 @@ import skipstone
 from generate.chances import plausible
 from models import tiny_model
 from skipstone.generate import generate, stream
-from skipstone.generate.drafts import Lookup
+from skipstone.generate.drafts import FewerBits, Lookup, in_fewer_bits
 from skipstone.generate.speculation import LENGTHS, Length, stand_or_redraw
 from skipstone.model.quantise import quantise
 
@@ -40,7 +40,7 @@ def ids(rows: int = 1, tokens: int = 7) -> Tensor:
     ("draft", "rows"),
     [
         pytest.param(draft, rows, marks=() if (i + rows) % 4 == 1 else pytest.mark.slow)
-        for i, draft in enumerate(("lookup", "exit", "exit:1", "skip", "model", "llama"))
+        for i, draft in enumerate(("lookup", "exit", "exit:1", "skip", "model", "llama", "int8", "int4"))
         for rows in (1, 3)
     ],
 )
@@ -59,6 +59,36 @@ def test_greedy_text_is_the_same_with_weights_of_few_bits(bits: int) -> None:
     for rows, draft, length in ((1, "lookup", 7), (1, "exit", 3), (3, "exit", 5)):
         plain = generate(target, ids(rows), max_new_tokens=20)
         assert torch.equal(generate(target, ids(rows), max_new_tokens=20, draft=draft, draft_length=length), plain)
+
+
+def test_a_copy_in_fewer_bits_is_made_once_and_anew_when_weights_change() -> None:
+    target = model(ROUTED, hidden_size=64)
+    copy = in_fewer_bits(target, 8)
+    assert in_fewer_bits(target, 8) is copy
+    with torch.no_grad():
+        next(target.model.layers[0].parameters()).mul_(1.5)
+    changed = in_fewer_bits(target, 8)
+    assert changed is not copy
+    assert not torch.equal(changed(ids()).logits, copy(ids()).logits)
+
+
+def test_a_copy_in_fewer_bits_guesses_what_the_model_says() -> None:
+    """It reads the model's cache, which it leaves as it found it, and weights of 16 bits have copies too."""
+    for target in (model(ROUTED, hidden_size=64), quantise(model(ROUTED, hidden_size=64), 16)):
+        steps = list(stream(target, ids(), max_new_tokens=40, draft="int8", draft_length=3))
+        assert [int(step.token_B) for step in steps] == generate(target, ids(), max_new_tokens=40)[0, 7:].tolist()
+        assert sum(bool(step.guessed_B) for step in steps) > 20
+
+
+@pytest.mark.usefixtures("coarse_tables")
+def test_a_copy_in_fewer_bits_runs_at_the_budget_of_the_model() -> None:
+    target = model(ROUTED[1:], hidden_size=64)
+    table = skipstone.calibrate(target, ids(4, 32))
+    draft = FewerBits(target, 8, table, table.range[0])
+    before = draft.model(ids()).logits
+    with draft.cheaper():
+        assert not torch.equal(draft.model(ids()).logits, before)
+    assert torch.equal(draft.model(ids()).logits, before)
 
 
 def llama() -> LlamaForCausalLM:
@@ -261,7 +291,7 @@ def test_kinds_of_guesses_are_told_apart() -> None:
     length.allowed = 1.0
     assert length.next(7, kind=3) >= 5
     assert length.next(3, kind=3) == 3
-    assert length.stands[1].share < 0.1 < 0.9 < length.stands[3].share
+    assert length.stands[1].share() < 0.1 < 0.9 < length.stands[3].share()
 
 
 @pytest.mark.parametrize(
@@ -269,6 +299,7 @@ def test_kinds_of_guesses_are_told_apart() -> None:
     [
         ({"draft": "luck"}, "unknown draft 'luck'"),
         ({"draft": "exit:9"}, r"the number of blocks must be in \[1, 3\]"),
+        ({"draft": "int8:2"}, "unknown draft 'int8:2'"),
         ({"draft": "budget:x"}, "name the share of the dense FLOPs"),
         ({"draft_length": 3}, "draft_length has no effect without a draft"),
         ({"draft": "exit", "draft_length": 0}, r"draft_length must be in \[1, 32\]"),
@@ -280,6 +311,12 @@ def test_mistakes_are_one_line(options: dict[str, Any], message: str) -> None:
     table = {"budget_table": skipstone.calibrate(target, ids(2, 16))} if "budget" in str(options) else {}
     with pytest.raises(ValueError, match=message):
         generate(target, ids(), max_new_tokens=2, **options, **table)
+
+
+def test_a_copy_with_as_many_bits_is_refused() -> None:
+    target = quantise(model(hidden_size=64), 8)
+    with pytest.raises(ValueError, match="draft 'int8': the model's weights have 8 bits already"):
+        generate(target, ids(), max_new_tokens=2, draft="int8")
 
 
 def test_a_draft_of_another_vocabulary_is_refused() -> None:

@@ -72,6 +72,10 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
         ("ours, int8, head by 16,384 candidates",),
         {"source": "stories260K", "prompt": 4, "new": 2, "turns": 1, "candidates": 64, "directions": 64},
     ),
+    "decode_drafts": (
+        ("int8, lookup", "4 bits, lookup"),
+        {"source": "stories260K", "prompt": 4, "new": 2, "prompts": 1, "turns": 1},
+    ),
 }
 
 
@@ -88,6 +92,7 @@ SLOW = (
     "ffn_groups_cost",
     "decode_rivals",
     "decode_rivals_gemma",
+    "decode_drafts",
     "gpu",
     "growth",
 )

@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from skipstone.budget import BudgetTable
 from skipstone.core.strict import unknown
-from skipstone.generate.drafts import Draft, FewerBlocks, Lookup, LowerBudget, OtherModel
+from skipstone.generate.drafts import Draft, FewerBits, FewerBlocks, Lookup, LowerBudget, OtherModel
 from skipstone.generate.head_draft import head_draft
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.draft_head import DraftHead
 
 LOOKUP, EXIT, SKIP, BUDGET, HEAD = "lookup", "exit", "skip", "budget", "head"
+FEWER_BITS = {"int8": 8, "int4": 4}
 Drafted: TypeAlias = str | PreTrainedModel | DraftHead
 
 
@@ -21,8 +22,9 @@ def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable |
     """Return the draft that a name, a model or a draft head stands for.
 
     kind: "lookup" (an earlier occurrence of the last tokens); "exit" or "exit:N" (the first half, or the first N, of
-    the model's blocks); "skip" (every second block); "budget:SHARE" (the model at this share of the dense FLOPs);
-    "head" (the trained draft head in the model's folder); another model; or a draft head. model: the model that is to
+    the model's blocks); "skip" (every second block); "int8" or "int4" (a copy of the model with rounded weights);
+    "budget:SHARE" (the model at this share of the dense FLOPs); "head" (the trained draft head in the model's folder);
+    another model; or a draft head. model: the model that is to
     be sped up. table: its budget table; None means the one in its folder. budget: share of the dense FLOPs at which the
     model itself runs, which must exceed SHARE; None means as trained. Raises ValueError, with a message of one line,
     for other names and drafts that are impossible for the model, and FileNotFoundError for "head" without a head in the
@@ -40,11 +42,13 @@ def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable |
         return FewerBlocks(model, list(range(_whole(kind, argument, total, default=-(-total // 2)))))
     if name == SKIP and not argument:
         return FewerBlocks(model, [i for i in range(total) if i % 2 == 0])
+    if kind in FEWER_BITS:
+        return FewerBits(model, FEWER_BITS[kind], None if budget is None else _table(model, table), budget)
     if name == BUDGET:
         return LowerBudget(model, _table(model, table), _share(kind, argument, budget))
     if name == HEAD and not argument:
         return head_draft(model)
-    raise ValueError(unknown("draft", kind, [LOOKUP, EXIT, f"{EXIT}:N", SKIP, f"{BUDGET}:SHARE", HEAD]))
+    raise ValueError(unknown("draft", kind, [LOOKUP, EXIT, f"{EXIT}:N", SKIP, *FEWER_BITS, f"{BUDGET}:SHARE", HEAD]))
 
 
 def _whole(kind: str, argument: str, total: int, default: int) -> int:

@@ -9,8 +9,9 @@ Shape letters: B rows, T tokens so far, K proposed tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from skipstone.core.strict import PlainDict
 from skipstone.model.build import Blocks
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.quantise import FLOAT, INT4, INT8, dequantise, quantise
 
 if TYPE_CHECKING:
     from skipstone.budget import BudgetTable
@@ -32,12 +34,14 @@ class Draft:
     """The base class of drafts: cheap guesses at the next tokens, which the model then checks in one pass.
 
     cost: time of one guess, divided by the time of a decoding step of the model; an estimate that is used until it is
-    measured. seconds: the least time that a guess takes, in seconds. reads_states: whether the draft needs the hidden
-    states of the model's passes (`see`).
+    measured. seconds: the least time that a guess takes, in seconds. hoped: share of guesses that are expected to be
+    right, as far as there is no evidence. reads_states: whether the draft needs the hidden states of the model's passes
+    (`see`).
     """
 
     cost = 0.0
     seconds = 0.0
+    hoped = 0.5
     reads_states = False
 
     def kind(self, ids_BT: Tensor) -> int | None:
@@ -185,6 +189,56 @@ class LowerBudget(OwnDraft):
     def cheaper(self) -> AbstractContextManager[None]:
         """Set the model's thresholds to the lower FLOP budget inside a `with` block."""
         return self.table.at(self.model, self.budget)
+
+
+class FewerBits(OwnDraft):
+    """A draft by a copy of the model with weights in fewer bits, which reads and extends the model's own cache.
+
+    Speculation by a quantised copy of the same model is that of QSpec (arXiv 2410.11305). model: the model that is to
+    be sped up. bits: of a weight of the copy, 8 or 4. table, budget: the model's budget table and the share of the
+    dense FLOPs at which it runs, and so does the copy; a budget of None means as trained. Raises ValueError if the
+    model's weights have as few bits already, or cannot be rounded.
+    """
+
+    hoped = 0.9
+
+    def __init__(
+        self, model: SkipstoneForCausalLM, bits: int, table: BudgetTable | None = None, budget: float | None = None
+    ) -> None:
+        rounded = in_fewer_bits(model, bits)
+        super().__init__(rounded, _bytes_of(rounded) / _bytes_of(model))
+        self.table, self.budget = table, budget
+
+    def cheaper(self) -> AbstractContextManager[None]:
+        """Set the copy's thresholds to the model's FLOP budget, if it has one, inside a `with` block."""
+        if self.table is None or self.budget is None:
+            return nullcontext()
+        return self.table.at(self.model, self.budget)
+
+
+_COPIES: WeakKeyDictionary[SkipstoneForCausalLM, dict[int, tuple[object, SkipstoneForCausalLM]]] = WeakKeyDictionary()
+
+
+def in_fewer_bits(model: SkipstoneForCausalLM, bits: int) -> SkipstoneForCausalLM:
+    """Return a copy of the model with rounded weights, which is kept for the next call as long as the model lives.
+
+    It is made anew if the model's weights have changed since. model: the original. bits: of a weight, 8 or 4. Raises
+    ValueError if the model's weights have as few bits already, or cannot be rounded.
+    """
+    has = {INT8: 8, INT4: 4}.get(model.config.weight_format, 16)
+    if has <= bits:
+        raise ValueError(f"draft 'int{bits}': the model's weights have {has} bits already")
+    weights = tuple((x.data_ptr(), x._version) for x in (*model.parameters(), *model.buffers()))
+    known = _COPIES.setdefault(model, {})
+    if bits not in known or known[bits][0] != weights:
+        known.pop(bits, None)  # before another is made: both would need memory
+        whole = model if model.config.weight_format == FLOAT else dequantise(model)
+        known[bits] = (weights, quantise(whole, bits).eval())
+    return known[bits][1]
+
+
+def _bytes_of(model: SkipstoneForCausalLM) -> int:
+    return sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
 
 
 class OtherModel(Draft):

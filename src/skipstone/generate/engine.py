@@ -130,11 +130,11 @@ def stream(
     ended rows; None means the ids in generation_config. cache: "dynamic" grows, and steps do not compute skipped
     blocks; "static" is allocated once, and a step's shapes never change. budget: share of the dense FLOPs to execute
     while generating; None: as set. budget_table: thresholds for it; None means budget.json in the model's folder.
-    draft: source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip",
-    "budget:SHARE", "head", another model or a draft head (`build_draft`); None: no drafts. Greedy text stays the same
-    but for ties in the logits, and sampled text keeps its distribution. draft_length: guesses at a time, 1 to 32; None:
-    measured times decide. Raises ValueError, before the first step, for invalid arguments, a prompt that exceeds the
-    context, and mechanisms that need later tokens; FileNotFoundError for a missing budget table or draft head.
+    draft: source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "int8",
+    "int4", "budget:SHARE", "head", another model or a draft head (`build_draft`); None: no drafts. Greedy text stays
+    the same but for ties in the logits, and sampled text keeps its distribution. draft_length: guesses at a time, 1 to
+    32; None: measured times decide. Raises ValueError, before the first step, for invalid arguments, a prompt that
+    exceeds the context, and mechanisms that need later tokens; FileNotFoundError for a missing budget table or head.
     """
     decode = Decoder(model, input_ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, cache)
     decode.drafting = drafting_of(decode, draft, draft_length, budget, budget_table)
@@ -173,7 +173,7 @@ def drafting_of(
     if length is not None and not 1 <= length <= MOST_GUESSES:
         raise ValueError(f"draft_length must be in [1, {MOST_GUESSES}], got {length}")
     found = build_draft(draft, decode.model, table, budget)
-    return found, Length(length, found.cost, found.seconds)
+    return found, Length(length, found.cost, found.seconds, hoped=found.hoped)
 
 
 @dataclass

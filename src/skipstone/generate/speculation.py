@@ -21,6 +21,7 @@ MARGIN = 1.02  # drafts must be expected to be so many times as fast
 # What drafts may lose, in plain steps: this much at first, and this share of every token since. So a text of some
 # length is never slower than .98 of decoding without drafts, however badly they guess.
 AT_FIRST, SHARE = 0.5, 0.01
+AT_FIRST_TRUSTED = 1.0  # at first, if guesses are expected to be right more often than not: for 100 tokens and more
 CREDIT = 4.0  # of what drafts have gained, the most that they may lose again before they have to stop
 SLOPE, LEAST_S = 0.15, 2e-4  # of a step, and at least seconds, that a guess adds to its check, until that is measured
 RECENT = 5  # measurements of which the least counts: a process may lose its processor, so times are too long if wrong
@@ -28,7 +29,7 @@ FREE = 0.0025  # of a step: watching for an occasion to draft that costs less go
 MOST_REST = 64  # plain steps in which nothing is done for drafts
 KNOWN = 2  # plain steps that are measured before anything is drafted
 KEPT = 0.9  # of the evidence for a share of guesses, after another pass
-HOPED = 0.5  # share of guesses that stand, as far as there is no evidence
+HOPED = 0.5  # share of guesses that stand, as far as there is no evidence; also what a text may change to
 
 
 class Evidence(NamedTuple):
@@ -40,10 +41,9 @@ class Evidence(NamedTuple):
     stood: float = 0.0
     tried: float = 0.0
 
-    @property
-    def share(self) -> float:
-        """The estimated probability that a guess is right; 0.5 as long as there is no evidence."""
-        return (HOPED + self.stood) / (1 + self.tried)
+    def share(self, hoped: float = HOPED) -> float:
+        """Return the estimated probability that a guess is right. hoped: what it is without any evidence."""
+        return (hoped + self.stood) / (1 + self.tried)
 
 
 class Length:
@@ -51,19 +51,25 @@ class Length:
 
     fixed: a constant number; None means that it is chosen. cost: time of one guess, divided by the time of a decoding
     step; used until it is measured. seconds: the least time in seconds that a guess takes, however small the model.
-    least: the least time in seconds that checking a guess takes. Time lost by drafts is bounded, so that decoding takes
+    least: the least time in seconds that checking a guess takes. hoped: the share of guesses that are expected to be
+    right, as far as there is no evidence. Time lost by drafts is bounded, so that decoding takes
     at most about 2 % longer than without drafts.
     """
 
     def __init__(
-        self, fixed: int | None = None, cost: float = 0.0, seconds: float = 0.0, least: float = LEAST_S
+        self,
+        fixed: int | None = None,
+        cost: float = 0.0,
+        seconds: float = 0.0,
+        least: float = LEAST_S,
+        hoped: float = HOPED,
     ) -> None:
-        self.fixed, self.cost, self.seconds, self.least = fixed, cost, seconds, least
+        self.fixed, self.cost, self.seconds, self.least, self.hoped = fixed, cost, seconds, least, hoped
         self.watch: deque[float] = deque(maxlen=RECENT)  # seconds of a step that looks for guesses and finds none
         self.check: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))  # seconds, by number of guesses
         self.guess: deque[float] = deque(maxlen=RECENT)  # seconds of one guess
         self.stands: dict[int, Evidence] = defaultdict(Evidence)
-        self.allowed = AT_FIRST  # plain steps that may still be lost
+        self.allowed = AT_FIRST_TRUSTED if hoped > HOPED else AT_FIRST  # plain steps that may still be lost
 
     def next(self, most: int, kind: int = 0) -> int:
         """Return the number of tokens to draft next, from 0 to `most`.
@@ -79,7 +85,7 @@ class Length:
         possible = [n for n in LENGTHS if n <= most and self._steps(n) - 1 <= self.allowed]
         if not possible:
             return 0
-        share = self.stands[kind].share
+        share = self.stands[kind].share(self.hoped)
         best = max(possible, key=lambda n: self._speed(n, share))
         if self._speed(best, share) >= MARGIN:
             return best

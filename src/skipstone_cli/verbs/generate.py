@@ -17,8 +17,8 @@ Draft = Annotated[
     typer.Option(
         metavar="HOW",
         help="Speculative decoding; source of the guesses: lookup (earlier text), exit (first half of the blocks), "
-        "skip (every other block), budget:SHARE (the model at a lower budget), head (what `skipstone draft-head` has "
-        "trained), or the folder of another model.",
+        "skip (every other block), int8 or int4 (the model in fewer bits), budget:SHARE (the model at a lower budget), "
+        "head (what `skipstone draft-head` has trained), or the folder of another model.",
     ),
 ]
 
