@@ -22,10 +22,11 @@ NOTE = (
 
 
 def tables(measured: PlainMapping, what: str) -> str:
-    """Return Markdown tables of the benefit of blocks for one model, and the verdict below them.
+    """Return Markdown tables of how much blocks of one model lower each token's loss, and the verdict below them.
 
     They show losses by score and by share of kept tokens, for blocks that are skipped together and as a mean over
-    single blocks. measured: the dict that `benefit.oracle` returned. what: the name of the model, for titles.
+    single blocks. A score ranks the tokens, and the blocks update those with the highest ones. measured: the dict that
+    `benefit.oracle` returned. what: the name of the model, for titles.
     """
     units = measured["units"]
     singles, stacks = [u for u in units if len(u["blocks"]) == 1], [u for u in units if len(u["blocks"]) > 1]
@@ -84,8 +85,9 @@ def advantage(unit: PlainMapping, score: str, share: float) -> float:
 def verdict(measured: PlainMapping) -> str:
     """Return Markdown lines, one per unit, on what a router could gain that keeps an eighth or a quarter of the tokens.
 
-    A unit is a group of blocks that are skipped together. The line says that a router could gain if the regression
-    beats random tokens by at least 0.02 nats at one of these shares. measured: the dict that `benefit.oracle` returned.
+    A unit is a group of blocks that are skipped together. The line says that a router could gain if tokens chosen by a
+    regression of the benefit (how much these blocks lower a token's loss) beat random tokens by at least 0.02 nats at
+    one of these shares. measured: the dict that `benefit.oracle` returned.
     """
     lines = []
     for unit in measured["units"]:

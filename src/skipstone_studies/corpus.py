@@ -1,4 +1,4 @@
-"""The choice of the first of several corpora that is available on this machine."""
+"""The choice of the first of several corpora that is on this machine or can be downloaded."""
 
 from __future__ import annotations
 

@@ -38,9 +38,9 @@ def savings(evaluation: PlainMapping) -> Figures:
 
     evaluation: the figures of a run as `skipstone eval --json` writes them. Keys of the result: `alpha`, the mean
     weight of the gates in the soft pass of training; `claimed`, the share of all (token, block) pairs that this weight
-    counts as saved (arXiv 2605.05222); `skipped`, the share of these pairs that the main pass really skips; `gap`, the
-    loss of the pass that skips minus the loss of the soft pass, in nats. Figures of passes that were not run are
-    absent.
+    counts as saved (arXiv 2605.05222); `skipped`, the share of these pairs that the pass representing the model
+    (executed, if possible) really skips; `gap`, the loss of the pass that skips minus the loss of the soft pass, in
+    nats. Figures of passes that were not run are absent.
     """
     ways = evaluation["ways"]
     found: Figures = {}

@@ -91,9 +91,9 @@ class Claim:
     """A claim about one arm (compared recipe) of a study, with its verdict.
 
     arm: name of the arm. text: the claim in words, which state the rule for the verdict. found: our measurement as
-    text. verdict: "yes", "no" or "inconclusive" by the rule; "no headroom" if routing is not judged. estimate: the
-    measurement as a number, or None. ends: the lower and upper end of its confidence interval; None for one seed.
-    limit: the number that the rule compares the estimate with.
+    text. verdict: "yes", "no" or "inconclusive" by the rule; "no headroom" if a deeper model has no lower loss, so that
+    routing, which skips depth, is not judged. estimate: the measurement as a number, or None. ends: the lower and upper
+    end of its confidence interval; None for one seed. limit: the number that the rule compares the estimate with.
     """
 
     arm: str

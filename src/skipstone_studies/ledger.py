@@ -2,7 +2,8 @@
 
 A record is the stored result of one run of a study. Its FLOPs are the executed training FLOPs that it states (as
 studies at equal FLOPs do), else three times the executed forward FLOPs per token (one forward and two for backward)
-times the number of tokens. Gates that are trained soft compute everything, so their training took more.
+times the number of tokens. Gates that only scale updates in training compute everything there, so their training took
+more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The trainer of `skipstone adapt`: that of `skipstone train` with stages, a teacher, and a FLOP budget for gates."""
+"""The trainer of `skipstone adapt`: that of `skipstone train` with stages, a teacher, and a FLOP budget for gates.
+
+Stages follow each other in a training, each with its own trained parameters and learning rates.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ from skipstone.train.trainer import RunTrainer
 class Unfreeze(TrainerCallback):
     """A callback that enables gradients only for the parameters that the current stage trains.
 
-    It acts at the first step of each stage. stages: the stages in order, with every field filled in. now: the current
-    stage; None before the first step.
+    It acts at the first step of each stage, a part of the training with its own trained parameters. stages: in order,
+    with every field filled in. now: the current stage; None before the first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:

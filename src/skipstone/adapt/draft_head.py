@@ -58,7 +58,7 @@ class TrainedHead:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """The model's outputs on N rows of T tokens, from which a draft head learns.
+    """The model's outputs on N rows of T tokens, from which a draft head learns to guess tokens.
 
     ids_NT: token ids, int64. hidden_NTD: the model's last hidden states, bf16. mass_V: fp32, for each of V tokens the
     probability that the model gives it, summed over all positions.

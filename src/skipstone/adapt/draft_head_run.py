@@ -1,4 +1,4 @@
-"""Training of a draft head for a run or a saved model, and the report about it."""
+"""Training of a draft head, which guesses the next tokens, for a run or a saved model, and the report about it."""
 
 from __future__ import annotations
 

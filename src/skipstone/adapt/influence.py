@@ -1,4 +1,4 @@
-"""The influence of each block on the stream, measured on text, and the choice of blocks by their influence.
+"""How much each block changes the residual stream of a text (its influence), and the choice of blocks by this number.
 
 Shape letters: B rows, T tokens, D width, N tokens of all rows.
 """
@@ -98,7 +98,7 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """Return a table of blocks and their influences as text, in descending order of influence.
+    """Return a table of the blocks as text, ordered by influence (how much each changes the stream), the largest first.
 
     scores: the influence of each block. chosen: for each purpose, the indices of the blocks chosen for it; the last
     column shows the purposes.

@@ -36,8 +36,8 @@ class AdaptPlan:
     term. model: the student, routed, with the source's weights. data: rows for training and validation. rows: the
     calibration rows, each as a batch of one row. dense: the source's forward FLOPs per token. passing: the share of
     tokens that gates should let pass to meet the budget; None if no gate has a budget. record: the content of
-    adaptation.json: the source with its FLOPs, the mechanisms, the influence of blocks, what the budget led to, and how
-    far the first logits are from the source's.
+    adaptation.json: the source with its FLOPs, the mechanisms, how much each block changes the stream, what the budget
+    led to, and how far the first logits are from the source's.
     """
 
     recipe: AdaptRecipe

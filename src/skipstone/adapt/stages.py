@@ -33,7 +33,7 @@ def roles(model: SkipstoneForCausalLM) -> dict[str, str]:
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
-    """Return the stage to which an optimizer step belongs, and the index of the step within it.
+    """Return the stage (part of an adaptation) to which an optimizer step belongs, and the step's index within it.
 
     stages: the stages in order, with every field filled in (`read_recipe`). step: index of the optimizer step, counted
     from 0 over all stages; beyond the last stage, that stage and its last step are returned.
@@ -101,7 +101,10 @@ def schedule(optimizer: torch.optim.Optimizer, stages: Sequence[Stage], min_rati
 
 
 def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
-    """Enable gradients for the parameters of `model` that `stage` trains, and disable them for all others."""
+    """Enable gradients for the parameters of `model` that a stage of its adaptation trains, and for no others.
+
+    stage: the stage; its `train_only` names the parameters.
+    """
     trained, named = TRAINED[stage.train_only or "all"], roles(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(named[name] in trained)
@@ -123,7 +126,7 @@ def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) 
 
 
 def needs_adapters(stages: Sequence[Stage]) -> bool:
-    """Return whether any of the stages trains LoRA adapters."""
+    """Return whether any of an adaptation's stages trains LoRA adapters, so that they have to be added to the model."""
     return any(stage.train_only == LORA for stage in stages)
 
 

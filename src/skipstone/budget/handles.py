@@ -1,7 +1,7 @@
 """Threshold handles: one interface to the thresholds that decide which tokens are kept, for all mechanisms.
 
 A token is kept if its score is above the threshold. The score is that of the records (decisions that a pass returns),
-so that a calibration reads it from ordinary passes: a router's logit, or the logit of a gate's gain.
+so that a calibration reads it from ordinary passes: a router's logit, or the logit of a gate's factor on the update.
 
 Shape letters: B rows, T tokens, N tokens that reached a block.
 """

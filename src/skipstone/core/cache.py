@@ -36,7 +36,7 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         self.cumulative_length = 0
 
     def store(self, name: str) -> RaggedStore:
-        """Return the storage for the per-token state of the mechanism `name`, created on first use."""
+        """Return the store in which the mechanism `name` keeps values for each token, created on first use."""
         return self.stores.setdefault(name, RaggedStore())
 
     @property

@@ -134,9 +134,9 @@ _begun: list[_Begun] = []
 
 
 def show(shown: bool = True) -> None:
-    """Switch on the bars of `work` and the lines of `say` for this process.
+    """Show the bars of `work` and the lines of `say` on stderr from now on; a process shows none before it calls this.
 
-    shown: False switches them off again. With several processes, only the first (RANK 0) shows anything.
+    shown: False hides them again. With several processes, only the first (RANK 0) shows anything.
     """
     global _shown
     _shown = shown and os.environ.get("RANK", "0") == "0"
@@ -169,9 +169,10 @@ def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
 
 
 def advance(unit: str, count: int = 1, note: str | None = None) -> None:
-    """Report that `count` more units of the innermost `work` block are done; ignored if its unit is another one.
+    """Report that `count` more units of the innermost `work` block are done, so that its progress bar moves.
 
-    note: the latest figures to show beside the bar; None keeps the figures of the last call.
+    unit: what is counted, as `work` calls it; the report is ignored if the block counts something else. note: the
+    latest figures to show beside the bar; None keeps the figures of the last call.
     """
     if _begun and _begun[-1].unit == unit and (bar := _begun[-1].bar) is not None:
         _begun[-1].done += count

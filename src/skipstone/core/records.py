@@ -186,7 +186,7 @@ def of_kind(records: Records, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
 
 
 def decisions_only(record: Record) -> DepthRecord:
-    """Return what a depth mechanism decided in a pass, `record`, without auxiliary loss and carried state.
+    """Return what a depth mechanism decided in a pass, `record`, without auxiliary loss and state for later blocks.
 
     Raises AssertionError for records of other mechanisms.
     """

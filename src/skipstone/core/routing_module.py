@@ -138,9 +138,10 @@ class RoutingModule(nn.Module):
         self.set_identity()
 
     def end_dense_start(self) -> bool:
-        """End the dense start: restore what `start_as_dense` overrode other than parameters, such as the capacity.
+        """End the state after `start_as_dense`, in which the model computes exactly what the dense one does.
 
-        Return whether anything was restored.
+        Options that `start_as_dense` overrode, such as the capacity, get their configured values; parameters stay as
+        they are. Returns whether anything was restored.
         """
         return False
 

@@ -112,7 +112,7 @@ class InputGroupRouter(GroupRouter):
     """A router that chooses neuron groups from the MLP's input, before any of its matrices is multiplied."""
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, cache: SkipstoneCacheLayer | None = None) -> GroupChoice:
-        """Return the groups that are on for each token, with their gains and the record of the decision.
+        """Return the groups that are on for each token, the factors on their outputs, and a record of the decision.
 
         x_BTD: the MLP's input, with padding. tokens: the tokens of this call. cache: the block's cache in generation;
         None means no cache.

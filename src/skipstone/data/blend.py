@@ -140,7 +140,7 @@ class InTurn(_Joined):
     def reached(self) -> list[CoveringWindows]:
         """Return the parts, each shortened to those of its rows that are in this dataset.
 
-        Parts of which no row is in this dataset are left out.
+        Parts without a row in this dataset are left out. Callers count the predictions and bytes of those returned.
         """
         counts = np.bincount(self.plan[0], minlength=len(self.parts))
         return [replace(part, rows=int(n)) for part, n in zip(self.parts, counts, strict=True) if n]

@@ -93,7 +93,8 @@ def solve(
     The state is a permutation of three things, as an index (0 to 5) into ELEMENTS, the tuple of all six. element_BT:
     the permutation that each token applies, also an index, used only for operations other than resets. reset_BT: bool,
     which tokens are resets. operation_BT: bool, which tokens are operations, resets included; all others change nothing
-    and have difficulty -1. Difficulty counts the operations since the last reset or the start of the row.
+    and have difficulty -1. A reset returns to the identity, index 0, with which rows also begin. Difficulty counts the
+    operations since the last reset or the start of the row; a reset's own is 0.
     """
     states_BT, difficulty_BT = np.zeros_like(element_BT), np.full_like(element_BT, -1)
     state_B, since_B = np.zeros(len(element_BT), np.int64), np.zeros(len(element_BT), np.int64)

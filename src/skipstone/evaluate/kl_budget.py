@@ -46,11 +46,11 @@ Settings = Sequence[tuple[str, Callable[[], AbstractContextManager[None]], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class AtSetting:
-    """Figures of a model with one setting of its thresholds or of the candidates of its output head.
+    """Figures of a model with one setting of its thresholds, or of how many exact logits its output head computes.
 
-    setting: its name, such as "budget 0.75" or "512 candidates". bytes: bytes of weights that decoding reads for a
-    token. flops: forward FLOPs per token. kl: the mean over tokens of KL(source || model with this setting), in nats,
-    where the source is a reference model.
+    setting: its name, such as "budget 0.75" or "512 candidates" (tokens with exact logits). bytes: bytes of weights
+    that decoding reads for a token. flops: forward FLOPs per token. kl: the mean over tokens of KL(source || model with
+    this setting), in nats, where the source is a reference model.
     """
 
     setting: str
@@ -63,10 +63,11 @@ class AtSetting:
 class KlBudget(OneTable):
     """The settings of a model that were measured for a KL budget, which of them were chosen, and what was written.
 
-    A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head with a
-    preview computes. limit: the largest allowed KL(source || model) in nats per token, where the source is a reference
-    model. settings: all settings that were tried. chosen: names of the chosen settings. written: a sentence that names
-    the written files. text: a description of the text on which the divergence was measured.
+    A setting is a set of routing thresholds, or the number of candidate tokens whose exact logits an output head
+    computes, if approximate ones choose them. limit: the largest allowed KL(source || model) in nats per token, where
+    the source is a reference model. settings: all settings that were tried. chosen: names of the chosen settings.
+    written: a sentence that names the written files. text: a description of the text on which the divergence was
+    measured.
     """
 
     limit: float
@@ -111,7 +112,7 @@ def kl_run(
 ) -> KlBudget:
     """Choose the settings that read the fewest bytes of weights with KL(source || model) <= limit, and write them.
 
-    Settings are routing thresholds and the number of tokens whose exact logits a head with a preview computes. The
+    Settings are routing thresholds and, if approximate logits choose the tokens that get exact ones, their number. The
     number is written to the configuration; thresholds need a budget table, written to budget.json unless there is one.
     folder: the run or saved model. limit: nats per token, above 0. source: folder or Hub name of the reference model;
     None means the model itself as trained. corpus, context: the corpus to measure on and tokens per row; None means the

@@ -147,7 +147,7 @@ def run_metrics(loaded: LoadedRun, others: LoadedRun | None, rates: Mapping[str,
 def is_trainable(model: SkipstoneForCausalLM) -> bool:
     """Return whether a model can take a training step.
 
-    It cannot if its weights are quantised, or if its output head has a preview (which chooses candidate tokens).
+    It cannot if its weights are quantised, or if its output head computes exact logits for a few tokens only.
     """
     return model.config.weight_format == "float" and model.head_preview is None
 

@@ -19,7 +19,7 @@ Drafted: TypeAlias = str | PreTrainedModel | DraftHead
 
 
 def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable | None, budget: float | None) -> Draft:
-    """Return the draft that a name, a model or a draft head stands for.
+    """Return the draft (source of guesses at the next tokens) that a name, a model or a draft head stands for.
 
     kind: "lookup" (an earlier occurrence of the last tokens); "exit" or "exit:N" (the first half, or the first N, of
     the model's blocks); "skip" (every second block); "int8" or "int4" (a copy of the model with rounded weights);

@@ -60,7 +60,10 @@ class Draft:
         """
 
     def rest(self) -> None:
-        """Learn that the model will compute tokens of which `see` will not receive the hidden states."""
+        """Forget what `see` has received, because the model will compute tokens whose states are not passed on.
+
+        Drafts that read no states do nothing.
+        """
 
     def propose(self, ids_BT: Tensor, cache: Cache, position_B1: Tensor | None, count: int) -> Tensor:
         """Return the guesses for the next tokens of each row, int64 [B, K], with K at most `count`.
@@ -153,7 +156,7 @@ CAUSAL: PlainDict = {"routing": "causal", "noise": False, "logits_to_keep": 1}
 
 
 class FewerBlocks(OwnDraft):
-    """A draft by some of the model's blocks, followed by its final norm and head.
+    """A draft (source of guesses) by some of the model's own blocks, followed by its final norm and head.
 
     model: the model that is to be sped up. blocks: indices of the blocks that run, ascending.
     """
@@ -175,7 +178,7 @@ class FewerBlocks(OwnDraft):
 
 
 class LowerBudget(OwnDraft):
-    """A draft by the model at a lower budget, which is the share of the dense model's FLOPs that it executes.
+    """A draft (source of guesses) by the model itself at a lower budget, a share of the dense model's FLOPs.
 
     model: the model that is to be sped up. table: the model's thresholds for every budget. budget: the budget at which
     guesses are made. Raises ValueError for a budget that the table says the model cannot meet.
@@ -242,7 +245,7 @@ def _bytes_of(model: SkipstoneForCausalLM) -> int:
 
 
 class OtherModel(Draft):
-    """A draft by another model with the same vocabulary, which has a cache of its own.
+    """A draft (source of guesses) by another model with the same vocabulary, which has a cache of its own.
 
     model: the drafting model, a Skipstone model or one of transformers. target: the model that is to be sped up. Raises
     ValueError if their vocabularies differ in size, and `propose` does if rows are padded.

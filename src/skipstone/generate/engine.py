@@ -157,7 +157,7 @@ def drafting_of(
     budget: float | None,
     table: BudgetTable | None,
 ) -> tuple[Draft, Length] | None:
-    """Return the draft for a decoder and the rule that chooses the number of guesses; None if `draft` is None.
+    """Return a decoder's draft (source of guesses) and the rule that chooses how many; None if `draft` is None.
 
     decode: the decoder that is to be sped up. draft: the draft's name, another model or a draft head. length: number of
     guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget (None: as
@@ -199,7 +199,7 @@ class Decoder:
 
     input_ids: int64 [B, T]. attention_mask: 0 for left padding; None: no padding. pad_token_id, eos_token_id: the id
     that fills ended rows, ids that end a text; None: generation_config's. cache: "dynamic" or "static" (allocated
-    once). Raises ValueError for invalid ones. drafting: the draft and its `Length`, set by callers; None: no drafts.
+    once). Raises ValueError for invalid ones. drafting: the source of guesses and its `Length`; None: no guesses.
     """
 
     def __init__(
@@ -387,9 +387,9 @@ def setting_of(
     """Return a function that returns a context manager, which sets the model to a budget inside a `with` block.
 
     budget: share of the dense FLOPs to execute; None changes nothing. budget_table: the thresholds for it; None means
-    budget.json in the model's folder. draft: the draft in use; "budget:SHARE" may need the table even without a budget.
-    Raises ValueError for a budget out of range, and for a table that nothing would use; FileNotFoundError for a budget
-    without a table.
+    budget.json in the model's folder. draft: the source of guesses in use; "budget:SHARE" may need the table even
+    without a budget. Raises ValueError for a budget out of range, and for a table that nothing would use;
+    FileNotFoundError for a budget without a table.
     """
     if budget is None:
         if budget_table is not None and not (isinstance(draft, str) and draft.startswith("budget:")):

@@ -1,4 +1,4 @@
-"""Drafts by a trained draft head (`model/draft_head.py`), which reads the hidden states of the model's last pass.
+"""Guesses at the next tokens by a draft head (`model/draft_head.py`), which reads the model's last hidden states.
 
 Shape letters: B rows, T tokens so far, S states that are kept, D width, K proposed tokens.
 """
@@ -24,7 +24,7 @@ _loaded: WeakKeyDictionary[SkipstoneForCausalLM, tuple[object, ReadyHead]] = Wea
 
 
 class HeadDraft(Draft):
-    """A draft by a trained draft head, one block that reads the hidden states of the model's last pass.
+    """A source of guesses at the next tokens: a trained draft head, one block that reads the model's hidden states.
 
     model: the model that is to be sped up. ready: the draft head, prepared for this model. The cache of the head's
     block holds entries of true hidden states only; the entries of guesses are removed after each proposal.
@@ -92,7 +92,7 @@ class HeadDraft(Draft):
 
 
 def head_draft(model: SkipstoneForCausalLM, head: DraftHead | None = None) -> HeadDraft:
-    """Return a draft by a trained draft head, one block that reads the model's last hidden states.
+    """Return a source of guesses at the next tokens: a trained draft head, which reads the model's hidden states.
 
     model: the model that is to be sped up. head: the head; None means the one in the folder that the model was loaded
     from. Raises FileNotFoundError if that folder has none, and ValueError for a head that is damaged or belongs to

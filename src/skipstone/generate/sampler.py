@@ -1,6 +1,6 @@
 """`Sampler`: draws the next tokens from logits.
 
-Shape letters: B rows, V vocabulary, K candidates.
+Shape letters: B rows, V vocabulary, K most probable tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counting of executed FLOPs by kind and of host syncs, and comparison with the cost model.
+"""Counting of executed FLOPs by kind, and of waits of the CPU for the device, and comparison with the cost model.
 
 An operation is in the FLOP table, or it is free by convention (pointwise, view, reduction, or named below), or it is
 reported as unknown. Fused attention counts 4 H E Tq Tk forward (H heads of width E, Tq queries, Tk keys) and twice that
@@ -280,8 +280,9 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
     """Count the FLOPs of a model's forward passes and compare them with the prediction by formulas (`model.cost`).
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
-    `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs and once to record
-    the decisions. FLOPs are means over all tokens, syncs the mean over batches. Raises ValueError without any tokens.
+    `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs (waits of the CPU for
+    the device) and once to record the decisions. FLOPs are means over all tokens, syncs the mean over batches. Raises
+    ValueError without any tokens.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()

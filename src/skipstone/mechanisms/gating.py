@@ -31,7 +31,7 @@ def apply_gate(
     kept_BT: Tensor | None,
     share: float | None = None,
 ) -> tuple[Tensor, Records]:
-    """Return a gated block's update, [B, T, D], and the records made inside the block, by name.
+    """Return a gated block's update, [B, T, D], and the decisions recorded inside the block, by name.
 
     update: computes what the wrapped block adds to its input; called once as update(x_BTD, tokens) with the gates set
     in `tokens`. x_BTD: the hidden states that enter the block. tokens: the tokens of this call. open_BT: factor on the

@@ -198,7 +198,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
             self.balance_bias += self.config.balance_rate * (statistics.mean() - statistics).sign()
 
     def set_identity(self) -> None:
-        """Keep every group of neurons on from now on, with gain 1 on its output."""
+        """Keep every group of neurons on from now on, with the factor 1 on its output."""
         super().set_identity()
         if self.learns:
             with torch.no_grad():

@@ -310,7 +310,7 @@ class PolyGLU(MixFigures, Activation):
         """Return how many bytes the router caches, besides keys and values, for a row of `tokens` tokens.
 
         For each token it stores sums of the projected inputs so far and their count, fp32, and the token's index,
-        int64; nothing if its context needs no sums.
+        int64; nothing if the router reads each token alone (option `context`).
         """
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

@@ -15,7 +15,7 @@ class SkipstoneForSequenceClassification(GenericForSequenceClassification, Skips
     The scores are read at the last token that is not `config.pad_token_id`. The loss is the labels' loss alone:
     routers' auxiliary losses are not added, so routers learn only through the weights of updates. Its forward passes
     further arguments to the decoder: routing ("oracle", "causal", or bool masks [B, T] of kept tokens by block), noise,
-    executor ("gathered" or "masked") and document_ids.
+    executor ("gathered" computes kept tokens only, "masked" all) and document_ids.
     """
 
 

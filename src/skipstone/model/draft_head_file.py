@@ -1,4 +1,7 @@
-"""The files of a draft head: `draft_head.safetensors` and `draft_head.json`, beside the weights of its model."""
+"""The files of a draft head, a block that guesses the next tokens, beside the weights of its model.
+
+They are `draft_head.safetensors` and `draft_head.json`.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ FORMAT, WEIGHTS = 1, "weights_sha256"
 
 
 def require_draft_head(folder: str | Path) -> Path:
-    """Return the path of the draft head's weights in a folder, draft_head.safetensors.
+    """Return the path of a draft head's weights, draft_head.safetensors, in a folder.
 
-    Raises FileNotFoundError, with a message of one line, if the weights or their description, draft_head.json, are
-    missing.
+    A draft head is a block that guesses a model's next tokens. Raises FileNotFoundError, with a message of one line, if
+    the weights or their description, draft_head.json, are missing.
     """
     if not str(folder):  # of a model that was not loaded; the working directory may hold one of another model
         raise FileNotFoundError(f"draft 'head' needs {FILE}, and the model was not loaded from a folder that has one")
@@ -38,7 +41,7 @@ def require_draft_head(folder: str | Path) -> Path:
 
 
 def refuse_draft_head(folder: str | Path) -> None:
-    """Raise an error if no draft head can be saved in a folder.
+    """Raise an error if no draft head, a block that guesses a model's next tokens, can be saved in a folder.
 
     Raises FileExistsError if its description, draft_head.json, is there already, and OSError or `WriteError` if the
     folder cannot be written. Weights without the description are no obstacle: a killed process has left them.
@@ -50,12 +53,12 @@ def refuse_draft_head(folder: str | Path) -> None:
 
 
 def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) -> Path:
-    """Write a draft head and its description beside the weights of its model, and return the path of its weights.
+    """Write a draft head (it guesses a model's next tokens) beside the model's weights; return the path of its own.
 
-    The files are draft_head.safetensors and draft_head.json in `folder`. about: the entries of the description, such as
-    the steps of its training. The description is written last and contains the hash of the weights, so that a killed
-    process leaves no head that would be read. Raises FileExistsError if there is a head already, OSError if the folder
-    cannot be written, and `WriteError` if the disk is full.
+    The files are draft_head.safetensors and the description, draft_head.json, in `folder`. about: the entries of the
+    description, such as the steps of its training. The description is written last and contains the hash of the
+    weights, so that a killed process leaves no head that would be read. Raises FileExistsError if there is a head
+    already, OSError if the folder cannot be written, and `WriteError` if the disk is full.
     """
     refuse_draft_head(folder)
     path = Path(folder) / FILE
@@ -75,7 +78,7 @@ def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) ->
 
 
 def load_draft_head(model: SkipstoneForCausalLM, folder: str | Path | None = None) -> DraftHead:
-    """Load the draft head in a folder, with frozen weights and in evaluation mode.
+    """Load the draft head (it guesses a model's next tokens) in a folder, with frozen weights, in evaluation mode.
 
     model: the model that the head belongs to. folder: None means the folder from which the model was loaded. Raises
     FileNotFoundError if there is no head, `Damaged` if its files are not as they were written, and ValueError for a
@@ -101,10 +104,10 @@ def load_draft_head(model: SkipstoneForCausalLM, folder: str | Path | None = Non
 
 
 def stamp(folder: str | Path) -> tuple[str, float, float]:
-    """Return values that change when the draft head in a folder is replaced.
+    """Return values that change when the draft head in a folder is replaced, so that outdated copies are noticed.
 
-    They are the path of its weights, and the times in seconds at which its two files were last modified. Raises
-    FileNotFoundError if there is no head.
+    A draft head is a block that guesses a model's next tokens. The values are the path of its weights, and the times in
+    seconds at which its two files were last modified. Raises FileNotFoundError if there is no head.
     """
     path = require_draft_head(folder)
     return str(path.resolve()), path.stat().st_mtime, path.with_name(ABOUT).stat().st_mtime

@@ -292,9 +292,11 @@ def _header(name: str, gguf_file: str | None) -> Header | None:
 
 
 def four_bit_rows(source: str | Path) -> FourBitRows | None:
-    """Return an index of the four-bit rows of the GGUF file `source`; None if it is a folder or a hub name.
+    """Return a lookup of the matrix rows that a GGUF file stores in four bits, or None for a folder or hub name.
 
-    Raises FileNotFoundError if `source` is neither a path nor a hub name, and ValueError for a damaged file.
+    Its method `find` takes a matrix as loaded in floating point and returns the same matrix in four bits, as the file
+    has it, so that it need not be quantised anew. source: path of a GGUF file. Raises FileNotFoundError if `source` is
+    neither a path nor a hub name, and ValueError for a damaged file.
     """
     path = Path(source).expanduser()
     if path.is_dir():

@@ -1,4 +1,7 @@
-"""Checks of a checkpoint's folder before any library reads it."""
+"""Checks that a checkpoint's files are undamaged and would not be misread, made before any library reads them.
+
+Missing files are not noticed here.
+"""
 
 from __future__ import annotations
 

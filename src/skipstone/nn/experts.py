@@ -244,7 +244,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return chosen_BTX.sum((0, 1)) / (reached_BT.sum() * self.config.top_k)
 
     def usage(self, record: ExpertsRecord) -> Tensor:
-        """Return the share of a pass's choices that falls on each expert, fp32 [X]; NaN if no token was reached.
+        """Return the share of a pass's choices that falls on each expert, fp32 [X]; NaN if no token came to the MLP.
 
         The X entries are the experts, followed by the no-ops. record: the choices of the pass; all rows of the batch
         count.

@@ -88,10 +88,11 @@ class HeadPreview(OwnDtype):
         return head_preview.logits(autocast(x), self.preview, *_weight(head), self.candidates)
 
     def plain(self, x_ND: Tensor, head: nn.Module) -> Tensor:
-        """Return the logits of any number of tokens by ordinary operations, fp32 [N, V], exact for candidates alone.
+        """Return the logits of any number of tokens by plain PyTorch, fp32 [N, V], exact for the best candidates alone.
 
-        They are what `forward` computes for one token by a compiled kernel. x_ND: hidden states of N tokens. head: the
-        output head, for V tokens of the vocabulary.
+        The candidates are the tokens with the largest approximate logits; all others keep these. `forward` computes the
+        same for one token by a compiled kernel. x_ND: hidden states of N tokens. head: the output head, for V tokens of
+        the vocabulary.
         """
         return head_preview.plain(x_ND, self.preview, *_weight(head), self.candidates)
 

@@ -93,7 +93,7 @@ class HeadNorm(nn.Module):
         return (scaled if self.bias is None else scaled + ops.wide(self.bias)).to(x.dtype)
 
     def reset_parameters(self) -> None:
-        """Set the factor on every feature to 1 and the bias to 0."""
+        """Set the factor on every feature, which is offset + weight, to 1, and the bias to 0."""
         init.constant_(self.weight, 1 - self.offset)
         if self.bias is not None:
             init.zeros_(self.bias)

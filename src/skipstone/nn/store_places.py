@@ -105,8 +105,8 @@ def is_usual(store: Any, like: Mapping[str, tuple[int, ...]], rows: int) -> bool
     """Return whether the compiled attention can read and extend a cache store.
 
     store: any store of a cache layer; an empty `RaggedStore` always passes. like: the shape of one entry in each fp32
-    tensor that a filled store must have beside the int64 slots, by tensor name. rows: the number of rows that a filled
-    store must have.
+    tensor that a filled store must have beside the int64 slots (indices in the row), by tensor name. rows: the number
+    of rows that a filled store must have.
     """
     if type(store) is not RaggedStore:
         return False

@@ -43,7 +43,10 @@ class StoredWeights(nn.Module):
 
     @abstractmethod
     def stored_floats(self) -> Tensor:
-        """Return the floating-point numbers that are stored, which must be finite for the weight to be finite."""
+        """Return those stored numbers that are floating point, as a tensor, such as the scales of an int8 weight.
+
+        The weight is finite only if they are; loaded models are checked by them.
+        """
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         """Load as torch does, but refuse a weight of another dtype, which it would cast: fractions would become 0."""

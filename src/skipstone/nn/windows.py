@@ -1,7 +1,8 @@
 """Attention with a sliding window of slots: its mask, its cost, and a banded form for rows longer than the window.
 
-A window of W counts slots, not stored entries: a query in slot s sees the keys in slots s - W + 1 to s. The slots of a
-row ascend and differ, so these keys lie in at most W adjacent columns, even if tokens between them skipped the block.
+A slot is a token's index in its row. A window of W counts slots, not stored entries: a query in slot s sees the keys in
+slots s - W + 1 to s. The slots of a row ascend and differ, so these keys lie in at most W adjacent columns, even if
+tokens between them skipped the block.
 
 Shape letters: B rows, T tokens, K queries, C keys, H heads, E head size, N chunks of W tokens.
 """

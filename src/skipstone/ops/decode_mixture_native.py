@@ -29,7 +29,8 @@ def mixture(frame_at: int, count: int) -> None:
 
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
     addresses of gate and up, fp32 [K, F]. count: K. The tokens' logits are written to the call's results, NaN for the
-    other tokens, and the running sums of their contexts to the cache.
+    other tokens, and to the cache the running sums from which the router's input, a mean over the tokens so far, is
+    computed.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]

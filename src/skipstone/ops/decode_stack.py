@@ -131,7 +131,8 @@ def run(
     the blocks. memory_LM: int64, for each block the addresses and lengths of its cache, in the order of
     `decode_frame.py`. slot_BT: int64, slots of the tokens (indices in the row). state_SBT: fp32, contiguous, tensors
     that mechanisms carry from block to block, changed in place; None if there are none. recorded: whether the decisions
-    of mechanisms and mixtures are returned.
+    of mechanisms and mixtures are returned. Returns the stream after the blocks, counts of what was stored and
+    computed, and these decisions (`Ran`).
     """
     native, (B, T), s = _native(), x_BTD.shape[:2], program.sizes
     N, slot_BT = B * T, slot_BT.expand(B, T).contiguous()

@@ -1,4 +1,4 @@
-"""Logits from a preview of the head and the rows of its best candidates, compiled by numba for this processor.
+"""Approximate logits by a preview of the head, and exact ones of its best candidates, compiled by numba.
 
 Four-bit numbers are multiplied with the turned token in int16 (`int4_dot.py`), whose sums are exact. The m-th largest
 preview is found in three steps by the bits of the numbers, so that exactly m candidates are read, of equal previews the

@@ -100,7 +100,10 @@ inner = njit(fastmath=FAST, error_model="numpy", nogil=True, no_cpython_wrapper=
 
 
 def unit(count: int) -> Callable[[Callable[..., None]], Unit]:
-    """Return a decorator that makes a function a `Unit`. count: number of the function's arguments."""
+    """Return a decorator that makes a function a `Unit`, which numba compiles separately, to be called by address.
+
+    count: number of the function's arguments, all of them integers.
+    """
     return lambda function: Unit(function, count)
 
 
@@ -166,10 +169,11 @@ def _place(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type)
 
 @intrinsic
 def part_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the index of the next part of the work, from 0, and count it as begun; for code compiled by numba only.
+    """Return the index of the calling thread's part of the work, from 0; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. packet: the address of the packet, which the function of a `team`
-    receives. Every call counts, so a thread calls it once.
+    Every call counts one part as begun and returns the next, so a thread calls it once. context: supplied by numba, not
+    by the caller. packet: the address of the memory that holds the function's arguments, which `share` passes to the
+    function.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -182,8 +186,8 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
     """Return the number of parts, which is the number of threads; OpenMP may start fewer than requested.
 
-    For code compiled by numba only. context: supplied by numba, not by the caller. packet: the address of the packet,
-    which the function of a `team` receives.
+    For code compiled by numba only. context: supplied by numba, not by the caller. packet: the address of the memory
+    that holds the function's arguments, which `share` passes to the function.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]
@@ -201,8 +205,9 @@ def parts_of(context, packet):  # type: ignore[no-untyped-def]
 def integers(context, packet, first, count):  # type: ignore[no-untyped-def]
     """Return int64 arguments that `share` has stored in a packet, as a tuple; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. packet: the packet's address, which the function of a `team`
-    receives. first, count: index of the first argument and number of arguments, constants.
+    context: supplied by numba, not by the caller. packet: the address of the memory that holds the function's
+    arguments, which `share` passes to the function. first, count: index of the first argument and number of arguments,
+    constants.
     """
     at, length = first.literal_value, count.literal_value
 
@@ -234,10 +239,11 @@ def call(context, address, given):  # type: ignore[no-untyped-def]
 def wait(context, barrier, arrivals):  # type: ignore[no-untyped-def]
     """Arrive at a barrier and wait until `arrivals` arrivals have been counted there; for code compiled by numba only.
 
-    context: supplied by numba, not by the caller. barrier: `packet + BARRIER`, where `packet` is the address that the
-    function of a `team` receives. arrivals: a total since `share` began, because the count is never reset: among P
-    threads P at the first wait, 2 P at the second, and so on. Returns nothing; what threads wrote before they arrived
-    can be read afterwards. A thread that has waited in vain for a while sleeps, so that another can use its processor.
+    context: supplied by numba, not by the caller. barrier: its address, `packet + BARRIER`, where `packet` is the
+    address that `share` passes to the function. arrivals: a total since `share` began, because the count is never
+    reset: among P threads P at the first wait, 2 P at the second, and so on. Returns nothing; what threads wrote before
+    they arrived can be read afterwards. A thread that has waited in vain for a while sleeps, so that another can use
+    its processor.
     """
 
     def generate(context, builder, signature, given):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ trainer.py      the trainer of `train`
 callback.py     `RoutingCallback`: advances thresholds and schedules once per optimizer step
 benefit.py      measures what a block's update of a token is worth
 average.py      `TailAverage`: the mean of the last steps' weights
-finite.py       `FiniteGuard`: stops before a number that is not finite changes a weight
+finite.py       `FiniteGuard`: stops before a number that is not finite reaches a checkpoint
 router_watch.py `RouterWatch`: warns of routers that are dead, saturated or no better than chance
 validation.py   oracle and causal loss on validation rows
 log_window.py   sums for the next log line, saved in checkpoints

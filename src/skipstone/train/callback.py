@@ -40,7 +40,7 @@ class RoutingCallback(TrainerCallback):
 
     @torch.no_grad()
     def observe(self, model: Any, records: tuple[Records, ...] | None) -> None:
-        """Accumulate the routing statistics of one training micro-batch, without a host sync.
+        """Accumulate the routing statistics of one training micro-batch, without a wait of the CPU for the device.
 
         The thresholds are moved at the end of the optimizer step, by the means over its micro-batches. model: the
         trained model, wrapped or not; models without our mechanisms are ignored. records: what each mechanism decided

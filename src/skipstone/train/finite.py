@@ -1,4 +1,4 @@
-"""`FiniteGuard`: a training stops before a loss, gradient or score that is not finite changes a weight."""
+"""`FiniteGuard`: a training stops before a loss, gradient or score that is not finite reaches a checkpoint or log."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class RowTurns:
 class FiniteGuard:
     """A guard that stops a training when the loss, the gradient norm or a router score of a step is not finite.
 
-    Whether something was not finite is noted on the device until `settle` reads it, which costs one host sync and gives
-    the same answer in all processes.
+    Whether something was not finite is noted on the device until `settle` reads it, for which the CPU waits for the
+    device once, and which gives the same answer in all processes.
 
     routers: names of all routers as "block L NAME", with the index of the block and the mechanism's name in it. turns:
     the rows that this process reads, so that the message can name them. folder: the run folder, whose last checkpoint

@@ -19,7 +19,7 @@ SKIPPED = ("skipped", "total_skipped")  # absent in checkpoints of earlier relea
 
 
 class LogWindow:
-    """Sums of losses, tokens and seconds for the next log line; adding to them never causes a host sync.
+    """Sums of losses, tokens and seconds for the next log line; the CPU never waits for the device to add to them.
 
     device: where the losses are summed. sums: fp32 [2], the sums over the window's steps of this process's part of the
     token loss and of the auxiliary loss. began: the step after which the current window began. tokens: tokens of the

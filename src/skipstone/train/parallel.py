@@ -39,8 +39,8 @@ def prepare(model: SkipstoneForCausalLM, train: TrainConfig, device: torch.devic
     """Prepare a model for training on several processes; shard its parameters if the recipe sets parallel=fsdp2.
 
     model: changed in place. train: the recipe's training options. device: where this process trains. Raises ValueError
-    if accelerate is configured to shard, too (the environment variable ACCELERATE_USE_FSDP), or if a parameter would
-    stay unsharded.
+    if accelerate is configured to shard the model itself (environment variable ACCELERATE_USE_FSDP), or if a parameter
+    would stay unsharded.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(

@@ -108,9 +108,9 @@ class RouterWatch:
         self._held = (few, masks, layer)
 
     def after_backward(self, step: int) -> None:
-        """Run the comparison with chance if one is due, now that the memory of the backward pass is free again.
+        """Compare a router with chance, if it is due: the loss with its kept tokens and with as many random ones.
 
-        step: the optimizer step, from 1.
+        It is done after the backward pass, whose memory is free again then. step: the optimizer step, from 1.
         """
         if self._held is None:
             return

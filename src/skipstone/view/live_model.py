@@ -68,7 +68,8 @@ class LiveModel:
         the table of thresholds that `skipstone calibrate` writes; None without this table. trained_budget: share of the
         dense FLOPs that the model uses as it was trained; None without the table. has_thresholds: whether `skipstone
         calibrate` could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns
-        a map. twin: whether a dense twin is timed. dense_flops: forward FLOPs of one token without mechanisms.
+        a map. twin: whether a dense model of the same shape is timed. dense_flops: forward FLOPs of one token without
+        mechanisms.
         """
         sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
@@ -88,7 +89,7 @@ class LiveModel:
 
     @property
     def has_twin(self) -> bool:
-        """Whether a dense twin is timed for comparison.
+        """Whether a dense model of the same shape is timed for comparison.
 
         To save memory, that is done for models of at most 300 million parameters only.
         """
@@ -161,10 +162,10 @@ class LiveModel:
         was read, which are all tokens of the prompt in the first pass and one in later ones (compute: the share of the
         blocks' computation done for it; entropy and loss of its prediction, in nats; and lists score, weight and kept
         with one value for each decision, in the order of `slots` of `describe`); `first`, the index of the first token
-        read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of its dense
-        twin. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the new token was one
-        of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are added at its first
-        token; the draft's own computation counts in the seconds, but not in the FLOPs.
+        read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of a dense
+        one of the same shape. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the
+        new token was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are
+        added at its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table

@@ -1,7 +1,7 @@
 """The page's requests: strict reading from JSON, and the events of the requested models in turns.
 
-One thread computes, pass by pass: the first model, its dense twin, the second model, its dense twin. Each is timed by
-itself, so models that are shown side by side do not disturb each other's figures.
+One thread computes, pass by pass: the first model, its dense twin (a dense model of the same shape), the second model,
+its dense twin. Each is timed by itself, so models that are shown side by side do not disturb each other's figures.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Request:
     new_tokens: number of tokens to generate, at most 1,024; fewer are generated if a model's context is full earlier.
     temperature: 0 (chooses the most probable token) to 10. seed: seed of the sampling, an unsigned 32-bit number.
     budgets: for each of `models` the share of its dense FLOPs to execute, or None for the model as it was trained; if
-    empty, None for all models. twin: whether to time the dense twin of each model as well. draft: "lookup", "exit" or
-    "skip", the source of guesses for speculative decoding, or None.
+    empty, None for all models. twin: whether to time a dense model of the same shape beside each model. draft:
+    "lookup", "exit" or "skip", the source of guesses for speculative decoding, or None.
     """
 
     prompt: str
@@ -46,7 +46,7 @@ class Request:
     draft: str | None = None
 
     def check(self, models: int) -> None:
-        """Raise ValueError, with a message of one line, if a value is not allowed.
+        """Raise ValueError, with a message of one line, if a field of the request is out of range or unknown.
 
         models: number of loaded models.
         """
@@ -119,7 +119,7 @@ def attention_events(models: Sequence[LiveModel], request: AttentionRequest) -> 
 
 
 def read_request(values: object, models: int) -> Request:
-    """Return the request that decoded JSON describes, checked.
+    """Build a request from decoded JSON, and check that its fields are known, of the right types and in range.
 
     values: the decoded JSON. models: number of loaded models. Raises ValueError, with a message of one line, for values
     that are not allowed.
@@ -134,8 +134,8 @@ def events(models: Sequence[LiveModel], request: Request) -> Iterator[PlainDict]
 
     models: all loaded models. Each model has an event of type "start", one of type "pass" for each new token, and one
     of type "end". `LiveModel.events` names the fields of the first two. Pass events also have `dense_seconds`, the time
-    of the same pass of the dense twin, if `request.twin` is set and the model has a twin. Raises ValueError, with a
-    message of one line and before the first event, if a model cannot serve the request.
+    of the same pass of a dense model of the same shape (the twin), if `request.twin` is set and the model has one.
+    Raises ValueError, with a message of one line and before the first event, if a model cannot serve the request.
     """
     budgets = request.budgets or [None] * len(request.models)
     runs = {i: _run(models[i], request, budget) for i, budget in zip(request.models, budgets, strict=True)}

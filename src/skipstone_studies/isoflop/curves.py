@@ -1,7 +1,7 @@
 """Curves of an isoFLOP grid: collect records as points and fit a parabola of loss over the logarithm of model size.
 
 Also whether deeper models have a lower loss in a grid, without which an arm (compared recipe) that routes tokens gets
-no verdict. Everything follows from the specification and the records.
+no verdict. Everything follows from the specification and the records (stored results of runs).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def lookup(out: Path, name: str) -> Lookup:
     """Return a function that finds the record of a run of an isoFLOP grid, given its cell and seed.
 
     A cell is a run without its seed. The function returns None if there is no record, or only one that was made with
-    another recipe than the cell's. out: the folder of records. name: the name of the grid.
+    another recipe than the cell's. out: the folder of records (stored results of runs). name: the name of the grid.
     """
     return partial(_find, out, name)
 
@@ -169,8 +169,8 @@ def _find(out: Path, name: str, cell: GridCell, seed: int) -> Record | None:
 class GridPoint:
     """A run of an isoFLOP grid (arm, budget, size, learning rate) with the records of all its seeds.
 
-    An arm is a compared recipe, a budget a number of training FLOPs. cell: the run without its seed. records: one for
-    each seed, of which that with the grid's first seed comes first.
+    An arm is a compared recipe, a budget a number of training FLOPs. cell: the run without its seed. records: the
+    stored results, one for each seed, of which that with the grid's first seed comes first.
     """
 
     cell: GridCell
@@ -204,7 +204,7 @@ class GridPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class GridRecords:
-    """All records of an isoFLOP grid that exist so far.
+    """All records (stored results of runs) of an isoFLOP grid that exist so far.
 
     grid: the runs that its specification describes. An arm is a compared recipe. sweep: losses of the runs that try
     learning rates, {arm: {rate: loss}}, in nats. chosen: the best learning rate of each arm. curves: the points in
@@ -220,7 +220,7 @@ class GridRecords:
 
     @property
     def records(self) -> list[Record]:
-        """The result records of all runs that are points of curves, not of those that only try learning rates."""
+        """The stored results of all runs that are points of curves, not of those that only try learning rates."""
         return [record for points in self.curves.values() for point in points for record in point.records]
 
     def __iter__(self) -> Iterator[GridPoint]:
@@ -228,7 +228,7 @@ class GridRecords:
 
 
 def collect(grid: Grid, find: Lookup) -> GridRecords:
-    """Collect the records of an isoFLOP grid that exist so far.
+    """Collect the records (stored results of runs) of an isoFLOP grid that exist so far.
 
     grid: the runs that its specification describes. find: a function that returns the record of a run, given the run
     without its seed (a `GridCell`) and the seed, or None if there is none.
@@ -338,8 +338,8 @@ def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
 
     An arm that routes tokens gets a verdict only if deeper models of the base arm, with which it is compared, have a
     loss that is lower by at least 0.02 nats; otherwise skipping blocks has nothing to lose. The reasons are "no
-    headroom", and "headroom not known" if the base arm was not run with two numbers of blocks. collected: all records.
-    arm: name of the arm. budget: the training FLOPs of a run.
+    headroom", and "headroom not known" if the base arm was not run with two numbers of blocks. collected: all stored
+    results of the grid. arm: name of the arm. budget: the training FLOPs of a run.
     """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""

@@ -78,7 +78,7 @@ class GridCell:
 
     @property
     def label(self) -> str:
-        """The name of this run, without its seed, in run folders and records."""
+        """The name of this run, without its seed, in run folders and records (stored results)."""
         return f"{self.arm}-{compact(self.budget)}-{self.size}-lr{self.rate:g}"
 
 
@@ -283,7 +283,7 @@ class CorpusFacts:
     trouble: str = ""
 
     def to_dict(self) -> PlainDict:
-        """Return the facts that records store: `tokens` and `sha256`."""
+        """Return the facts that the record (stored result) of a run has: `tokens` and `sha256`."""
         return {"tokens": self.tokens, "sha256": self.sha256}
 
 
@@ -319,13 +319,14 @@ def read_corpus_if_cheap(config: DataConfig) -> CorpusFacts:
 def corpus_share(grid: Grid, cell: GridCell, facts: CorpusFacts) -> float | None:
     """Return how many times a run reads the corpus (1 means once); None if it is unlimited or its size is not known.
 
-    grid: the grid that the run belongs to. cell: the run without its seed. facts: what is known of the corpus.
+    grid: the isoFLOP grid (runs at equal training FLOPs) that the run belongs to. cell: the run without its seed.
+    facts: what is known of the corpus.
     """
     return None if facts.tokens is None else cell.steps * tokens_per_step(grid) / facts.tokens
 
 
 def tokens_per_step(grid: Grid) -> int:
-    """Return the number of tokens in an optimizer step, which is the same for all runs of a grid."""
+    """Return the number of tokens in an optimizer step, which is the same for all runs of an isoFLOP grid."""
     return grid.base.train.batch_size * grid.base.data.context
 
 

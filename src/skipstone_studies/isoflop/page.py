@@ -1,6 +1,7 @@
-"""Render the result of an isoFLOP grid as Markdown and as one HTML page with charts. Equal records give equal bytes.
+"""Render the result of an isoFLOP grid as Markdown and as one HTML page with charts.
 
-The HTML page is made of the parts of `skipstone report`; it is self-contained and downloads nothing.
+Equal stored results give equal bytes. The HTML page is made of the parts of `skipstone report`; it is self-contained
+and downloads nothing.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
     """Return how many seconds the training of `point`, a run of an isoFLOP grid, takes.
 
     They are the tokens of the training divided by the speed that was measured while the arms (compared recipes) took
-    turns; without such a speed, they are the seconds that the runs took, mean over seeds. collected: all records of the
-    grid.
+    turns; without such a speed, they are the seconds that the runs took, mean over seeds. collected: all stored results
+    of the grid.
     """
     speed = collected.speeds.get((point.cell.arm, str(point.cell.size)))
     tokens = point.records[0].figures["training"]["tokens"]
@@ -66,9 +66,9 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
 def equal_times(collected: GridRecords) -> list[EqualTime]:
     """Return the losses of all compared recipes after equal training times, one entry between adjacent budgets.
 
-    collected: all records of the grid. A time is the geometric mean of the times at both budgets, each the median over
-    the base arm's sizes. There most losses can be interpolated: the loss of a size is read off a straight line between
-    its budgets, over the logarithm of the seconds. Empty with fewer than two budgets.
+    collected: all stored results of the grid. A time is the geometric mean of the times at both budgets, each the
+    median over the base arm's sizes. There most losses can be interpolated: the loss of a size is read off a straight
+    line between its budgets, over the logarithm of the seconds. Empty with fewer than two budgets.
     """
     of_budgets = [collected.curves.get((collected.grid.spec.base, budget), []) for budget in collected.grid.budgets]
     medians = [statistics.median(seconds_of(collected, p) for p in points) for points in of_budgets if points]
@@ -179,10 +179,10 @@ class SameLoss:
 
 
 def noise(collected: GridRecords) -> Noise | None:
-    """Return the noise of one run's loss, pooled over all models of a grid that were trained with several seeds.
+    """Return the noise of one run's loss, pooled over all models that were trained with several seeds.
 
-    collected: all records of the grid. Without such models the noise is estimated from the residuals of parabolas of
-    loss over size; None if these do not determine it either.
+    collected: all stored results of the isoFLOP grid. Without such models the noise is estimated from the residuals of
+    parabolas of loss over size; None if these do not determine it either.
     """
     groups = [point.losses for point in collected if len(point.losses) > 1]
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in groups)
@@ -288,9 +288,10 @@ def _noisy(curve: Curve, deviation: float, generator: np.random.Generator) -> Cu
 class IsoFlopResult:
     """The result of an isoFLOP grid, as far as it was run.
 
-    collected: the records. curves: loss over model size, {budget in training FLOPs: {arm: curve}}. noise: the noise of
-    one run's loss; None if not known. same: comparisons of the arms (compared recipes) with the base arm, by budget.
-    times: losses after equal training times. same_times: comparisons with the base arm at each of these times.
+    collected: the stored results of its runs. curves: loss over model size, {budget in training FLOPs: {arm: curve}}.
+    noise: the noise of one run's loss; None if not known. same: comparisons of the arms (compared recipes) with the
+    base arm, by budget. times: losses after equal training times. same_times: comparisons with the base arm at each of
+    these times.
     """
 
     collected: GridRecords
@@ -307,7 +308,7 @@ class IsoFlopResult:
 
 
 def find(collected: GridRecords) -> IsoFlopResult:
-    """Compute the result of an isoFLOP grid from its records so far; budgets without records are left out.
+    """Compute the result of an isoFLOP grid from its records (stored results) so far; budgets without any are left out.
 
     collected: the records.
     """

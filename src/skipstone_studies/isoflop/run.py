@@ -47,11 +47,11 @@ PLAN = "plan.json"  # the spec, kept beside the records
 
 
 def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
-    """Train all runs of an isoFLOP grid that have no record yet, and return the paths of its Markdown and HTML page.
+    """Train all runs of an isoFLOP grid without a stored result, and return the paths of its Markdown and HTML page.
 
-    Both are rendered again after every stage. spec: the grid. out: folder for pages and records. runs: folder for run
-    folders. command: the shell command, which is noted in records. Raises ValueError or FileNotFoundError before
-    anything is trained if a run is impossible, and ValueError at the end if runs have failed.
+    Both are rendered again after every stage. spec: the grid. out: folder for pages and records (stored results of
+    runs). runs: folder for run folders. command: the shell command, which is noted in records. Raises ValueError or
+    FileNotFoundError before anything is trained if a run is impossible, and ValueError at the end if runs have failed.
     """
     facts = read_corpus(spec.data)
     grid = Grid(with_vocabulary(spec, facts))
@@ -77,9 +77,9 @@ class Stages:
 
     An arm is a compared recipe. The stages are: trying learning rates, training the grid itself, measuring training
     speeds with the arms of a size in turns, and training further seeds at the optima. grid: all runs. facts: the corpus
-    with its rows. out: folder for records. runs: folder for run folders. command: the shell command, which is noted in
-    records. console: for messages. failures: one message for each failed run. use: use of processor cores by run
-    folder, for runs trained in this process.
+    with its rows. out: folder for records (stored results of runs). runs: folder for run folders. command: the shell
+    command, which is noted in records. console: for messages. failures: one message for each failed run. use: use of
+    processor cores by run folder, for runs trained in this process.
     """
 
     grid: Grid
@@ -113,7 +113,7 @@ class Stages:
         self.stage("seeds", best, grid.other_seeds)
 
     def stage(self, name: str, cells: Sequence[GridCell], seeds: Sequence[int], timed: bool = False) -> None:
-        """Run everything in `cells` with each of `seeds`, unless it is recorded, then render the pages.
+        """Run everything in `cells` with each of `seeds`, unless its result is stored, then render the pages.
 
         name: the name of the stage, for messages. cells: the runs, without seeds. timed: whether to measure the
         training speeds of all cells in turns as well.
@@ -210,9 +210,9 @@ def estimate(spec: GridSpec, flops_per_second: float | None = None) -> None:
 
 
 def render(out: Path, name: str) -> list[Path]:
-    """Write OUT/NAME.md and OUT/NAME.html from the records of an isoFLOP grid, and return their paths.
+    """Write OUT/NAME.md and OUT/NAME.html from the stored results of an isoFLOP grid; return their paths.
 
-    out: the folder. name: the name of the grid. Raises ValueError if there are no records.
+    out: the folder. name: the name of the grid. Raises ValueError if there are no results.
     """
     collected = load(out, name)
     if not collected.records:
@@ -225,7 +225,7 @@ def render(out: Path, name: str) -> list[Path]:
 
 
 def load(out: Path, name: str) -> GridRecords:
-    """Load the records of the isoFLOP grid `name` from the folder `out`.
+    """Load the records (stored results of runs) of the isoFLOP grid `name` from the folder `out`.
 
     Raises FileNotFoundError if no isoFLOP study of that name was begun there, and ValueError if its plan.json is
     damaged.
@@ -246,7 +246,7 @@ def _render_if_any(out: Path, name: str) -> list[Path]:
 
 
 def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) -> PlainDict:
-    """Return the figures of a finished run of an isoFLOP grid, for its record.
+    """Return the figures of a finished run of an isoFLOP grid, for its record (stored result).
 
     cell: the run without its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
     cores during the training. Keys: `cell`, arm (compared recipe), budget, size, rate, steps and parameters; `loss` on

@@ -47,7 +47,7 @@ def _router(grid: Grid) -> str:
 def own(grid: Grid, arm: str) -> str:
     """Return in words the options in which the model of a compared variant (arm) differs from the recipe's.
 
-    grid: the runs, with their specification. arm: name of the arm.
+    grid: all runs of the isoFLOP study, with their specification. arm: name of the arm.
     """
     parts = []
     for key, value in grid.spec.known[arm].items():
@@ -93,8 +93,8 @@ def _verdict(found: SameLoss, curves: dict[str, Curve], base: str) -> str:
 def claims(collected: GridRecords) -> list[Claim]:
     """Return, for each compared recipe and budget, the claim that its best loss is below the base's, with verdict.
 
-    collected: all records of the isoFLOP grid. The base is the recipe with which the others are compared, a budget a
-    number of training FLOPs.
+    collected: all stored results of the isoFLOP grid. The base is the recipe with which the others are compared, a
+    budget a number of training FLOPs.
     """
     result = find(collected)
     words: dict[str, Verdict] = {"better": "yes", "worse": "no", "no headroom": "no headroom"}

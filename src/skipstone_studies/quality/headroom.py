@@ -1,4 +1,4 @@
-"""Studies of whether there is anything to route: the gain by depth, and the benefit of each block for tokens.
+"""Studies of whether there is anything to route: what depth gains, and how much each block lowers each token's loss.
 
 Depth is compared at equal FLOPs and at equal data.
 """
@@ -65,10 +65,10 @@ def measured(folder: Path) -> Figures:
 
 
 def units_of(blocks: int) -> list[Unit]:
-    """Return the sets of blocks whose benefit is measured: the middle half of the blocks together, then each alone.
+    """Return the sets of blocks that are skipped to measure how much they lower each token's loss.
 
-    A set is a tuple of indices. blocks: number of blocks of the model. The middle half is left out if it is a single
-    block.
+    They are the middle half of the blocks together, unless it is a single block, then each block alone. A set is a
+    tuple of indices. blocks: number of blocks of the model.
     """
     quarter = max(1, blocks // 4)
     middle = tuple(range(quarter, blocks - quarter))
@@ -101,9 +101,11 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: what depth gains, differences, learning rates, and the benefit of blocks.
+    """Return the Markdown below the table: gains by depth, differences, learning rates, and the benefit of blocks.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    A gain by depth is by how much the deeper model's loss is lower; the benefit of a block for a token, by how many
+    nats it lowers the token's loss. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one
+    of the compared recipes.
     """
     seeds = figures.get(FULL, {})
     found = next((of_seed[ORACLE] for of_seed in seeds.values() if ORACLE in of_seed), None)

@@ -1,9 +1,9 @@
 """Whether PolyGLU's routing stays unchanged during supervised fine-tuning, as arXiv 2603.13347 claims, on a tiny model.
 
-A PolyGLU model is trained on Python code while tau falls to .1, and is then tuned on GSM8K's chats by TRL's unmodified
-SFTTrainer: ChatML, loss on the assistant's tokens only (including the token that ends its turn), tau frozen. Routing is
-measured on chats that are never trained on. A second model is trained without noise. Needs trl, and gsm8k/train.jsonl
-in the folder that SKIPSTONE_DATA names.
+A PolyGLU model is trained on Python code while tau, the temperature of its mix of activations, falls to .1, and is then
+tuned on GSM8K's chats by TRL's unmodified SFTTrainer: ChatML, loss on the assistant's tokens only (including the token
+that ends its turn), tau frozen. Routing is measured on chats that are never trained on. A second model is trained
+without noise. Needs trl, and gsm8k/train.jsonl in the folder that SKIPSTONE_DATA names.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Routing:
 class Watch(TrainerCallback):
     """A trainer callback that measures how PolyGLU's neurons choose their activations every `every` steps.
 
-    routing: takes the measurements. path: file to which each measurement is appended as a line of JSON.
+    routing: the model with the rows on which it is measured. path: file to which each measurement is appended as a line
+    of JSON.
     """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:

@@ -1,7 +1,8 @@
 """PolyGLU's MLP in training, and a model with one fixed activation per neuron in decoding, compared with SwiGLU.
 
-Training: forward and backward of one MLP with the matrices of the SwiGLU, with logits as at initialisation (tau 1) and
-as after training (some nats apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without parameters.
+Training: forward and backward of one MLP with the matrices of the SwiGLU, with logits as at initialisation (temperature
+tau 1) and as after training (some nats apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without
+parameters.
 """
 
 from __future__ import annotations

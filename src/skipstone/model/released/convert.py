@@ -29,9 +29,9 @@ def load_released(file: str | Path, layout: str, dtype: Dtype = None, **options:
 
     file: a .pt or .safetensors file. layout: "tsa" (Token-Selective Attention) or "polychromatic" (PolychromaticLM).
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the dtype of the weights in the file. options:
-    values that the weights do not contain: num_heads for "tsa"; tau for "polychromatic" (default: the file's value if
-    it has one, else .1). Raises FileNotFoundError if there is no such file, and ValueError for a file, tensor or option
-    that does not fit the layout.
+    values that the weights do not contain: num_heads for "tsa"; tau, the temperature of the mix of activations, for
+    "polychromatic" (default: the file's value if it has one, else .1). Raises FileNotFoundError if there is no such
+    file, and ValueError for a file, tensor or option that does not fit the layout.
     """
     chosen, path = choose("layout", layout, LAYOUTS), Path(file).expanduser()
     given = {name: value for name, value in options.items() if value is not None}
@@ -50,9 +50,9 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
 
     file: a .pt or .safetensors file. layout: "tsa" (Token-Selective Attention) or "polychromatic" (PolychromaticLM).
     dtype: "float32", "bfloat16", "float16" or a torch.dtype; None means the dtype of the weights in the file. options:
-    values that the weights do not contain: num_heads for "tsa", tau for "polychromatic". Raises FileNotFoundError if
-    there is no such file, ValueError for a file, tensor or option that does not fit the layout, and FileExistsError if
-    `out` is a file or a non-empty folder.
+    values that the weights do not contain: num_heads for "tsa", tau (temperature of the mix of activations) for
+    "polychromatic". Raises FileNotFoundError if there is no such file, ValueError for a file, tensor or option that
+    does not fit the layout, and FileExistsError if `out` is a file or a non-empty folder.
     """
     with complete(Path(out)) as partial:
         model = load_released(file, layout, dtype, **options)

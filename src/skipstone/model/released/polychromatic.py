@@ -1,8 +1,9 @@
 """PolychromaticLM (Medeiros 2026, arXiv 2603.13347): read and write the state dict of its released weights.
 
 All sizes follow from the weights. They include rounded rotary tables, which are checked against the paper's angles,
-dropped, and recomputed for writing. tau is not a tensor: a .pt file stores it beside the state dict; it is .1 at the
-end of the paper's training. The converted model keeps tau constant when it is trained further.
+dropped, and recomputed for writing. tau, the temperature of the mix of activations, is not a tensor: a .pt file stores
+it beside the state dict; it is .1 at the end of the paper's training. The converted model keeps tau constant when it is
+trained further.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Queries, keys and values are one matrix whose rows are all queries, then all keys, then all values, each grouped by
 head, so the number of heads is the only size that the weights do not determine. Routers are separate from blocks:
-router r reads the stream after block r and gates block r + 1. The head shares the embedding's weights. lambda is a
-training setting that the weights do not contain: the converted model gets the paper's value for language.
+router r reads the stream after block r and gates block r + 1. The head shares the embedding's weights. lambda, the
+coefficient of the penalty on open gates, is a training setting that the weights do not contain: the converted model
+gets the paper's value for language.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `alpha`, mean weight of the gates in the soft pass; `claimed` and `skipped`, shares of (token, block) pairs
-    that this weight counts as saved and that the main pass skips; `gap`, loss of the pass that skips minus that of the
-    soft pass, in nats; `variants`, by name the losses of the gated model when it is run in other ways.
+    that this weight counts as saved and that the pass representing the model (executed, if possible) skips; `gap`, loss
+    of the pass that skips minus that of the soft pass, in nats; `variants`, by name the losses of the gated model when
+    it is run in other ways.
     """
     figures = measure.standard(folder)
     return {**figures, **gates.savings(figures["evaluation"]), "variants": gates.variants(folder)}

@@ -54,8 +54,8 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
     `flops`, counted per token; `alpha`, mean weight of the gates in the soft pass of training; `claimed` and `skipped`,
-    shares of (token, block) pairs that this weight counts as saved and that the main pass skips; `gap`, loss of the
-    pass that skips minus that of the soft pass, in nats.
+    shares of (token, block) pairs that this weight counts as saved and that the pass representing the model (executed,
+    if possible) skips; `gap`, loss of the pass that skips minus that of the soft pass, in nats.
     """
     figures = reset_s3.measured(folder)
     return {**figures, **gates.savings(figures["evaluation"])}

@@ -67,10 +67,10 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `accuracy`, the share of correct operations by bin of difficulty (operations since the last reset);
     `flops`, counted per token; `alpha`, mean weight of the gates in the soft pass of training; `claimed` and `skipped`,
-    shares of (token, block) pairs that this weight counts as saved and that the main pass skips; `gap`, loss of the
-    pass that skips minus that of the soft pass, in nats; `kinds`, {"text", "operations" or "fillers": {"loss" in nats
-    per prediction, "depth": mean number of blocks that update a token}}; `deeper`, the depth of operations divided by
-    that of text.
+    shares of (token, block) pairs that this weight counts as saved and that the pass representing the model (executed,
+    if possible) skips; `gap`, loss of the pass that skips minus that of the soft pass, in nats; `kinds`, {"text",
+    "operations" or "fillers": {"loss" in nats per prediction, "depth": mean number of blocks that update a token}};
+    `deeper`, the depth of operations divided by that of text.
     """
     figures = reset_s3.measured(folder)
     evaluation = figures["evaluation"]
@@ -109,9 +109,10 @@ def claims(figures: ByArm) -> list[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the study's table: verdicts on the two targets, and whether depth pays on text.
+    """Return the Markdown below the table: verdicts on the text's loss and on where depth goes, and what depth gains.
 
-    figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    What depth gains is by how much the dense model's loss on text is below that of shallower ones. figures: the figures
+    of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     dense = [arm for arm in figures if arm.startswith("dense-")]
     room = headroom(figures, dense[0], dense[1:], TEXT) if dense else None

@@ -1,7 +1,8 @@
 """Published figures of Token-Selective Attention: the tables and result files of arXiv 2605.05222.
 
-loss: nats per token. alpha: mean soft gate of the gated blocks. saved: share of (token, block) pairs that the paper's
-metric counts as saved, 1 - (1 + (L - 1) alpha) / L for L blocks; computed by this formula if only alpha is published.
+loss: nats per token. alpha: mean of the gates, factors from 0 to 1 on updates, over the gated blocks. saved: share of
+(token, block) pairs that the paper's metric counts as saved, 1 - (1 + (L - 1) alpha) / L for L blocks; computed by this
+formula if only alpha is published.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ JITTER = 0.01  # nats between two of its runs of one setting (1.4482 and 1.4391 
 def saved(alpha: float, blocks: int = BLOCKS) -> float:
     """Return the saving by the metric of arXiv 2605.05222, 1 - (1 + (L - 1) alpha) / L, in [0, 1].
 
-    alpha: mean soft gate of the gated blocks. blocks: L, all but the first of which are gated.
+    alpha: mean of the gates, factors from 0 to 1 on updates, over the gated blocks. blocks: L, all but the first of
+    which are gated.
     """
     return 1 - (1 + (blocks - 1) * alpha) / blocks
 

@@ -96,7 +96,7 @@ def random(capacity: float) -> Mechanisms:
     """Return the `mechanisms` entries of a control that keeps the share `capacity` of tokens at random.
 
     All blocks but the first are routed. Tokens are skipped in training as in generation, and each block has one learned
-    gain.
+    factor on its updates.
     """
     return [tsa.gate(execution="hard", capacity=capacity, decision="random", **HARD, **CONSTANT)]
 

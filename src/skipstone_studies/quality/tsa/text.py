@@ -23,10 +23,10 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `alpha`, mean weight of the gates in the soft pass of training; `claimed` and `skipped`, shares of (token,
-    block) pairs that this weight counts as saved and that the main pass skips; `gap`, loss of the pass that skips minus
-    that of the soft pass, in nats; `variants`, by name the losses of gates that are executed in other ways; `exits`,
-    figures of early exit by threshold; `stretches`, a list of losses by block of text; and `overfitting`, the course of
-    the losses during training.
+    block) pairs that this weight counts as saved and that the pass representing the model (executed, if possible)
+    skips; `gap`, loss of the pass that skips minus that of the soft pass, in nats; `variants`, by name the losses of
+    gates that are executed in other ways; `exits`, figures of early exit by threshold; `stretches`, a list of losses by
+    block of text; and `overfitting`, the course of the losses during training.
     """
     figures = measure.standard(folder)
     further = {

@@ -1,10 +1,10 @@
-"""Published ways to read fewer weights for a token: small inputs or neurons left out, fewer blocks, a previewed head.
+"""Published ways to read fewer weights for a token: small inputs or neurons left out, fewer blocks, few exact logits.
 
-Where inputs, neurons or candidates are chosen anew for every token (TEAL, CATS, the previewed head), this
-implementation multiplies all weights and only counts those that a kernel would have to read, so these ways show what
-the choice costs in quality and are not timed. They return a `Way`: a function that maps T token ids, int64 [1, T], to
-logits [T, V] over a vocabulary of V tokens, and one that, called after it, returns the mean number of weights read per
-token.
+Where inputs, neurons or candidates are chosen anew for every token (TEAL, CATS, the head whose exact logits are few),
+this implementation multiplies all weights and only counts those that a kernel would have to read, so these ways show
+what the choice costs in quality and are not timed. They return a `Way`: a function that maps T token ids, int64 [1, T],
+to logits [T, V] over a vocabulary of V tokens, and one that, called after it, returns the mean number of weights read
+per token.
 """
 
 from __future__ import annotations
