@@ -61,6 +61,7 @@ FILES = {
     "decode_rivals": "speed.decode_rivals",
     "decode_rivals_gemma": "speed.decode_rivals",
     "decode_drafts": "speed.decode_drafts",
+    "decode_batches": "speed.decode_batches",
     "gpu": "speed.gpu",
     "growth": "speed.growth",
 }

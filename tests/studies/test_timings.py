@@ -11,10 +11,12 @@ from skipstone_studies.catalogue import FILES, STUDIES
 from skipstone_studies.page import lookup
 from skipstone_studies.run import reproduce
 from skipstone_studies.speed.interleaved import ratio, spread
+from skipstone_studies.speed.rivals.batches_page import WAYS
 
 TINY_MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE = {**TINY_MODEL, "intermediate_size": 96, "num_key_value_heads": 1, "vocab_size": 64}
 DECODING = {"width": 64, "blocks": 2, "vocabulary": 64, "prompt": 4, "steps": 2, "turns": 1}
+BATCHES = {way: options for way, options in WAYS.items() if options["way"] != "llama.cpp"}  # which needs a GGUF file
 SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what is smaller
     "parity": (("Llama, tied",), {}),
     "throughput": (("width 32, fp32",), {"rows": 1, "rounds": 1}),
@@ -76,6 +78,7 @@ SMALL: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # arms, and what i
         ("int8, lookup", "4 bits, lookup"),
         {"source": "stories260K", "prompt": 4, "new": 2, "prompts": 1, "turns": 1},
     ),
+    "decode_batches": (("rows-2", "prompt-128"), {"source": "stories260K", "laps": 1, "ways": BATCHES}),
 }
 
 
@@ -93,6 +96,7 @@ SLOW = (
     "decode_rivals",
     "decode_rivals_gemma",
     "decode_drafts",
+    "decode_batches",
     "gpu",
     "growth",
 )
@@ -111,6 +115,8 @@ def test_every_column_has_a_figure(name: str, tmp_path: Path, monkeypatch: pytes
     figures = [study.clock(recipe) for recipe in shrunk]
     for column in study.columns:
         key = f"{column.key}.median" if column.spread else column.key
+        if "llama" in f"{column.key}, {column.title}":
+            continue  # needs llama.cpp and a GGUF file
         assert any(lookup(found, key) is not None for found in figures), column.title
 
 

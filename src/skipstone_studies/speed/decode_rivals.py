@@ -168,14 +168,18 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
     if way == "candidates":
         fewer = by_candidates(name, recipe["weights"], recipe["candidates"], recipe["directions"])
         return Torch(fewer), logits_of_steps(fewer), bytes_read(fewer)
-    ours = _weights(name, way, recipe.get("weights"))
+    ours = weights_of(name, way, recipe.get("weights"))
     read = sum(p.numel() * p.element_size() for p in ours.parameters())
     drafted = Drafted(ours, recipe["draft"]) if way == "drafted" else Torch(ours)
     return drafted, thin.whole(ours), float(read)
 
 
-def _weights(name: str, way: str, weights: str | None) -> SkipstoneForCausalLM:
-    """Return the source `name` with weights as they are (way "ours" or weights "float"), in 16 or 4 bits, or int8."""
+def weights_of(name: str, way: str, weights: str | None = None) -> SkipstoneForCausalLM:
+    """Return our model of the checkpoint `name` with weights in the format of a way to decode it.
+
+    way: "ours" (fp32, as they are), "float16", "int4", or anything else for int8. weights: "float" or "float16", which
+    replaces these formats; None means that the way decides.
+    """
     if way == "ours" or weights == "float":
         return source(name)
     if way == "int4":

@@ -7,6 +7,7 @@ the source is measured.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 from pathlib import Path
@@ -130,14 +131,7 @@ class LlamaCpp:
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
         import llama_cpp  # type: ignore[import-not-found]
 
-        self.lib, self.file = llama_cpp, folder / f"{format}.gguf"
-        options = llama_cpp.llama_model_quantize_default_params()
-        given = Path(os.environ["SKIPSTONE_DATA"], f"{name}.gguf")
-        options.ftype, options.allow_requantize, options.nthread = QUANTISED.get(format, 0), True, threads
-        if format not in QUANTISED:
-            self.file = given
-        elif llama_cpp.llama_model_quantize(str(given).encode(), str(self.file).encode(), options) != 0:
-            raise ValueError(f"llama.cpp does not write {format} of {str(given)!r}")
+        self.lib, self.file = llama_cpp, gguf(name, format, folder, threads)
         self.model = llama_cpp.Llama(
             str(self.file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
@@ -167,6 +161,26 @@ class LlamaCpp:
     def bytes(self) -> float:
         """Return the size of the GGUF file in bytes."""
         return self.file.stat().st_size
+
+
+def gguf(name: str, format: str, folder: Path, threads: int) -> Path:
+    """Return the path of the source model as a GGUF file in a format that llama.cpp converts it to.
+
+    name: the source model, the file NAME.gguf in the folder SKIPSTONE_DATA. format: "F16" or "Q8_0"; anything else
+    means that file as it is. folder: where the converted file is written. threads: number of CPU threads. Raises
+    ImportError without llama.cpp's Python bindings, and ValueError if llama.cpp cannot convert the file.
+    """
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # what it says of every tensor goes to stderr
+    given, made = Path(os.environ["SKIPSTONE_DATA"], f"{name}.gguf"), folder / f"{format}.gguf"
+    if format not in QUANTISED:
+        return given
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize, options.nthread = QUANTISED[format], True, threads
+    if llama_cpp.llama_model_quantize(str(given).encode(), str(made).encode(), options) != 0:
+        raise ValueError(f"llama.cpp does not write {format} of {str(given)!r}")
+    return made
 
 
 def llama(name: str) -> LlamaForCausalLM:
