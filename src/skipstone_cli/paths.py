@@ -1,4 +1,4 @@
-"""Checks of paths before anything heavy is imported, so that typing mistakes are reported at once."""
+"""Checks that paths exist or can be written, before anything heavy is imported, so that mistakes are told at once."""
 
 from __future__ import annotations
 

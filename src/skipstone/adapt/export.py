@@ -71,9 +71,9 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Return one sentence per kind of depth mechanism, and one for neuron groups, that a dense export leaves out.
+    """Return a sentence for each kind of depth mechanism, and one for leaving out neurons, that a dense export lacks.
 
-    Each sentence says what the export loses with it. The list is empty if the export computes the same as `model`.
+    It says what the export loses. The list is empty if the export computes the same as `model`.
     """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):

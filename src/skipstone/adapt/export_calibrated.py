@@ -1,4 +1,7 @@
-"""Common code of `harden` and `prune`: open a model, change it by measurements on training rows, and write it."""
+"""Common code of `harden` (one activation per neuron) and `prune` (unused neurons removed).
+
+They open a model, change it by measurements on training rows, and write it.
+"""
 
 from __future__ import annotations
 

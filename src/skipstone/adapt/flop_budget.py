@@ -1,7 +1,7 @@
 """A budget of executed FLOPs: choose capacities for it, set thresholds to it (package `budget`), count what is run.
 
-A budget is a share of the dense source's forward FLOPs per token, at rows of one length, one row at a time; in a batch,
-rows that keep fewer tokens are padded, which costs more.
+A budget is a share of the forward FLOPs per token of the source, the dense checkpoint that is adapted, at rows of one
+length, one row at a time; in a batch, rows that keep fewer tokens are padded, which costs more.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WITHIN = 0.05  # the reached share may be this much of the budget away from it
 def solve(config: SkipstoneConfig, budget: float, dense: float, tokens: int) -> tuple[float | None, float | None]:
     """Find the capacity of mechanisms that have one, or else the share of tokens that gates let pass, for a budget.
 
-    config: configuration of the model with mechanisms. budget: forward FLOPs as a share of the dense source's. dense:
-    the source's forward FLOPs for a whole row of `tokens` tokens. Returns (capacity, None) if a mechanism such as
-    Mixture-of-Depths has a capacity (the largest share of tokens that a block keeps), else (None, share). Raises
-    ValueError for a budget that these mechanisms cannot reach.
+    config: configuration of the model with mechanisms. budget: forward FLOPs as a share of those of the source, the
+    dense checkpoint that is adapted. dense: the source's forward FLOPs for a whole row of `tokens` tokens. Returns
+    (capacity, None) if a mechanism such as Mixture-of-Depths has a capacity (the largest share of tokens that a block
+    keeps), else (None, share). Raises ValueError for a budget that these mechanisms cannot reach.
     """
     with torch.device("meta"):
         model = SkipstoneForCausalLM(config)
@@ -94,8 +94,8 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
     """Set the model's saved thresholds so that passes that decide without later tokens meet the FLOP budget on `rows`.
 
     Mechanisms that decide by a trained predictor or by a fixed threshold stay as they are. rows: batches (tensors by
-    name) of one row each. budget: forward FLOPs per token as a share of `dense`. dense: the source's forward FLOPs per
-    token.
+    name) of one row each. budget: forward FLOPs per token as a share of `dense`. dense: forward FLOPs per token of the
+    dense checkpoint that is adapted.
     """
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]

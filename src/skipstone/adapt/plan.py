@@ -1,4 +1,4 @@
-"""The preparation of an adaptation: everything that is measured and checked before the first training step."""
+"""The preparation of an adaptation before its first step: models, data, thresholds, a check of the first outputs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
     recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
-    term. model: the student, routed, with the source's weights. data: rows for training and validation. rows: the
-    calibration rows, each as a batch of one row. dense: the source's forward FLOPs per token. passing: the share of
-    tokens that gates should let pass to meet the budget; None if no gate has a budget. record: the content of
-    adaptation.json: the source with its FLOPs, the mechanisms, how much each block changes the stream, what the budget
-    led to, and how far the first logits are from the source's.
+    term. model: the student, routed, with the weights of the source (the dense checkpoint that is adapted). data: rows
+    for training and validation. rows: the calibration rows, each as a batch of one row. dense: the source's forward
+    FLOPs per token. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
+    budget. record: the content of adaptation.json: the source with its FLOPs, the mechanisms, how much each block
+    changes the stream, what the budget led to, and how far the first logits are from the source's.
     """
 
     recipe: AdaptRecipe
@@ -51,7 +51,7 @@ class AdaptPlan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Raise ValueError for mistakes in the recipe's mechanisms or loggers and for missing packages.
+    """Raise ValueError for mistakes in the mechanisms or loggers of a recipe, and for packages that they lack.
 
     recipe: the recipe of an adaptation. Called before any weights are read.
     """

@@ -1,4 +1,4 @@
-"""Removal of neuron groups that a calibration set never uses.
+"""Removal of neuron groups (neurons that a router switches together) that a calibration set never uses.
 
 On that set the pruned model computes the same as before, because the remaining groups keep their order. On other text,
 the next best group takes the place of a removed one.

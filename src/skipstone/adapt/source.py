@@ -1,4 +1,4 @@
-"""Loading of the dense checkpoint to start from, of its tokenizer and of a teacher, with checks that they fit."""
+"""Loading of the dense checkpoint to start from, of its tokenizer and of a teacher with the same tokens."""
 
 from __future__ import annotations
 

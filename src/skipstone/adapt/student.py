@@ -1,4 +1,4 @@
-"""Construction of the model that will compute less, from the source's weights and new mechanisms.
+"""Construction of the model that will compute less, from the weights of a dense checkpoint and new mechanisms.
 
 Also the check that the mechanisms change nothing before the first step.
 
@@ -30,7 +30,7 @@ NEURON_DEFAULTS: PlainDict = {"decision": "magnitude", "group_size": 1, "capacit
 
 
 def model_mistakes(config: PlainMapping) -> list[str]:
-    """Return one message per mistake in the model of a recipe that can be found without the source.
+    """Return one message per mistake in the model of a recipe that can be found without the dense checkpoint.
 
     config: the whole recipe as a plain dict; its other sections may be wrong.
     """
@@ -65,10 +65,10 @@ def mechanisms_of(model: PlainMapping) -> list[PlainDict]:
 
 @dataclass(frozen=True, kw_only=True)
 class NeutralStart:
-    """The difference between the logits of the routed model before training and those of its dense source.
+    """The difference between the logits of the routed model before training and those of the dense checkpoint.
 
-    difference: the largest absolute difference. largest: the source's largest absolute logit. tokens: number of tokens
-    that were compared.
+    difference: the largest absolute difference. largest: the checkpoint's largest absolute logit. tokens: number of
+    tokens that were compared.
     """
 
     difference: float
@@ -77,11 +77,11 @@ class NeutralStart:
 
     @property
     def share(self) -> float:
-        """The largest difference divided by the source's largest absolute logit."""
+        """The largest difference divided by the largest absolute logit of the dense checkpoint."""
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:
-        """Raise ValueError if the logits differ by more than `tolerance` times the source's largest absolute logit."""
+        """Raise ValueError if the logits differ by more than `tolerance` times the dense checkpoint's largest one."""
         if not self.share <= tolerance:
             raise ValueError(
                 f"the start is not neutral: logits differ by up to {self.difference:.3g}, {self.share:.2g} of the "

@@ -96,10 +96,11 @@ class DepthModule(RoutingModule):
         return None
 
     def stream_gate(self) -> StreamGate | None:
-        """Return a description of the causal decision as a function of the residual stream, for compiled steps.
+        """Return a description of the causal decision as a function of the residual stream, for compiled code.
 
-        A compiled decoding step then decides by itself instead of calling the mechanism; the description is asked for
-        in each step. Return None if the decision cannot be described so; the mechanism is then called.
+        A decoding step that runs all blocks in one numba call then decides by itself instead of calling the mechanism;
+        the description is asked for in each step. Return None if the decision cannot be described so; the mechanism is
+        then called.
         """
         return None
 

@@ -135,8 +135,8 @@ class NeuronGroupsRecord(NamedTuple):
     def lift(self, part: Selection, state: Mapping[str, Tensor]) -> NeuronGroupsRecord:
         """Convert decisions about some selected tokens into a record for all tokens that they were selected from.
 
-        In the result, tokens that were not selected have NaN scores, False in the three masks (kept, reached, tried),
-        and a loss of 0. part: the selection. state: not used.
+        In the result, tokens that were not selected have NaN scores, False in the three masks (`kept_BTG`,
+        `reached_BT`, `tried_BTG`), and a loss of 0. part: the selection. state: not used.
         """
         return NeuronGroupsRecord(
             part.scatter(self.score_BTG, float("nan")),

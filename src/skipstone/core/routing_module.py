@@ -112,7 +112,7 @@ class RoutingModule(nn.Module):
         raise NotImplementedError
 
     def not_ready_reason(self) -> str | None:
-        """Return in words why causal decisions are not reliable yet, such as untrained thresholds; else None."""
+        """Return why decisions as in generation are not reliable yet, such as untrained thresholds; else None."""
         return None
 
     def build_warning(self) -> str | None:

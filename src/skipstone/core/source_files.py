@@ -1,4 +1,7 @@
-"""Checks of the files of a model or tokenizer before other libraries read them, so that errors name the file."""
+"""Checks that files of a model or tokenizer are there and readable, before other libraries read them.
+
+Errors name the file.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A cache of fixed size for compiled steps and CUDA graphs: no tensor in it changes its shape or address.
 
 transformers' `StaticCache(config=model.config, max_cache_len=...)` is made of these layers. Every block gets columns
-for `max_cache_len` tokens, even one that will skip most of them, because causal decisions guarantee no upper bound.
-Writing needs no host sync (the CPU never waits for the GPU); unused columns have the slot (index in the row) EMPTY,
-which no query attends to.
+for `max_cache_len` tokens, even one that will skip most of them, because decisions without later tokens guarantee no
+upper bound. Writing needs no host sync (the CPU never waits for the GPU); unused columns have the slot (index in the
+row) EMPTY, which no query attends to.
 
 Shape letters: B rows, T tokens of this call, C columns, H key/value heads, E head size.
 """

@@ -1,11 +1,11 @@
 """What a mechanism says about itself so that a compiled decoding step can decide in its place.
 
 A step that runs all blocks in one compiled call (`nn/compiled_blocks.py`) does not call mechanisms. It knows how to
-compute what these values describe, and nothing else: a mechanism whose causal decision about a token is a function of
-the stream describes it (`DepthModule.stream_gate`), and so does an activation whose result is a function of its
-pre-activations and of the tokens so far (`Activation.stream_mix`), and what chooses neurons from an MLP's own results
-(`ActivationGroupRouter.stream_choice`). Others return None and are called as usual.
-Descriptions hold the tensors themselves, not copies, and are asked for in every step.
+compute what these values describe, and nothing else: a mechanism whose decision about a token in generation is a
+function of the stream describes it (`DepthModule.stream_gate`), and so does an activation whose result is a function of
+its pre-activations and of the tokens so far (`Activation.stream_mix`), and what chooses neurons from an MLP's own
+results (`ActivationGroupRouter.stream_choice`). Others return None and are called as usual. Descriptions hold the
+tensors themselves, not copies, and are asked for in every step.
 
 Shape letters: D width, R hidden width of a router, F neurons, A activations.
 """

@@ -4,8 +4,8 @@ Depth mechanisms wrap updates (`core/seam.py`); mechanisms that save inside an M
 its routing modules, their decisions, and how often a token passes the MLP's matrices, for block, cost model and
 generation.
 
-Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, G groups of neurons, K
-groups that are on.
+Shape letters: B rows, T tokens, N tokens as they come (with or without padding), D width, F neurons, G groups of
+neurons, K groups that are on.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ class Activation(nn.Module):
         return {}
 
     def stream_mix(self) -> StreamMix | None:
-        """Return a description of what the activation computes in generation, for compiled decoding steps.
+        """Return a description of what the activation computes in generation, for decoding by compiled code.
 
-        Return None if it cannot be described so; compiled steps then call the activation instead.
+        A step that runs all blocks in one numba call computes the activation by it. Return None if it cannot be
+        described so; the activation is then called instead.
         """
         return None
 
@@ -97,7 +98,7 @@ class GroupRouter(RoutingModule):
 
 
 class GroupChoice(NamedTuple):
-    """The K neuron groups that each token uses.
+    """The K groups of an MLP's neurons that are computed for each token.
 
     group_BTK: int64, indices of the groups, ascending. gain_BTK: fp32, factor on the output of each of these groups.
     record: the decisions, for the caller of the model.
@@ -186,9 +187,10 @@ class ActivationGroupRouter(GroupRouter):
         raise NotImplementedError
 
     def stream_choice(self) -> NeuronChoice | None:
-        """Return a description of how the router currently chooses neurons, for compiled decoding steps.
+        """Return a description of how the router currently chooses neurons, for decoding by compiled code.
 
-        Return None if it cannot be described so; compiled steps then call the MLP as usual.
+        A step that runs all blocks in one numba call chooses by it. Return None if it cannot be described so; the MLP
+        is then called as usual.
         """
         return None
 

@@ -112,7 +112,8 @@ def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficult
 
     Its keys are input_ids, shift_labels, labels and difficulty. input_BT: token ids. target_BT: the target of the
     logits at the same place, which becomes shift_labels; labels has the same targets one place later, as models that
-    shift labels expect, and begins with -100. difficulty_BT: the tokens' difficulties.
+    shift labels expect, and begins with -100. difficulty_BT: the tokens' difficulties, numbers of operations on which
+    they depend; -1 for fillers.
     """
     labels_BT = np.full_like(target_BT, IGNORE)
     labels_BT[:, 1:] = target_BT[:, :-1]

@@ -21,8 +21,9 @@ class LoadedRun:
     """A run or saved model on its device, with data to measure it on.
 
     run: the run or saved model. model: its model, in evaluation mode. data: rows of one split; None for a saved model
-    without a named corpus. passes: the kinds of forward pass that the model supports, by name ("oracle", "causal",
-    "executed", "forced"). unavailable: why others are missing, by name.
+    without a named corpus. passes: the kinds of forward pass that the model supports, by name: "oracle" (decides as in
+    training), "causal" (without later tokens), "executed" (the same, skipping) and "forced" (keeps the tokens marked as
+    needing depth). unavailable: why others are missing, by name.
     """
 
     run: Run
@@ -33,10 +34,10 @@ class LoadedRun:
 
     @property
     def primary(self) -> Pass:
-        """The pass whose figures represent the model: executed (really skips), else oracle (as trained), else forced.
+        """The pass whose figures represent the model: executed (really skips), else oracle (as trained), or forced.
 
-        Raises ValueError for a model that needs the caller to decide which tokens to keep, on data that do not state
-        it.
+        Forced means that blocks keep the tokens that a synthetic corpus marks as needing depth. Raises ValueError for a
+        model that needs the caller to decide which tokens to keep, on data that do not state it.
         """
         for name in ("executed", "oracle", "forced"):
             if name in self.passes:

@@ -24,11 +24,10 @@ def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable |
     kind: "lookup" (an earlier occurrence of the last tokens); "exit" or "exit:N" (the first half, or the first N, of
     the model's blocks); "skip" (every second block); "int8" or "int4" (a copy of the model with rounded weights);
     "budget:SHARE" (the model at this share of the dense FLOPs); "head" (the trained draft head in the model's folder);
-    another model; or a draft head. model: the model that is to
-    be sped up. table: its budget table; None means the one in its folder. budget: share of the dense FLOPs at which the
-    model itself runs, which must exceed SHARE; None means as trained. Raises ValueError, with a message of one line,
-    for other names and drafts that are impossible for the model, and FileNotFoundError for "head" without a head in the
-    folder.
+    another model; or a draft head. model: the model that is to be sped up. table: its thresholds for every FLOP budget;
+    None means those in its folder. budget: share of the dense FLOPs at which the model itself runs, which must exceed
+    SHARE; None means as trained. Raises ValueError, with a message of one line, for other names and drafts that are
+    impossible for the model, and FileNotFoundError for "head" without a head in the folder.
     """
     if isinstance(kind, PreTrainedModel):
         return OtherModel(kind, model)

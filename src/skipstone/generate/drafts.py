@@ -195,12 +195,12 @@ class LowerBudget(OwnDraft):
 
 
 class FewerBits(OwnDraft):
-    """A draft by a copy of the model with weights in fewer bits, which reads and extends the model's own cache.
+    """A draft (source of guesses) by a copy of the model with weights in fewer bits, which uses the model's own cache.
 
     Speculation by a quantised copy of the same model is that of QSpec (arXiv 2410.11305). model: the model that is to
-    be sped up. bits: of a weight of the copy, 8 or 4. table, budget: the model's budget table and the share of the
-    dense FLOPs at which it runs, and so does the copy; a budget of None means as trained. Raises ValueError if the
-    model's weights have as few bits already, or cannot be rounded.
+    be sped up. bits: of a weight of the copy, 8 or 4. table, budget: the model's thresholds for every FLOP budget, and
+    the share of the dense FLOPs at which it runs, and so does the copy; a budget of None means as trained. Raises
+    ValueError if the model's weights have as few bits already, or cannot be rounded.
     """
 
     hoped = 0.9

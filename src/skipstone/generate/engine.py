@@ -161,8 +161,8 @@ def drafting_of(
 
     decode: the decoder that is to be sped up. draft: the draft's name, another model or a draft head. length: number of
     guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget (None: as
-    trained) and its budget table (None: the one in its folder). Raises ValueError for an impossible draft, a length
-    without a draft, and a static cache; FileNotFoundError for "head" without a draft head.
+    trained) and its thresholds for budgets (None: those in its folder). Raises ValueError for an impossible draft, a
+    length without a draft, and a static cache; FileNotFoundError for "head" without a draft head.
     """
     if draft is None:
         if length is not None:

@@ -57,12 +57,12 @@ def stream_text(
     run: folder of a training run or a saved model. prompt: at least one character. max_new_tokens: None means 128, or
     what fits the context. temperature: None means 0.8. top_k: draw among this many of the most probable tokens; None
     means all. seed: seed of the draws; None means a random seed. greedy: always choose the most probable token. budget:
-    share of the dense FLOPs to execute, by the budget table beside the weights; None means as trained. draft: source of
-    guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "int8", "int4", "budget:SHARE",
-    "head" or the folder of another model; None means no drafts. Raises ValueError or FileNotFoundError, with a message
-    of one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is empty or
-    exceeds the context, a model that cannot decide without later tokens, a budget that has no table or is outside its
-    range, and draft "head" without a draft head.
+    share of the dense FLOPs to execute, by the thresholds stored beside the weights; None means as trained. draft:
+    source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "int8", "int4",
+    "budget:SHARE", "head" or the folder of another model; None means no drafts. Raises ValueError or FileNotFoundError,
+    with a message of one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is
+    empty or exceeds the context, a model that cannot decide without later tokens, a budget that has no table or is
+    outside its range, and draft "head" without a draft head.
     """
     opened = Run(run)
     if draft == HEAD:

@@ -1,5 +1,7 @@
 """Loss and accuracy of one pass over all evaluation rows; on synthetic data also by difficulty and token kind.
 
+Difficulty is the number of operations on which a token depends; kinds are operations, fillers and text.
+
 Shape letters: B rows, T tokens, V vocabulary.
 """
 

@@ -1,6 +1,6 @@
-"""`TokenTrace` and `ModelView`: measurements of a model as plain values for JSON, without torch.
+"""`TokenTrace` and `ModelView`: a model's decisions for a sample of text, and what a report shows of the model.
 
-Shape letters: T tokens, L layers.
+Both are plain values for JSON, without torch. Shape letters: T tokens, L layers.
 """
 
 from __future__ import annotations

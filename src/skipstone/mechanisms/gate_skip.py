@@ -5,10 +5,10 @@
     h  <- h + g * FFN(LN2(h))                  with `on: mlp`, another gate
     loss = CE + sparsity_weight * mean over gates and tokens of mean(g)
 
-Training is soft: everything is computed and scaled. A causal pass skips tokens whose mean gate is low, but still
-computes their keys and values. Difference from the paper, which ranks tokens by their gates within a budget: the
-threshold is a running quantile of the gates in training, which can be applied to one token at a time. It holds the
-budget as far as gates in a hard pass are distributed as in soft passes.
+Training is soft: everything is computed and scaled. A pass that decides as in generation skips tokens whose mean gate
+is low, but still computes their keys and values. Difference from the paper, which ranks tokens by their gates within a
+budget: the threshold is a running quantile of the gates in training, which can be applied to one token at a time. It
+holds the budget as far as gates in a hard pass are distributed as in soft passes.
 
 Shape letters: B rows, T tokens, D width, G gates of a token (D or 1).
 """

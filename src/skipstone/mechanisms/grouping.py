@@ -25,7 +25,10 @@ class NeuronChoiceConfig:
     """The base class of the options of mechanisms that choose which neurons of an MLP are multiplied."""
 
     def require(self, layers: int, neurons: int) -> None:
-        """Raise ValueError if these options do not fit a model of `layers` layers with `neurons` MLP neurons each."""
+        """Raise ValueError if these options do not fit a model of `layers` layers with `neurons` MLP neurons each.
+
+        Subclasses say what has to fit, such as the size of the groups; by default everything does.
+        """
 
     def neurons(self, layer: int, neurons: int) -> int:
         """Return how many of the `neurons` MLP neurons of block `layer` are left after pruning; by default all."""
@@ -142,8 +145,8 @@ class ScheduledGroups(GroupRouter):
 def empty_groups(x_BTD: Tensor, total: int) -> NeuronGroupsRecord:
     """Return the decisions of an MLP that no token reached in this call: all scores are NaN and no group is on.
 
-    x_BTD: the MLP's input, which gives B, T and the device. total: the number of neuron groups, G. Scores and masks are
-    [B, T, G]; scores are fp32, or fp64 if x_BTD is fp64.
+    x_BTD: the MLP's input, which gives B, T and the device. total: G, the number of groups of neurons that are switched
+    together. Scores and masks are [B, T, G]; scores are fp32, or fp64 if x_BTD is fp64.
     """
     nan_BTG = x_BTD.new_full((*x_BTD.shape[:2], total), float("nan"), dtype=ops.wide_dtype(x_BTD))
     none_BTG = nan_BTG > 0

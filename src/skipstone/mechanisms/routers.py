@@ -163,7 +163,7 @@ class NoRouter(nn.Module):
 
 
 def scorer_of(router: nn.Module) -> Scorer | None:
-    """Return a router's parameters as a `Scorer`, from which a compiled decoding step computes its scores.
+    """Return a router's parameters as a `Scorer`, from which decoding by numba code computes its scores.
 
     None if it cannot be described so: a router of a class defined elsewhere, or one with several scores per token.
     """

@@ -98,7 +98,8 @@ class DraftHead(nn.Module):
 def told_of(model: SkipstoneForCausalLM) -> Tensor:
     """Return a fingerprint of a model that survives a change of precision, fp32 [17, D].
 
-    It consists of the embeddings of 16 tokens spread evenly over the vocabulary and the weight of the final norm.
+    It consists of the embeddings of 16 tokens spread evenly over the vocabulary and the weight of the final norm. A
+    draft head keeps it, to recognise the model that it was trained for.
     """
     ids = torch.linspace(0, model.config.vocab_size - 1, TOLD, device=model.device).long()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`ModelFields`: sizes and parts of a model, with the checks that need no torch."""
+"""`ModelFields`: sizes and parts of a model, with checks of their values that need no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the weight files that transformers reads from a folder, so that errors name the damaged file."""
+"""Checks that the weight files of a folder are whole and would not be misread by transformers; errors name the file."""
 
 from __future__ import annotations
 

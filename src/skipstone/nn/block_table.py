@@ -98,15 +98,15 @@ def _chooses(mlp: Any) -> bool:
 
 
 def choice_of(block: Block) -> NeuronChoice | None:
-    """Return the description of how a block's MLP chooses neurons for a compiled step; None if it computes all neurons.
+    """Return the description of how a block's MLP chooses neurons, for numba code; None if it computes all neurons.
 
-    block: a block that a compiled step can run.
+    block: a block that a compiled decoding step, one numba call for several blocks, can run.
     """
     return block.mlp.router.stream_choice() if isinstance(block.mlp, MagnitudeMLP) else None
 
 
 def layouts_of(blocks: Sequence[Block]) -> dict[int, bool]:
-    """Return how the down projections of `blocks` have to lie in memory for compiled steps that leave out neurons.
+    """Return how the down projections of `blocks` have to lie in memory for numba code that leaves out neurons.
 
     The result maps the `id` of each weight and scale tensor to True if the weights of one neuron must be contiguous
     (the transpose of the usual layout), and to False for the usual layout. Tensors of other layers and of other MLPs
@@ -177,11 +177,11 @@ def _sizes(block: Block) -> decode_stack.Sizes | None:
 
 
 def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stack.Sizes) -> tuple[Any, list[Tensor]]:
-    """Return the tables by which a compiled step runs blocks (a `decode_stack.Program`), and tensors to keep alive.
+    """Return the tables by which one numba call runs blocks (a `decode_stack.Program`), and tensors to keep alive.
 
     The tables contain addresses of the weights, of the mechanisms' tensors and of the tensors returned. blocks: L
-    blocks that a compiled step can run. spans: for each block, the number of blocks in the segment (blocks that a
-    mechanism skips as a whole) that begins there, or 0. sizes: the sizes that all blocks share, found by `sizes_of`.
+    blocks that such a call can run. spans: for each block, the number of blocks in the segment (blocks that a mechanism
+    skips as a whole) that begins there, or 0. sizes: the sizes that all blocks share, found by `sizes_of`.
     """
     gates = gates_of(blocks)
     described = [gate.stream_gate() for _, _, gate in gates]
@@ -213,7 +213,7 @@ def program_of(blocks: Sequence[Block], spans: Sequence[int], sizes: decode_stac
 
 
 def choice_row(block: Block) -> list[int]:
-    """Return the numbers by which a compiled decoding step leaves out neurons of a block's MLP; zeros if it does not.
+    """Return the numbers by which numba code leaves out neurons of a block's MLP in decoding; zeros if it does not.
 
     In order: the index of the rule in `decode_stack.DECISIONS`, the number of neuron groups multiplied by the up
     projection, the number multiplied by the down projection, the neurons per group, the address of a factor for each

@@ -4,8 +4,8 @@ Two executors give the same result. The masked one multiplies all neurons and se
 one takes each run of consecutive tokens with equal groups and multiplies it by the weights of these groups only.
 Decoding steps keep a copy of these weights in the cache.
 
-Shape letters: B rows, T tokens, N tokens as they come (unpadded or not), D width, F neurons, J neurons that are on, K
-groups that are on, S neurons of a group.
+Shape letters: B rows, T tokens, N tokens as they come (with or without padding), D width, F neurons, J neurons that are
+on, K groups that are on, S neurons of a group.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Part: TypeAlias = tuple[Tensor, ...]  # gate, up and down weights of the groups 
 
 @dataclass(frozen=True)
 class Held:
-    """Copied weights that decoding steps reuse while each row's neuron groups stay the same.
+    """Copied weights that decoding steps reuse while the neurons that are on in each row stay the same.
 
     group_BK: int64, the K groups that are on in each of B rows. parts: for each row, the gate, up and down weights of
     these groups. marks: counters (`weight_marks`) by which a later change of the MLP's weights is noticed.

@@ -1,4 +1,4 @@
-"""The addresses of a cache's entries, for compiled decoding steps that write into them (`nn/compiled_run.py`).
+"""The addresses of a cache's entries, for decoding by numba code that writes into them (`nn/compiled_run.py`).
 
 Shape letters: B rows, L blocks, M columns of the table of addresses.
 """

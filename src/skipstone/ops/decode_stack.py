@@ -52,7 +52,7 @@ _arenas: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes and constants that all blocks of a compiled step have in common.
+    """The sizes and constants that all blocks which one numba call runs have in common.
 
     width: width of the residual stream. neurons: number of neurons in the MLP. heads: query heads. groups: key/value
     heads. head_size: features per head. eps: added to the mean square in norms. offset: added to the norms' weights.
@@ -76,7 +76,7 @@ class Sizes:
 
 
 class Program(NamedTuple):
-    """The description of a decoder's blocks that a compiled step reads.
+    """The description of a decoder's blocks by which one numba call runs them in a decoding step.
 
     sizes: what all blocks have in common. table_LC: int64, one row of addresses and counts for each of L blocks, with
     the columns of `decode_frame.py`. number_LN: fp32, decay and preference scale of each block's activation mixture.

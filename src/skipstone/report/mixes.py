@@ -1,4 +1,4 @@
-"""Pictures of the activations of PolyGLU's neurons: by layer, by neuron, by category of token, and over training."""
+"""Pictures of the activations of PolyGLU's neurons: by layer, by neuron, by kind of text (as digits), over training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def card(run: RunView) -> PlainDict:
 
     Keys: `run`, the run itself; pictures by block: `shares`, `entropy` and `map` (each neuron's strongest activation);
     `course`, a picture of the entropy over training, or None; `every`, k if only every k-th neuron is drawn;
-    `categories`, pairs of a category of tokens and a picture of its shares; `category_names`, pairs of a category and
-    its colour; `shift`, a picture of how far the shares of each category are from those of all tokens, or None.
+    `categories`, pairs of a category of tokens (letters, digits, signs, white space) and a picture of its shares;
+    `category_names`, pairs of a category and its colour; `shift`, a picture of how far the shares of each category are
+    from those of all tokens, or None.
     """
     assert run.trace is not None
     activations, count = run.trace.activations, len(run.trace.weight_LT)

@@ -1,4 +1,4 @@
-"""Checks of a recipe that do not load torch; all mistakes are reported together."""
+"""Checks of a recipe, its run folder, corpus, loggers and model that do not load torch; mistakes are told together."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class LogWindow:
 
         folder: the checkpoint's folder. sums: fp32 [2], the window's sums of the token loss and of the auxiliary loss,
         added up over all processes (the attribute `sums` holds this process's part). lines: current number of lines in
-        metrics.jsonl.
+        metrics.jsonl, to which a resumed run cuts it.
         """
         state = {name: getattr(self, name) for name in (*STATE, *SKIPPED)}
         state |= {"sums": sums.tolist(), "lines": lines}

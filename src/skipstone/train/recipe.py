@@ -201,7 +201,7 @@ class Recipe:
     name: name of the default run folder, runs/NAME; None means a name from corpus and time. model: fields of
     SkipstoneConfig, or {preset: NAME} with fields that differ from the preset. data: which text or synthetic task is
     read, and how. train: the options of the training. Raises ValueError for a name that is not that of a folder, and
-    for routing "difficulty" with data that do not tell it.
+    for routing "difficulty" (blocks keep the tokens known to need depth) with data that do not mark them.
     """
 
     name: str | None = None

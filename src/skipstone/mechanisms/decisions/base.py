@@ -108,10 +108,11 @@ class Decision(nn.Module):
         return None
 
     def stream_line(self) -> Line | None:
-        """Return the score that a token must exceed to be kept in generation, as data for compiled decoding steps.
+        """Return the score that a token must exceed to be kept in generation, as data for compiled code.
 
         The `Line` holds this threshold and, if the score is not that of the mechanism's router, the network that
-        computes it. None for decisions that are made in another way; compiled steps then call the mechanism as usual.
+        computes it. A step that runs all blocks in one numba call decides by it. None for decisions that are made in
+        another way; the mechanism is then called as usual.
         """
         return None
 

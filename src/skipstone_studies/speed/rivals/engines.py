@@ -1,7 +1,7 @@
-"""The source model in other engines and weight formats: transformers, torchao and llama.cpp, with the same weights.
+"""A checkpoint, the source, in other engines and weight formats: transformers, torchao and llama.cpp.
 
-An engine decodes greedily, one token a step, and is timed. llama.cpp's also returns logits, by which its distance from
-the source is measured.
+An engine decodes greedily, one token a step, and is timed. All have the same weights. llama.cpp's also returns logits,
+by which its distance from the source is measured.
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ class PromptLookup:
 class LlamaCpp:
     """The engine of llama.cpp through its Python bindings, which the user installs: `pip install llama-cpp-python`.
 
-    name: the source model, the file NAME.gguf in the folder SKIPSTONE_DATA. format: "F16" or "Q8_0", to which the file
-    is converted; anything else means the file as it is. folder: where the converted file is written. threads: number of
-    CPU threads. Raises ImportError without the bindings, and ValueError if llama.cpp cannot convert the file.
+    name: the source model (the checkpoint that is decoded), the file NAME.gguf in the folder SKIPSTONE_DATA. format:
+    "F16" or "Q8_0", to which the file is converted; anything else means the file as it is. folder: where the converted
+    file is written. threads: number of CPU threads. Raises ImportError without the bindings, and ValueError if
+    llama.cpp cannot convert the file.
     """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:
@@ -184,7 +185,7 @@ def gguf(name: str, format: str, folder: Path, threads: int) -> Path:
 
 
 def llama(name: str) -> LlamaForCausalLM:
-    """Return transformers' Llama with the weights of the source model `name`, in fp32.
+    """Return transformers' Llama with the weights of the source model (decoded checkpoint) `name`, in fp32.
 
     Raises ValueError if its logits differ from the source's, because the architecture of the source is then not a
     Llama.
