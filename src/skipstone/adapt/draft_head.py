@@ -78,14 +78,14 @@ def train_draft_head(
     shortlist: int = SHORTLIST,
     seed: int = 0,
 ) -> TrainedHead:
-    """Train a draft head for a model on rows of text.
+    """Train a draft head, a block that guesses a model's next tokens, on rows of text; return it with its figures.
 
-    A draft head is a block that guesses the model's next tokens from its last hidden states. model: the model; its
-    weights stay as they are. ids_NT: token ids, int64 [N, T]; the first rows are used, as many as the steps need.
-    steps: optimizer steps, each on 8 rows; None means as many as fit into `minutes`, judged by the time of the first
-    ones. minutes: minutes of training; used only without `steps`. shortlist: number of most probable tokens among which
-    the head guesses. seed: seed of initial weights and order. Raises ValueError for values out of range, fewer than two
-    rows, and rows of fewer than five tokens.
+    The head reads the model's last hidden states. model: the model; its weights stay as they are. ids_NT: token ids,
+    int64 [N, T]; the first rows are used, as many as the steps need. steps: optimizer steps, each on 8 rows; None means
+    as many as fit into `minutes`, judged by the time of the first ones. minutes: minutes of training; used only without
+    `steps`. shortlist: number of most probable tokens among which the head guesses. seed: seed of initial weights and
+    order. The figures are those of `TrainedHead`, such as the share of guesses that are right on held-out rows. Raises
+    ValueError for values out of range, fewer than two rows, and rows of fewer than five tokens.
     """
     _check(ids_NT, steps, minutes, shortlist)
     teacher = _Teacher(model.eval())

@@ -64,9 +64,10 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Ad
     """Prepare everything before the first step, and check that the routed model starts with the source's logits.
 
     source: folder or Hub name of the dense checkpoint. recipe: the adaptation's recipe. run: the run that is resumed,
-    whose tokenizer is used; None means a new run. Measurements are printed to stderr. Raises ValueError if the source,
-    the data or the FLOP budget do not fit the recipe, or if the largest difference of logits, divided by the source's
-    largest, exceeds adapt.tolerance; FileNotFoundError for a source or corpus that does not exist.
+    whose tokenizer is used; None means a new run. Measurements are printed to stderr. Returns what the training needs:
+    models, rows, stages and budget (`AdaptPlan`). Raises ValueError if the source, the data or the FLOP budget do not
+    fit the recipe, or if the largest difference of logits, divided by the source's largest, exceeds adapt.tolerance;
+    FileNotFoundError for a source or corpus that does not exist.
     """
     dense = load_dense(source)
     data = _data(recipe, source, dense, run)

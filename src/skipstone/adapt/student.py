@@ -171,7 +171,8 @@ def neutral_start(model: SkipstoneForCausalLM, source: SkipstoneForCausalLM, row
 
     model: the routed model. source: the dense one. rows: batches to compare on, each with its tensors by name. The
     model decides as in training and, if it can, in a second pass without later tokens; the larger difference counts.
-    Raises ValueError if the source's logits are not finite.
+    Returns it with the source's largest logit, for `NeutralStart.require` to judge. Raises ValueError if the source's
+    logits are not finite.
     """
     routings = ["oracle"] if causal_obstacle(model.routing_modules()) else ["oracle", "causal"]
     was_training = model.training

@@ -90,7 +90,7 @@ class ThresholdHandle:
 
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on router scores (tokens above it are kept) in a model, as a handle that can set it.
+    """Return a handle for every threshold on router scores (tokens above it are kept) in a model, which can set it.
 
     They are in the order of `config.mechanisms` (outermost first), then of blocks; the list is empty if no score
     decides.
@@ -109,10 +109,11 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 
 
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Find every threshold on router scores (tokens above it are kept) in a model, and require at least one.
+    """Return a handle for every threshold on router scores (tokens above it are kept) in a model, at least one.
 
-    They are in the order of `config.mechanisms` (outermost first), then of blocks. Raises ValueError if there is none,
-    naming the model's mechanisms, if decisions need later tokens, and if the model is not a Skipstone model.
+    A handle reads and sets its threshold. They are in the order of `config.mechanisms` (outermost first), then of
+    blocks. Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if
+    the model is not a Skipstone model.
     """
     require_ours(model)
     require_causal(model.routing_modules())

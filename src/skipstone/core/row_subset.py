@@ -17,7 +17,7 @@ LEAST_IDLE = 0.1  # smallest share of steps without any kept row for which check
 
 
 def rows_pay(total: int, share: float | None, device: torch.device) -> bool:
-    """Return whether it saves time to find out which rows keep their token in a decoding step, and compute only these.
+    """Return whether a decoding step saves time if it finds out which rows keep their token and computes only these.
 
     On a CPU it always does: the check is free and every skipped row saves time. On a GPU the check makes the CPU wait,
     and a block takes as long for one row as for many (it reads its weights); only steps in which no row keeps its token

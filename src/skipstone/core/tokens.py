@@ -122,7 +122,7 @@ class Tokens:
 
     @property
     def group_BT(self) -> Tensor | None:
-        """The group in which each token competes in a top-k selection: its document's index, or -1 for padding.
+        """The group within which a top-k selection compares each token: its document's index, or -1 for padding.
 
         int64 [B, T]. Indices are compared within a row only, so rows may use the same ones. None if each row is one
         document without padding.

@@ -1,4 +1,4 @@
-"""`Corpus`: named splits of documents, read when they are needed, and two ways to split."""
+"""`Corpus`: named splits of documents, read when they are needed; splits by documents' hashes or by place in a text."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
     """Encode documents and concatenate them with an eos token between two of them.
 
     documents: the texts of one split. Special tokens written in a text ("<eos>") are encoded as ordinary text. Raises
-    ValueError if there are several documents and the tokenizer has no eos token.
+    ValueError if there are several documents and the tokenizer has no eos token. Returns the ids with the places and
+    sizes of the documents.
     """
     eos = tokenizer.eos_token_id
     if eos is None and len(documents) > 1:

@@ -154,9 +154,9 @@ def calibrate_run(
 
     folder: the folder of the run or saved model. The file is written beside the weights. corpus: name of the corpus to
     measure on, such as "enwik8". context: tokens of a row. For both, None means the run's own (a saved model has no
-    corpus). rows: number of training rows to measure on. Raises FileExistsError if there is a budget table already,
-    ValueError without a corpus and for a model that has no threshold to set, and FileNotFoundError for a folder or a
-    corpus that does not exist.
+    corpus). rows: number of training rows to measure on. Returns the thresholds as a table, and the path of the file.
+    Raises FileExistsError if there is a budget table already, ValueError without a corpus and for a model that has no
+    threshold to set, and FileNotFoundError for a folder or a corpus that does not exist.
     """
     loaded = load_run(folder, "train", corpus, context)
     where = loaded.run.model_folder()

@@ -109,8 +109,9 @@ def compare(
     runs: run folders or saved models. dense, forced: both or neither, and only if all runs were trained on a synthetic
     corpus that marks the tokens that need depth (such as Reset-S3): a run without routing that executes as many FLOPs,
     and a run that keeps the marked tokens. Each run's accuracy is then reported as a position between the accuracies of
-    these two. rounds: timings of each task after one to warm up. Raises ValueError or FileNotFoundError for folders
-    that cannot be measured.
+    these two. rounds: timings of each task after one to warm up. Returns the figures of all runs, which can be printed
+    as a table and written as JSON or Markdown. Raises ValueError or FileNotFoundError for folders that cannot be
+    measured.
     """
     if not runs:
         raise ValueError("name at least one run to compare")

@@ -215,8 +215,9 @@ def evaluate(
     batch_size: rows of a forward pass. corpus: name of the corpus to evaluate on, such as "enwik8". context: tokens of
     a row. For both, None means the value of the run's recipe. budgets: shares of the dense model's FLOPs at which the
     model is also evaluated, with the thresholds stored beside its weights, or else with thresholds measured on rows
-    that are not evaluated. Raises FileNotFoundError if the folder or its data do not exist, and ValueError for a saved
-    model without a corpus, data that do not fit the model, and a budget out of reach.
+    that are not evaluated. Returns the figures by kind of pass, which can be printed as tables and written as JSON or
+    Markdown. Raises FileNotFoundError if the folder or its data do not exist, and ValueError for a saved model without
+    a corpus, data that do not fit the model, and a budget out of reach.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

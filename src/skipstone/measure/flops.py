@@ -63,13 +63,14 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
     """Count the FLOPs of everything that executes while `fn()` runs: forward passes, backward passes, or both.
 
     fn: called once, without arguments. Pointwise operations, norms and copies count as 0. A forward pass that
-    activation checkpointing repeats is counted, as backward.
+    activation checkpointing repeats is counted, as backward. Returns the sum, its parts by kind, and operations that
+    the counter does not know.
     """
     return _counted(fn)[0]
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
-    """Count how often the device held up the host while `fn()` ran, by name of the operation.
+    """Return how often the device held up the host while `fn()` ran, by name of the operation.
 
     The host waits when it needs a value from the device, or a shape that depends on such a value. Keys are names such
     as "aten.nonzero.default". fn: called once, without arguments. On a CPU nothing waits, but the same operations are
@@ -281,8 +282,8 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
     `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs (waits of the CPU for
-    the device) and once to record the decisions. FLOPs are means over all tokens, syncs the mean over batches. Raises
-    ValueError without any tokens.
+    the device) and once to record the decisions. FLOPs are means over all tokens, syncs the mean over batches. Returns
+    both figures per token and the names of unknown operations. Raises ValueError without any tokens.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()

@@ -110,6 +110,9 @@ class MixtureOfDepthsConfig:
 
     @property
     def shares(self) -> float | list[float] | Ramp:
-        """The option `capacity`, which is never None once the options are parsed."""
+        """The option `capacity`: the share of tokens that blocks keep, one number, a list of them or a ramp over depth.
+
+        It is never None once the options are parsed.
+        """
         assert self.capacity is not None
         return self.capacity

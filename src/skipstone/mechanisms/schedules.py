@@ -21,7 +21,7 @@ UNIT = 1_000_000  # progress is stored as an integer, which casting a model does
 
 
 def between(start: float, end: float, share: float, shape: Shape) -> float:
-    """Interpolate from `start`, at share 0 and below, to `end`, at share 1 and above.
+    """Return the value between `start`, reached at share 0 and below, and `end`, at share 1 and above.
 
     shape: "linear", or "cosine" for half a cosine wave, which begins and ends flat.
     """

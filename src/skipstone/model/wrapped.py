@@ -1,4 +1,4 @@
-"""A check of whether a model that a user passes in can be measured and decoded as one of ours."""
+"""A check of whether a model that a user passes in is a Skipstone model, which can be measured and decoded here."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Runs:
 
     @classmethod
     def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
-        """Divide N tokens into runs, consecutive tokens that keep the same groups of neurons.
+        """Divide N tokens into runs, consecutive tokens that keep the same groups of neurons, and return these.
 
         The host waits once for the device. group_NK: int64, the groups that each token keeps, ascending. begins_N:
         bool, tokens at which a run begins, including the first. total: number of all groups. size: neurons per group.

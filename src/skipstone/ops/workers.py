@@ -77,7 +77,7 @@ class Unit:
 
     @cached_property
     def compiled(self) -> Any:
-        """The machine code as numba's C callback."""
+        """The compiled function, as numba's object for C callbacks; it is compiled, or read from disk, on first use."""
         kind = types.void(*[types.int64] * self.count)
         made = keep(CFunc(self.function, (kind.args, kind.return_type), {}, OPTIONS), self.function)
         with interrupted_later():

@@ -107,9 +107,9 @@ def plan(
 
     values: the recipe as a plain dict with the keys name, model, data and train. gpus: number of GPUs. gpu: name of the
     GPU, such as "H100"; one of `estimate.GPUS`. mfu: share of the GPU's peak FLOP/s that matrix products reach, in (0,
-    1]. network: GB/s in one direction that each GPU has to other nodes. Raises ValueError if the rows of a step cannot
-    be divided over the GPUs, for an unknown GPU, an mfu out of range, mistakes in the recipe, and if `gpus` or
-    `network` is not positive.
+    1]. network: GB/s in one direction that each GPU has to other nodes. Returns memory, bytes sent and seconds of a
+    step for each GPU. Raises ValueError if the rows of a step cannot be divided over the GPUs, for an unknown GPU, an
+    mfu out of range, mistakes in the recipe, and if `gpus` or `network` is not positive.
     """
     if gpus < 1 or not 0 < network < math.inf:
         raise ValueError(f"gpus and network must be above 0, got {gpus} and {network}")
@@ -164,7 +164,7 @@ class ParameterCounts:
 
     @classmethod
     def of(cls, model: SkipstoneForCausalLM) -> ParameterCounts:
-        """Count the parameters of a model, which may be on the meta device."""
+        """Return the numbers of parameters of a model, which may be on the meta device."""
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
         total = sum(p.numel() for p in model.parameters())
         return cls(total=total, blocks=sum(blocks), largest=max(blocks))

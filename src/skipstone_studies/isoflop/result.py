@@ -37,7 +37,7 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """A loss that was read off a straight line between two measured points.
+    """The loss of a model after a given training time, read off a straight line between two measured points.
 
     loss: in nats per token. beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as
     much noise.

@@ -146,11 +146,11 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
 
 
 def thresholds(model: SkipstoneForCausalLM, run: Run, budget: float) -> AbstractContextManager[Any]:
-    """Set the routing thresholds of a model to a budget inside a `with` block.
+    """Return a context manager that sets the routing thresholds of a model to a budget, and restores them afterwards.
 
-    model: changed until the block ends. run: the model's run, which is calibrated first if it has no table of
-    thresholds by budget. budget: share of the FLOPs of the source, the checkpoint before it is adapted. A model with
-    neurons by magnitude has no thresholds and stays as it is.
+    model: the model. run: the model's run, which is calibrated first if it has no table of thresholds by budget.
+    budget: share of the FLOPs of the source, the checkpoint before it is adapted. A model with neurons by magnitude has
+    no thresholds and stays as it is.
     """
     if model.config.neuron_groups is not None:
         return nullcontext()

@@ -61,7 +61,7 @@ def model_of(decision: str) -> SkipstoneForCausalLM:
 
 
 class OperationTrace(TorchDispatchMode):
-    """A context in which every torch operation that runs is hashed with the shapes of its inputs."""
+    """A context in which every torch operation that runs is hashed with its inputs' shapes, to compare two runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def passed(model: SkipstoneForCausalLM, ids: torch.Tensor) -> Callable[[], None]
 
 
 def signature(run: Callable[[], None]) -> str:
-    """Return the hash of all operations and shapes that `run` executes."""
+    """Return one hash of all operations and shapes that `run` executes, which is equal for runs of the same ones."""
     with OperationTrace() as seen:
         run()
     return seen.digest.hexdigest()

@@ -91,6 +91,9 @@ def _rank(recipe: RecipeDict, count: int, rank: int, folder: str) -> None:
 
 
 def arms() -> dict[str, RecipeDict]:
-    """Return the recipes of the cost curves over processes by name, one for each model."""
+    """Return the recipes of the cost curves by name, one for each model, whose training step several processes share.
+
+    A cost curve is the time and memory of the step by the number of processes.
+    """
     common = {**SHARED, "kind": "processes", "axis": "processes", "values": list(COUNTS)}
     return {f"processes, {model}": {**common, "model": model} for model in MODELS}
