@@ -181,7 +181,7 @@ def measured_benefit(
 
 
 class Regression:
-    """A ridge regression that predicts the benefit of a unit for a token from what a causal router could see.
+    """A ridge regression that predicts the benefit of a unit for a token from what a router sees as it decides.
 
     A unit is a group of blocks that are skipped together; its benefit is the number of nats by which these blocks lower
     the token's loss. Inputs are the residual stream, random rectified features of it, and the token's surprise. Calling

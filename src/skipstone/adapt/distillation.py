@@ -1,4 +1,4 @@
-"""Distillation losses: divergence from the dense model's logits, and error of the stream after each block.
+"""Distillation losses: divergence from the dense model's logits, and error of the hidden states after each block.
 
 Shape letters: B rows, T tokens, V vocabulary, D width.
 """
@@ -28,7 +28,7 @@ def stream_error(student: Sequence[Tensor], teacher: Sequence[Tensor], asked_BT:
     """Return the squared error of the student's hidden states, divided by the teacher's mean square, fp32 [].
 
     The error of a token is the mean over D; the result is summed over tokens and averaged over blocks. student,
-    teacher: the hidden states [B, T, D] after each block, in order. asked_BT: bool [B, T], the tokens that count.
+    teacher: the hidden states [B, T, D] after each block, in order. asked_BT: bool [B, T], the tokens to compare.
     """
     total = torch.zeros((), device=asked_BT.device)
     for ours_BTD, theirs_BTD in zip(student, teacher, strict=True):

@@ -229,14 +229,15 @@ class Tokens:
     def gather_queries(self, x_BTD: Tensor) -> Tensor:
         """Return the tokens of x_BTD [B, T, ...] whose update is computed: [B, K, ...], or [1, N, ...].
 
-        The second form, all rows' tokens concatenated, is used if unpadding is set for these tokens.
+        The second form, all rows' tokens concatenated, is used where padding is left out of the layers that treat each
+        token alone.
         """
         return self.unpad(x_BTD) if self.queries.is_all else self.queries.gather_unpadded(x_BTD)
 
     def scatter_queries(self, y: Tensor) -> Tensor:
         """Return [B, T, ...] with y at the tokens whose update is computed, else 0; inverse of `gather_queries`.
 
-        y: values of these tokens, [B, K, ...], or [1, N, ...] if unpadding is set for them.
+        y: values of these tokens, [B, K, ...], or [1, N, ...] where padding is left out.
         """
         return self.pad(y) if self.queries.is_all else self.queries.scatter_unpadded(y)
 

@@ -140,8 +140,8 @@ class Length:
         """Record a pass over the last token and its guesses.
 
         guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing: seconds of
-        drafting; 0 for a plain step, in which nothing was done for drafts. checking: seconds of the pass with all that
-        follows from it. kind: number of the kind of guess.
+        drafting; 0 for a plain step, in which nothing was done for drafts. checking: seconds of the pass and of what is
+        done with its result. kind: number of the kind of guess; each kind has its own share of right ones.
         """
         self.check[guesses].append(checking)
         if guesses == 0 and guessing:

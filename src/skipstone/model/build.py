@@ -113,7 +113,10 @@ class Blocks(nn.ModuleList):
 
 
 def format_of(config: SkipstoneConfig) -> Format | None:
-    """Return the compact format in which `config` stores a model's weights; None for parameters in floating point."""
+    """Return the compact format in which `config` stores a model's weights; None for parameters in floating point.
+
+    A compact format holds weights in integers of 8 or 4 bits with scales, or in 16 bits, and cannot be trained.
+    """
     if config.weight_format == "float":
         return None
     return Format(name=config.weight_format, group=config.weight_group, left=config.weight_int8 or ())

@@ -81,7 +81,7 @@ class Format:
 
 
 def layers_of(module: nn.Module) -> dict[str, StoredWeights]:
-    """Return the layers below a module whose weights are stored in a compact format, by name."""
+    """Return the layers below a module whose weights are stored in a compact format, such as int8 or int4, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, StoredWeights)}
 
 

@@ -1,4 +1,4 @@
-"""What layers with weights in a compact format have in common, whatever the format."""
+"""What layers with weights in a compact format (int8, int4 or 16 bits) have in common, whatever the format."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def seconds_of(collected: GridRecords, point: GridPoint) -> float:
 
 
 def equal_times(collected: GridRecords) -> list[EqualTime]:
-    """Return the losses of all compared recipes after equal training times, one entry between adjacent budgets.
+    """Return the losses of all compared recipes after equal training times, one for each two adjacent budgets.
 
     collected: all stored results of the grid. A time is the geometric mean of the times at both budgets, each the
     median over the base arm's sizes. There most losses can be interpolated: the loss of a size is read off a straight

@@ -1,4 +1,4 @@
-"""Samples and charts below the table of a study of methods that make a pretrained model compute less."""
+"""Generated texts and charts below the table of a study of methods that make a pretrained model compute less."""
 
 from __future__ import annotations
 

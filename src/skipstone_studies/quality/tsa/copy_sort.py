@@ -111,7 +111,7 @@ def _of_task(figures: ByArm, task: str) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the study's table: verdicts, published figures next to ours, and other ways to execute.
+    """Return the Markdown below the study's table: verdicts, the paper's figures and ours, other ways to run gates.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
