@@ -243,21 +243,20 @@ DECODE_BATCHES = Study(
     name="decode_batches",
     purpose="Batches, long contexts and prompts on a CPU: ours beside transformers and llama.cpp",
     about=(
-        f"The source, {SOURCE}, is a GGUF file of four-bit blocks; every way has its weights, in the format that it "
-        "names: restored to fp32 (transformers and ours), rounded to fp16 (*16 bits*) or int8, as the file has them "
-        "(*4 bits*; *llama.cpp, the file*), and as Q8_0 written by llama.cpp, which pip builds from its source. One "
-        "thread. An arm is one setting, and "
-        "its ways are timed in turns in one process: `rows-N` is a decoding step of N rows after 32 tokens each, "
-        "`context-N` one of a single row after N tokens, `rows-4-context-1000` one of four rows after 1,000 each, "
-        f"`prompt-N` the pass over N tokens up to the first new one. A lap has {STEP['steps']} steps, which continue "
-        "the text with its own tokens and find the likeliest one after each; then the cache is cut back. The text is "
-        f"Python's manual, each row another part of it. *Speed* is that of transformers' Llama in fp32 = 1, "
-        f"by the wall clock, lap by lap; medians of {STEP['laps']} laps, of {PROMPT['laps']} for prompts, with the "
-        "least and the greatest. The last columns divide by llama.cpp's speed instead. transformers and ours store "
-        "keys and values in fp32, llama.cpp in F16, which is its default; it decodes all rows in one call, each row a "
-        "sequence with a buffer of its own (`n_ctx` is the number of tokens read, rounded up to 256, for each row). It "
-        f"has flash attention except in steps after {PLAIN_FROM:,} tokens or more, which are faster without. The model "
-        "was made for contexts of up to 8,192 tokens, so none is beyond."
+        f"The source, {SOURCE}, is a GGUF file of four-bit blocks (Q4_1). Its weights are restored to fp32 "
+        "(transformers and ours), rounded to fp16 (*16 bits*) or int8, or multiplied as the file has them (*4 bits*; "
+        "*llama.cpp, the file*); llama.cpp also writes them as Q8_0. Its bindings were built from source by pip. One "
+        "thread. An arm is one setting, and all ways to compute it are timed in turns in one process: `rows-N` is a "
+        f"decoding step of N rows after {CONTEXT} tokens each, `context-N` one of a single row after N tokens, "
+        "`rows-4-context-1000` one of four rows after 1,000 tokens each, `prompt-N` a pass over N tokens up to the "
+        f"first new one. A lap has {STEP['steps']} steps; they continue the text with its own tokens, find the "
+        "likeliest token after each, and are then cut off the cache. The text is Python's manual, each row another "
+        "part of it. *Speed* is relative to transformers' Llama in fp32, by the wall clock and lap by lap: medians of "
+        f"{STEP['laps']} laps ({PROMPT['laps']} for prompts), with the least and the greatest. The last two columns "
+        "are relative to llama.cpp instead. transformers and ours store keys and values in fp32, llama.cpp in F16, its "
+        "default. It decodes all rows in one call, each row a sequence with a buffer of its own (`n_ctx`: the tokens "
+        "of a row rounded up to 256, times the rows), with flash attention except in steps after "
+        f"{PLAIN_FROM:,} tokens or more, which are faster without. The model was made for up to 8,192 tokens."
     ),
     arms=arms,
     seeds={"laptop": (0,), "quick": (0,)},
