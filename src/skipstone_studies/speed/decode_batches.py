@@ -252,11 +252,12 @@ DECODE_BATCHES = Study(
         f"first new one. A lap has {STEP['steps']} steps; they continue the text with its own tokens, find the "
         "likeliest token after each, and are then cut off the cache. The text is Python's manual, each row another "
         "part of it. *Speed* is relative to transformers' Llama in fp32, by the wall clock and lap by lap: medians of "
-        f"{STEP['laps']} laps ({PROMPT['laps']} for prompts), with the least and the greatest. The last two columns "
-        "are relative to llama.cpp instead. transformers and ours store keys and values in fp32, llama.cpp in F16, its "
-        "default. It decodes all rows in one call, each row a sequence with a buffer of its own (`n_ctx`: the tokens "
-        "of a row rounded up to 256, times the rows), with flash attention except in steps after "
-        f"{PLAIN_FROM:,} tokens or more, which are faster without. The model was made for up to 8,192 tokens."
+        f"{STEP['laps']} laps ({PROMPT['laps']} for prompts), with the least and the greatest. The last columns "
+        "are relative to llama.cpp instead. transformers and ours store keys and values in fp32 unless a way says "
+        "otherwise, llama.cpp in F16, its default. It decodes all rows in one call, each row a sequence with a buffer "
+        "of its own (`n_ctx`: the tokens of a row rounded up to 256, times the rows), with flash attention except in "
+        f"steps after {PLAIN_FROM:,} tokens or more, which are faster without. The model was made for up to 8,192 "
+        "tokens."
     ),
     arms=arms,
     seeds={"laptop": (0,), "quick": (0,)},
