@@ -39,6 +39,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["convert", "gpt2", "taken.txt"], "output folder 'taken.txt' exists already"),
         (["prepare", "jsonl:taken.txt", "--out", "a", "--tokenizer", ""], "unknown tokenizer ''"),  # was byte, silently
         (["reproduce"], "name a study"),
+        (["generate", ".", "--prompt", "a", "--cache-bits", "8"], "--cache-bits must be 32 or 16, got 8"),
+        (["quantise", ".", "out", "--cache-bits", "4"], "--cache-bits must be 32 or 16, got 4"),
         (["reproduce", "demo", "--out", "taken.txt"], "--out 'taken.txt' must be a folder, but"),
         (["reproduce", "demo", "--runs", "taken.txt/a"], "--runs 'taken.txt/a' must be a folder, but"),
         (["compare", ".", "--json", "a", "--markdown", "./a"], "--json and --markdown name the same file, 'a'"),

@@ -159,6 +159,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
         "greedy": False,
         "budget": None,
         "draft": None,
+        "cache_bits": None,
     }
     assert calls == [((Path("run"), "O, "), options)]
 

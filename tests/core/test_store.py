@@ -108,7 +108,7 @@ def test_nothing_before_the_first_token() -> None:
     assert store.stored() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_types_are_kept(dtype: torch.dtype) -> None:
     store = RaggedStore()
     real = torch.tensor([[True, False], [True, True]])

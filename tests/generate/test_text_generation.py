@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from generate.folders import MOD, TSA, reset_data, text_data, write_run
+from skipstone.core import cache as core_cache
 from skipstone.generate.engine import generate
 from skipstone.generate.text_generation import stream_text
+from skipstone.ops.reference import to_half
 from skipstone.runs import Run
 
 PROMPT = "für "
@@ -34,6 +36,16 @@ def test_the_text_is_the_engines_tokens_decoded(run: Path, folder: str) -> None:
     assert all(0 < piece.compute <= 1 for piece in pieces)
     assert len({piece.compute for piece in pieces}) > 1
     assert all(piece.text for piece in pieces)
+
+
+def test_keys_and_values_in_16_bits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[torch.dtype] = []
+    monkeypatch.setattr(core_cache, "to_half", lambda x: rounded.append(x.dtype) or to_half(x))
+    text = [piece.text for piece in stream_text(run, PROMPT, max_new_tokens=4, greedy=True, cache_bits=16)]
+    assert "".join(text)
+    assert set(rounded) == {torch.float32}
+    with pytest.raises(ValueError, match="cache_bits must be 32 or 16, got 4"):
+        stream_text(run, PROMPT, cache_bits=4)
 
 
 def test_sampling_with_a_seed_is_the_same_again(run: Path) -> None:

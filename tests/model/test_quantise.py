@@ -240,16 +240,21 @@ def test_ids_outside_of_the_vocabulary_are_one_line() -> None:
 def test_a_folder_and_back_to_dense(tmp_path: Path) -> None:
     whole = model()
     whole.save_pretrained(tmp_path / "whole")
-    export_quantised(tmp_path / "whole", tmp_path / "small")
+    said = export_quantised(tmp_path / "whole", tmp_path / "small", cache_bits=16)
+    assert said.endswith("; keys and values are cached in fp16")
     small = load_model(tmp_path / "small")
+    assert small.config.cache_format == "float16"
+    assert quantise(load_model(tmp_path / "whole")).config.cache_format == "float"
     export_dense(tmp_path / "small", tmp_path / "dense")
     from transformers import AutoModelForCausalLM
 
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     with torch.no_grad():
-        assert torch.allclose(dense(ids()).logits, small(ids()).logits, atol=1e-4)
+        assert torch.allclose(dense(ids()).logits, small(ids(), use_cache=False).logits, atol=1e-4)
     with pytest.raises(FileExistsError):
         export_quantised(tmp_path / "whole", tmp_path / "small")
+    with pytest.raises(ValueError, match="cache_bits must be 32 or 16, got 8"):
+        export_quantised(tmp_path / "whole", tmp_path / "other", cache_bits=8)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

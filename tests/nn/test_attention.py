@@ -22,7 +22,7 @@ H, G, E, D = 4, 2, 6, 16
 def attention(kind: str = "sdpa", **more: object) -> Attention:
     torch.manual_seed(1)
     shape = AttentionShape(hidden_size=D, num_heads=H, num_key_value_heads=G, head_dim=E, **more)
-    return Attention(shape, SimpleNamespace(_attn_implementation=kind), 0).eval()
+    return Attention(shape, SimpleNamespace(_attn_implementation=kind, cache_format="float"), 0).eval()
 
 
 def formula(layer: Attention, x_TD: Tensor, allowed_TT: Tensor) -> Tensor:

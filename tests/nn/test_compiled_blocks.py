@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned positions": {"positions": "learned"},
     "a window that hides nothing": {"attention_window": 60},
     "a window that hides keys": {"attention_window": 7, "window_layers": [1]},
+    "keys and values in 16 bits": {"qk_norm": True, "cache_format": "float16"},
     "two kinds of angles": {
         "attention_window": 60,
         "window_layers": [0],
@@ -131,7 +132,7 @@ def test_it_equals_the_blocks(name: str, bits: int, counted: list[int], monkeypa
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 if bits >= 16 else 2e-3)
 
 
-NEURONS = [(2, "zeros"), (3, "zeros of a mix, routed"), (3, "by magnitude, twice")]
+NEURONS = [(3, "keys and values in 16 bits"), (2, "zeros"), (3, "zeros of a mix, routed"), (3, "by magnitude, twice")]
 
 
 @pytest.mark.parametrize(

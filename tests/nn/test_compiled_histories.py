@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         ],
         "num_key_value_heads": 1,
         "attention_window": 17,
+        "cache_format": "float16",
     },
     "parts": {
         "mechanisms": [
@@ -55,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation": {"name": "polyglu", "context": "exponential_mean", "decay": 0.7},
         "norm": "rmsnorm_offset",
         "norm_placement": "around",
+        "cache_format": "float16",
     },
     "neurons": {
         "neuron_groups": {"decision": "magnitude", "group_size": 4, "capacity": 0.6, "down_capacity": 0.3},

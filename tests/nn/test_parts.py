@@ -71,7 +71,7 @@ def test_an_mlp_keeps_one_copy_of_its_input_under_autocast(activation: nn.Module
 def block(dropout: float = 0.0) -> Block:
     torch.manual_seed(0)
     shape = AttentionShape(hidden_size=8, num_heads=2, num_key_value_heads=2, head_dim=4, residual_dropout=dropout)
-    attention = Attention(shape, SimpleNamespace(_attn_implementation="sdpa"), 0)
+    attention = Attention(shape, SimpleNamespace(_attn_implementation="sdpa", cache_format="float"), 0)
     return Block(
         attention,
         GatedMLP(8, 12, FixedActivation("silu"), dropout=dropout),

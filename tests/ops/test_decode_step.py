@@ -34,18 +34,21 @@ def test_norm_equals_torch() -> None:
 
 
 @pytest.mark.parametrize("rotated", [True, False])
-@pytest.mark.parametrize("column", [0, 1, 37])
+@pytest.mark.parametrize(
+    ("column", "H", "G", "E"), [(0, 6, 2, 8), (1, 6, 2, 24), (37, 6, 2, 8), (38, 5, 1, 40), (40, 4, 4, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_attention_equals_torch(column: int, rotated: bool) -> None:
+def test_attention_equals_torch(column: int, H: int, G: int, E: int, rotated: bool, dtype: torch.dtype) -> None:
     """Grouped heads; columns behind the newest hold NaN and must not be read."""
-    H, G, E = 6, 2, 8
     query, key, value = torch.randn(1, 1, H * E) * 5, torch.randn(1, 1, G * E) * 5, torch.randn(1, 1, G * E)
     config = SkipstoneConfig(vocab_size=8, hidden_size=H * E, num_attention_heads=H, num_hidden_layers=1)
     rotary = Rotary(config)(torch.tensor([[column + 3]]), torch.float32) if rotated else None
-    stored = {name: torch.full((1, column + 2, G, E), torch.nan) for name in ("key", "value")}
+    stored = {name: torch.full((1, column + 2, G, E), torch.nan, dtype=dtype) for name in ("key", "value")}
     for x in stored.values():
         x[:, :column] = torch.randn(1, column, G, E) * 3
     stored["slot"] = torch.zeros(1, column + 2, dtype=torch.long)
+    assert decode_step.extends(stored["key"])
     y = decode_step.attend_newest(query, key, value, rotary, stored, torch.tensor([[9]]), column, 0.3)
 
     def heads(x: Tensor) -> Tensor:
@@ -53,11 +56,35 @@ def test_attention_equals_torch(column: int, rotated: bool) -> None:
         return x_BHTE if rotary is None else reference.rotate(x_BHTE, *rotary)
 
     seen = {name: x[:, : column + 1].transpose(1, 2) for name, x in stored.items() if name != "slot"}
-    torch.testing.assert_close(seen["key"][:, :, -1:], heads(key))
-    assert torch.equal(seen["value"][:, :, -1].flatten(), value.flatten())
+    torch.testing.assert_close(seen["key"][:, :, -1:], heads(key).to(dtype))
+    assert torch.equal(seen["value"][:, :, -1].flatten(), value.flatten().to(dtype))
     assert stored["slot"][0].tolist() == [0] * column + [9, 0]
-    expected = F.scaled_dot_product_attention(heads(query), seen["key"], seen["value"], scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(y, expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+    q, k, v = (x.double() for x in (heads(query), seen["key"], seen["value"]))  # torch's own sums in fp32 lose more
+    expected = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True).float()
+    torch.testing.assert_close(y, expected.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_halves_are_rounded_as_torch_does() -> None:
+    """Ties to even, numbers below 2^-14, and what fp16 cannot hold, which becomes its largest number; NaN stays NaN."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()].float()
+    between = (every.sort().values[1:] + every.sort().values[:-1]) / 2
+    large = torch.tensor([65504.0, 65519.0, 65520.0, 1e6, 3e38, torch.inf, 1e-9, 2.0**-25, 0.0, torch.nan])
+    numbers = torch.cat([every, between, between * (1 + 1e-6), between * (1 - 1e-6), large, -large])
+    numbers = F.pad(numbers, (0, -len(numbers) % 2))
+    stored = {name: torch.zeros(1, 1, 2, len(numbers) // 2, dtype=torch.float16) for name in ("key", "value")}
+    stored["slot"] = torch.zeros(1, 1, dtype=torch.long)
+    given = numbers[None, None]
+    decode_step.attend_newest(given, given, given, None, stored, torch.tensor([[0]]), 0, 1.0)
+    want = reference.to_half(numbers)
+    for name in ("key", "value"):
+        got = stored[name].flatten()
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+        assert torch.equal(got.isnan(), numbers.isnan())
+    assert bool((want.abs() <= 65504)[~numbers.isnan()].all())
+    small = numbers.abs() < 65504
+    assert torch.equal(want[small], numbers[small].half())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from skipstone.core.progress_bar import stages
 from skipstone.generate import generate
 from skipstone.model.card import write_card
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.model.fields import cache_format_of
 from skipstone.model.head_preview import config_with_candidates, with_head_candidates
 from skipstone.model.loading import quiet
 from skipstone.model.pretrained import four_bit_rows, load_pretrained, load_tokenizer
@@ -53,16 +54,20 @@ class HeadCandidates:
     tokens: int = 256
 
 
-def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8) -> str:
+def export_quantised(
+    source: str | Path, out: Path, head: HeadCandidates | None = None, bits: int = 8, cache_bits: int | None = None
+) -> str:
     """Write the model at `source` with quantised weights to the folder `out`, with its tokenizer and a model card.
 
     source: folder of a run, a saved model or a dense checkpoint, a Hub name, or a .gguf file. head: limits the logits
     that decoding steps compute exactly; None means that all are computed. bits: 8 for int8; 16 for bf16 or fp16; 4 for
-    most weights in 4 bits, where four-bit blocks of a GGUF file are taken over as they are. `out` appears only when it
-    is complete. Returns a line that names the format and says whether weights were rounded. Raises FileExistsError if
-    `out` is not empty, ValueError or FileNotFoundError for a source that cannot be read, and ValueError for other bits,
-    a model that is quantised already, and options of the head that do not fit.
+    most weights in 4 bits, where four-bit blocks of a GGUF file are taken over as they are. cache_bits: 16 if the model
+    is to cache keys and values in fp16, 32 if as it computes them; None means as at `source`. `out` appears only when
+    it is complete. Returns a line that names the format and says whether weights were rounded. Raises FileExistsError
+    if `out` is not empty, ValueError or FileNotFoundError for a source that cannot be read, and ValueError for other
+    bits, a model that is quantised already, and options of the head that do not fit.
     """
+    cache_format = None if cache_bits is None else cache_format_of(cache_bits)
     folder = Path(source).expanduser()
     with stages("reading the model", "rounding its weights", "writing the model") as stage:
         next(stage)
@@ -80,10 +85,12 @@ def export_quantised(source: str | Path, out: Path, head: HeadCandidates | None 
             kept = stored_exactly(model, small)
             if head is not None:
                 small = with_head_candidates(small, ids_BT, head.candidates, _directions(head, small))
+        small.config.cache_format = cache_format or small.config.cache_format
         next(stage)
         _write(small, tokenizer, Path(out), folder.resolve().name if folder.exists() else str(source))
     kind = small.config.weight_format
-    return f"{kind}: {EXACT if kept else ROUNDED[kind].format(group=small.config.weight_group)}"
+    cached = "; keys and values are cached in fp16" if small.config.cache_format == "float16" else ""
+    return f"{kind}: {EXACT if kept else ROUNDED[kind].format(group=small.config.weight_group)}{cached}"
 
 
 def _write(model: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase | None, out: Path, source: str) -> None:

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from skipstone.core.ragged_store import SLACK, RaggedStore, entries_held
 from skipstone.core.row_subset import RowSubset
+from skipstone.ops.reference import to_half
 
 
 class SkipstoneCacheLayer(CacheLayerMixin):
@@ -69,6 +70,16 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     def values(self, value: None) -> None:
         """Ignore `value`: transformers' constructor assigns None, but values live in the attribute `kv`."""
 
+    def as_stored(self, x: Tensor, halves: bool) -> Tensor:
+        """Return keys or values in the dtype in which this layer stores them: rounded to fp16, or as they are.
+
+        x: keys or values of any shape. halves: whether an empty layer stores what is wider than 16 bits in fp16; a
+        layer that has stored something keeps to its dtype.
+        """
+        stored = self.kv.entries.get("key")
+        rounds = halves and x.element_size() > 2 if stored is None else stored.dtype == torch.float16 != x.dtype
+        return to_half(x) if rounds else x
+
     def append(
         self,
         key_BHTE: Tensor,
@@ -106,13 +117,14 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values, and return all that are stored, [B, heads, entries, head size] each.
 
-        key_states, value_states: [B, H, T, E]. slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False
-        for padding; None means no padding. document_BT: int64, the tokens' documents; None means one per row. rows: the
-        rows that the tokens continue, one token each; None means all. Other arguments are ignored. Raises ValueError if
-        some calls give documents and others do not.
+        key_states, value_states: [B, H, T, E]; what is returned has their dtype. slot_BT: int64, the tokens' indices in
+        their rows. real_BT: bool, False for padding; None means no padding. document_BT: int64, the tokens' documents;
+        None means one per row. rows: the rows that the tokens continue, one token each; None means all. Other arguments
+        are ignored. Raises ValueError if some calls give documents and others do not.
         """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
-        return self.kv.view("key").transpose(1, 2), self.kv.view("value").transpose(1, 2)
+        key, value = (self.kv.view(name).transpose(1, 2) for name in ("key", "value"))
+        return key.to(key_states.dtype), value.to(value_states.dtype)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more tokens as seen by the model, and drop entries too old for the attention window."""

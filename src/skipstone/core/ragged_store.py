@@ -65,16 +65,18 @@ class RaggedStore:
             assert rows is None
             self._append_ragged(real_BT, entries)
 
-    def reserve(self, count: int, like: Mapping[str, tuple[int, ...]], rows: int = 1) -> None:
+    def reserve(
+        self, count: int, like: Mapping[str, tuple[int, ...]], rows: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Make room for `count` more entries in each row, which the caller writes.
 
         The caller then counts them, by adding to `width` if all rows have the same length, else by `lengthen`. like:
-        the shape of one entry in each fp32 tensor, by tensor name; used only if the store is still empty. rows: the
-        number of rows of an empty store.
+        the shape of one entry in each tensor, by tensor name. rows, dtype: the number of rows and the dtype of the
+        tensors. These three are used only if the store is still empty.
         """
         if not self.entries:
             room = max(count, GROWTH)
-            self.entries = {name: torch.zeros(rows, room, *shape) for name, shape in like.items()}
+            self.entries = {name: torch.zeros(rows, room, *shape, dtype=dtype) for name, shape in like.items()}
             self.entries["slot"] = torch.full((rows, room), EMPTY)
         elif self.entries["slot"].shape[1] < self.width + count:
             self._reserve(self.width + count, self.entries, len(self.entries["slot"]))

@@ -19,6 +19,7 @@ from skipstone.generate.engine import stream as stream_steps
 from skipstone.generate.prompt import check_length, ends_of
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.draft_head_file import require_draft_head
+from skipstone.model.fields import cache_format_of
 from skipstone.runs import Run
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def stream_text(
     greedy: bool = False,
     budget: float | None = None,
     draft: str | None = None,
+    cache_bits: int | None = None,
 ) -> Iterator[Piece]:
     """Continue a prompt by the model of a training run or a saved model, yielding pieces of text.
 
@@ -59,15 +61,18 @@ def stream_text(
     means all. seed: seed of the draws; None means a random seed. greedy: always choose the most probable token. budget:
     share of the dense FLOPs to execute, by the thresholds stored beside the weights; None means as trained. draft:
     source of guesses that the model checks several at a time: "lookup", "exit", "exit:N", "skip", "int8", "int4",
-    "budget:SHARE", "head" or the folder of another model; None means no drafts. Raises ValueError or FileNotFoundError,
-    with a message of one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is
-    empty or exceeds the context, a model that cannot decide without later tokens, a budget that has no table or is
-    outside its range, and draft "head" without a draft head.
+    "budget:SHARE", "head" or the folder of another model; None means no drafts. cache_bits: 32 or 16, the bits of
+    cached keys and values; None means as the model's config says. Raises ValueError or FileNotFoundError, with a
+    message of one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is empty
+    or exceeds the context, a model that cannot decide without later tokens, a budget that has no table or is outside
+    its range, draft "head" without a draft head, and other bits.
     """
     opened = Run(run)
     if draft == HEAD:
         require_draft_head(opened.model_folder())
     model, tokenizer = opened.load_model(), opened.load_tokenizer()
+    if cache_bits is not None:
+        model.config.cache_format = cache_format_of(cache_bits)
     if tokenizer is None:
         raise ValueError(
             f"{run} has no tokenizer and so no text to continue: it was trained on a synthetic task, or converted from "

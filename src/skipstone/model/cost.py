@@ -343,8 +343,12 @@ def _step_head(model: ModelLike) -> Flops | None:
 
 
 def _entry_bytes(attention: Attention) -> int:
-    """Return how many bytes of cache one token takes in a block: key and value in the model's dtype, and its slot."""
-    return 2 * attention.k_proj.weight.shape[0] * compute_dtype(attention.k_proj).itemsize + SLOT_BYTES
+    """Return how many bytes of cache one token takes in a block: key, value and slot.
+
+    Key and value have the model's dtype, or 16 bits if `cache_format` says so.
+    """
+    size = compute_dtype(attention.k_proj).itemsize
+    return 2 * attention.k_proj.weight.shape[0] * (min(size, 2) if attention.halves else size) + SLOT_BYTES
 
 
 def _state_bytes(work: _Work) -> float:

@@ -46,8 +46,10 @@ ALLOWED = {
     "linear_init": ("normal", "torch"),
     "auxiliary_loss_over": ("labelled", "all"),
     "training_routing": ("oracle", "causal"),
+    "cache_format": ("float", "float16"),
     "weight_format": ("float", "bfloat16", "float16", "int8", "int4"),
 }
+CACHE_FORMATS = {32: "float", 16: "float16"}  # `cache_format` by the bits of a number, of a model in fp32
 # Keys that transformers has for every model.
 FOREIGN = (
     "architectures",
@@ -111,8 +113,10 @@ class ModelFields:
     32, the inputs of an int8 matrix that share a scale; None means that all inputs of a row do. head_candidates: rows
     of the output head that a decoding step multiplies exactly, those with the largest logits in a cheap preview of
     head_directions dimensions (`skipstone quantise --head-candidates`); both None means all rows. Quantised models and
-    those with candidates are not trained. use_cache and special ids: as in transformers. family: the `model_type` that
-    the model was converted from, or None. format_version: version of config.json's format.
+    those with candidates are not trained. cache_format: caches hold keys and values in the dtype in which they are
+    computed (float), or in fp16 if that is wider (float16, `--cache-bits 16`). use_cache and special ids: as in
+    transformers. family: the `model_type` that the model was converted from, or None. format_version: version of
+    config.json's format.
     """
 
     format_version: int = FORMAT_VERSION
@@ -166,6 +170,7 @@ class ModelFields:
     weight_int8: list[str] | None = None
     head_candidates: int | None = None
     head_directions: int | None = None
+    cache_format: str = "float"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -321,6 +326,16 @@ def unlike_llama(config: ModelFields) -> dict[str, object]:
     """Return the architecture fields of `config` (all that `PARTS` lists) whose values differ from Llama's, by name."""
     values = {name: getattr(config, name) for name in PARTS}
     return {name: value for name, value in values.items() if value != getattr(ModelFields, name)}
+
+
+def cache_format_of(bits: int) -> str:
+    """Return the `cache_format` that holds keys and values in this many bits; raise ValueError for others than 32, 16.
+
+    bits: 32 stands for the dtype in which a model computes them.
+    """
+    if type(bits) is not int or bits not in CACHE_FORMATS:
+        raise ValueError(f"cache_bits must be 32 or 16, got {bits!r}")
+    return CACHE_FORMATS[bits]
 
 
 def refuse_dynamic(rope: PlainMapping) -> None:

@@ -20,6 +20,7 @@ from skipstone.core.cache import SkipstoneCacheLayer
 from skipstone.core.ragged_store import EMPTY, RaggedStore
 from skipstone.core.row_subset import RowSubset
 from skipstone.core.selection import WholeRows
+from skipstone.core.strict import unknown
 from skipstone.core.tokens import Tokens
 from skipstone.nn import windows
 from skipstone.nn.linear import OutputLinear
@@ -31,6 +32,7 @@ from skipstone.ops import reference as ops
 Seen: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # keys, values, and a mask if slots must be compared
 
 CAPPING = {"eager"}  # names of the implementations that cap scores; others may be added
+HALVES = {"float": False, "float16": True}  # by `cache_format`
 COPYING = 3  # memory accesses for a key that is copied before it is read
 LEAST_COPY = 128  # keys of all rows; copying fewer takes negligible time
 
@@ -65,9 +67,13 @@ class AttentionShape:
 
 
 class AttentionConfig(Protocol):
-    """A configuration that names the attention implementation in `_attn_implementation`, as transformers' do."""
+    """A configuration that names the attention implementation in `_attn_implementation`, as transformers' do.
+
+    cache_format: "float16" if caches are to hold keys and values in fp16, else "float".
+    """
 
     _attn_implementation: str
+    cache_format: str
 
 
 class Attention(nn.Module):
@@ -75,8 +81,8 @@ class Attention(nn.Module):
 
     A query sees keys of its own document in its own and earlier slots (a slot is a token's index in its row, padding
     and skipped tokens counted); with `shape.window`, only in the last `shape.window` of these. shape: sizes and
-    settings. config: read only for the name of the attention implementation (`config._attn_implementation`). layer_idx:
-    index of the block.
+    settings. config: read only for the name of the attention implementation (`config._attn_implementation`) and the
+    format of the cache (`config.cache_format`). layer_idx: index of the block.
     """
 
     is_causal = True
@@ -118,6 +124,8 @@ class Attention(nn.Module):
             return self.o_proj(self._newest(x_BTD, tokens, cache.kv))
         x = tokens.unpad(x_BTD)
         key, value = self._keys_and_values(x, tokens)
+        if cache is not None:  # this call attends to what later ones will find
+            key, value = (cache.as_stored(each, self.halves) for each in (key, value))
         if tokens.no_queries:
             self._store(key, value, tokens, cache)
             return x_BTD[:, :0]
@@ -131,6 +139,16 @@ class Attention(nn.Module):
             y_BKHE = self._attend_stored(query, tokens, queries, cache.kv)
         y_BKD = self.o_proj(queries.unpad(y_BKHE.flatten(2)))
         return ops.dropped(y_BKD, self.residual_dropout, self.training)
+
+    @property
+    def halves(self) -> bool:
+        """Whether caches are to hold keys and values that are wider than 16 bits in fp16.
+
+        Raises ValueError for a configuration that was given another format than these.
+        """
+        if (kind := self.config.cache_format) not in HALVES:
+            raise ValueError(unknown("cache_format", kind, HALVES))
+        return HALVES[kind]
 
     def _steps(self, x_BTD: Tensor, tokens: Tokens, kv: RaggedStore) -> bool:
         """Return whether the compiled operation for a decoding step can compute this call of one token.
@@ -146,7 +164,7 @@ class Attention(nn.Module):
             return False
         if tokens.rotary is not None and tokens.rotary[0].shape[-1] != self.head_dim:  # a part of each head is rotated
             return False
-        return decode_step.takes(x_BTD, kv.entries["key"]) and not kv.entries["key"].requires_grad
+        return decode_step.takes(x_BTD) and decode_step.extends(kv.entries["key"])
 
     def _newest(self, x_11D: Tensor, tokens: Tokens, kv: RaggedStore) -> Tensor:
         """Store the key and value of the call's only token, and return the attention output for it, [1, 1, H E].
@@ -256,6 +274,7 @@ class Attention(nn.Module):
             mask = _additive(_by_column(query) if mask is None and query.shape[2] > 1 else mask, query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         given = {"dropout": self.dropout if self.training else 0.0, "scaling": self.scaling}
+        key, value = key.to(query.dtype), value.to(query.dtype)  # of a cache in fp16
         if self.soft_cap is not None:
             given["softcap"] = self.soft_cap
         y_BKHE, _ = attend(self, query, key, value, mask, **given)

@@ -26,6 +26,7 @@ from skipstone.nn.store_places import Places, is_usual
 from skipstone.ops import decode_stack, decode_step
 
 BARE = {*vars(nn.Module())}  # what every module holds
+KEPT_IN = (torch.float32, torch.float16)  # dtypes of the keys and values that compiled code reads
 Angles = tuple[Tensor, Tensor] | None
 PLACES = "compiled"  # name of a cache's notes about where its entries lie
 Outcome = tuple[Tensor, list[Records], dict[str, Tensor]]
@@ -119,7 +120,7 @@ class CompiledRun:
         groups, size = self.program.sizes.groups, self.program.sizes.head_size
         entry = {"key": (groups, size), "value": (groups, size)}
         sum_of = [{} if mix is None else {"sum": (len(mix.context_bias) + 1,)} for mix in self.mixes]
-        if not all(is_usual(x, entry, rows) for x in kv):
+        if not all(is_usual(x, entry, rows, KEPT_IN) for x in kv):
             return None
         if not all(x is None or is_usual(x, like, rows) for x, like in zip(sums, sum_of, strict=True)):
             return None
@@ -127,7 +128,7 @@ class CompiledRun:
             layer.window = block.self_attn.window
             if not store.entries:
                 layer.lazy_initialization(torch.empty(0, groups, 0, size), torch.empty(0, groups, 0, size))
-            store.reserve(count, entry, rows)
+            store.reserve(count, entry, rows, torch.float16 if block.self_attn.halves else torch.float32)
             if more is not None:
                 more.reserve(count, like, rows)
         windows = [block.self_attn.window or 0 for block in self.blocks]

@@ -45,6 +45,7 @@ class Places:
             line = [store.entries[name].data_ptr() for name in NAMES] + [0, 0]
             line += (0, 0) if more is None else [more.entries[name].data_ptr() for name in SUMS]
             line += [store.entries["slot"].shape[1], 0 if more is None else more.entries["slot"].shape[1], window]
+            line.append(store.entries["key"].element_size())
             table.append(line + [0] * (MEMORY - len(line)))
         with torch.inference_mode(False):  # a later step outside of inference mode writes lengths into it
             self.table_LM = torch.tensor(table)
@@ -101,22 +102,29 @@ class Places:
             store.lengthen([which >> row & 1 for row in range(self.rows)])
 
 
-def is_usual(store: Any, like: Mapping[str, tuple[int, ...]], rows: int) -> bool:
+def is_usual(
+    store: Any, like: Mapping[str, tuple[int, ...]], rows: int, dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> bool:
     """Return whether the compiled attention can read and extend a cache store.
 
-    store: any store of a cache layer; an empty `RaggedStore` always passes. like: the shape of one entry in each fp32
-    tensor that a filled store must have beside the int64 slots (indices in the row), by tensor name. rows: the number
-    of rows that a filled store must have.
+    store: any store of a cache layer; an empty `RaggedStore` always passes. like: the shape of one entry in each tensor
+    that a filled store must have beside the int64 slots (indices in the row), by tensor name. rows: the number of rows
+    that a filled store must have. dtypes: those of which all of these tensors must have one.
     """
     if type(store) is not RaggedStore:
         return False
     if not store.entries:
         return True
     shapes = {**like, "slot": ()}
-    return store.entries.keys() == shapes.keys() and all(
-        x.shape[0] == rows
-        and x.shape[2:] == shapes[name]
-        and x.dtype == (torch.long if name == "slot" else torch.float32)
-        and not x.requires_grad
-        for name, x in store.entries.items()
+    dtype = next((store.entries[name].dtype for name in like if name in store.entries), dtypes[0])
+    return (
+        dtype in dtypes
+        and store.entries.keys() == shapes.keys()
+        and all(
+            x.shape[0] == rows
+            and x.shape[2:] == shapes[name]
+            and x.dtype == (torch.long if name == "slot" else dtype)
+            and not x.requires_grad
+            for name, x in store.entries.items()
+        )
     )

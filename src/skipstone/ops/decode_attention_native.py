@@ -20,7 +20,7 @@ from skipstone.ops.decode_products_native import (
     share_of,
     together,
 )
-from skipstone.ops.decode_step_native import ONE, _rotate, attend_heads
+from skipstone.ops.decode_step_native import ONE, _rotate, attend_heads, store
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import call, inner, unit
 
@@ -94,17 +94,17 @@ def turn(frame_at: int, given: int, count: int) -> None:
     for j in range(K):
         cos_at, sin_at = _angles(memory, there[j], E)
         text, place = place_of(frame, memory, there[j], j)
-        at = text * memory[of.ROOM] + place
-        new_key = _lying(memory[of.KEYS] + 4 * at * G * E, (G, E), ONE)
-        new_value = _lying(memory[of.VALUES] + 4 * at * G * E, (G, E), ONE)
+        at, size = text * memory[of.ROOM] + place, memory[of.NUMBER]
+        key_at, value_at = memory[of.KEYS] + size * at * G * E, memory[of.VALUES] + size * at * G * E
         if part == 0:
             _lying(memory[of.SLOTS] + 8 * at, (1,), 0)[0] = slots[there[j]]
         for g in range(part, G, parts):
             if row[of.OF_KEY]:
                 norm_row(key[j, g], row[of.OF_KEY], numbers[0], numbers[1], key[j, g])
-            _rotate(key[j, g : g + 1], cos_at, sin_at, new_key[g : g + 1])
-            for e in range(E):
-                new_value[g, e] = value[j, g, e]
+            if cos_at:
+                _rotate(key[j, g : g + 1], cos_at, sin_at, key[j, g : g + 1])
+            store(key[j, g], key_at + size * g * E, size)
+            store(value[j, g], value_at + size * g * E, size)
     for j in range(len(asking)):
         cos_at, sin_at = _angles(memory, asking[j], E)
         for h in range(part, H, parts):
@@ -157,21 +157,20 @@ def attend(frame_at: int, given: int, count: int) -> None:
     memory, each = _lying(frame[of.OWN_MEMORY], (of.MEMORY,), 0), H // G
     scaling = np.float32(_lying(frame.ctypes.data + 8 * of.NUMBERS, (3,), np.float64(0))[2])
     pair, last = share_of(count * H, frame[of.PART], frame[of.PARTS])
-    step, at = 4 * G * E, 0
+    size, at = memory[of.NUMBER], 0
     while pair < last:
         j, h = pair // H, pair % H
-        g = h // each
-        heads = min((g + 1) * each - h, last - pair)
+        heads = min(H - h, last - pair)
         while there[at] != asking[j]:
             at += 1
         text, place = place_of(frame, memory, asking[j], at)
         entry = text * memory[of.ROOM]
         first = _first_seen(memory, entry, place, slots[asking[j]])
-        from_at = 4 * ((entry + first) * G + g) * E
+        from_at = size * ((entry + first) * G + h // each) * E
         query = _lying(frame[of.Q_AT] + 4 * pair * E, (heads, E), ONE)
         out = _lying(frame[of.A_AT] + 4 * pair * E, (heads, E), ONE)
-        keys_at, values_at, seen = memory[of.KEYS] + from_at, memory[of.VALUES] + from_at, place + 1 - first
-        attend_heads(query, keys_at, values_at, step, seen, scaling, out)
+        stored = (memory[of.KEYS] + from_at, memory[of.VALUES] + from_at, size * G * E, size)
+        attend_heads(query, (each, h % each), stored, place + 1 - first, scaling, out)
         pair += heads
 
 

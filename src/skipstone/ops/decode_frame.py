@@ -33,10 +33,10 @@ MIX = 45
 CHOOSES = MIX + MIXTURE
 COLUMNS = CHOOSES + CHOICE
 # Columns of the memory of a block: addresses of stored keys, values and slots, and of cos and sin (0: not rotated);
-# addresses of the activation's stored sums and slots; entries for which a row has room in both stores; and the
-# attention window (0: none). Then, for each row, how many entries it has in both stores.
-KEYS, VALUES, SLOTS, COS, SIN, SUMS, SUM_SLOTS, ROOM, SUM_ROOM, WINDOW = range(10)
-LENGTHS, SUM_LENGTHS = 10, 10 + MOST_TOKENS
+# addresses of the activation's stored sums and slots; entries for which a row has room in both stores; the attention
+# window (0: none); and the bytes of a number of keys and values. Then, for each row, how many entries both stores have.
+KEYS, VALUES, SLOTS, COS, SIN, SUMS, SUM_SLOTS, ROOM, SUM_ROOM, WINDOW, NUMBER = range(11)
+LENGTHS, SUM_LENGTHS = 11, 11 + MOST_TOKENS
 MEMORY = SUM_LENGTHS + MOST_TOKENS
 
 # What a call says of each block: the number of tokens whose keys were stored and of those that the MLP computed, the

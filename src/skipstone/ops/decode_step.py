@@ -35,6 +35,12 @@ def takes(*tensors: Tensor) -> bool:
     return all(type(x) in PLAIN and x.is_cpu and x.dtype == torch.float32 for x in tensors)
 
 
+def extends(stored: Tensor) -> bool:
+    """Return whether the compiled attention can read and extend stored keys or values: fp32 or fp16, on a CPU."""
+    usual = type(stored) in PLAIN and stored.is_cpu and not stored.requires_grad
+    return usual and stored.dtype in (torch.float32, torch.float16)
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight by one compiled call, shaped as x.
 
@@ -61,9 +67,10 @@ def attend_newest(
 
     query: [1, 1, H E] for H heads of size E. key, value: [1, 1, G E] for G key/value heads. rotary: cos and sin of the
     rotary angles, [1, 1, E], the first half of sin negated; None means no rotation. stored: the cache, with "key" and
-    "value", [1, C, G, E] for C columns, and "slot", int64 [1, C]; it is changed in place. column: where key, value and
-    slot are written; this column and all before it are read. slot: int64 [1, 1], the token's index in the row. scaling:
-    factor on scores. Returns [1, 1, H E]. Tensors must be such that `takes` accepts them.
+    "value", [1, C, G, E] for C columns, fp32 or fp16, and "slot", int64 [1, C]; it is changed in place. column: where
+    key, value and slot are written; this column and all before it are read. slot: int64 [1, 1], the token's index in
+    the row. scaling: factor on scores. Returns [1, 1, H E]. Tensors must be such that `takes` accepts them, and
+    `extends` those of the cache.
     """
     query, key, value = (x.float().contiguous() for x in (query, key, value))
     y = torch.empty_like(query)
@@ -71,7 +78,8 @@ def attend_newest(
     cos, sin = (0, 0) if rotary is None else (rotary[0].data_ptr(), rotary[1].data_ptr())
     addresses = (query.data_ptr(), key.data_ptr(), value.data_ptr(), cos, sin, slot.data_ptr())
     memory = (stored["key"].data_ptr(), stored["value"].data_ptr(), stored["slot"].data_ptr(), y.data_ptr())
-    _native().attend_newest((*addresses, *memory), (query.numel() // E, G, E, C, column), scaling)
+    sizes = (query.numel() // E, G, E, C, column, stored["key"].element_size())
+    _native().attend_newest((*addresses, *memory), sizes, scaling)
     return y
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from skipstone.ops.heads_dot import HALF, KEYS, MOST_HEADS, SINGLE, add_values, scores, store_half
 from skipstone.ops.kept_code import kept_njit
 from skipstone.ops.magnitude_native import Array, _lying
 from skipstone.ops.workers import FAST, inner
@@ -16,7 +17,7 @@ from skipstone.ops.workers import FAST, inner
 compiled = kept_njit(fastmath=FAST, nogil=True, error_model="numpy")  # kept on disk
 ONE = np.float32(0)  # a number of the kind to read
 INFINITY = np.float32(np.inf)
-TILE = 32  # keys that all heads read before the next ones
+LANES = 16  # numbers of a vector, at most
 
 # exp(x) = 2^k e^r with |r| <= ln(2) / 2; numba's own exp is not vectorised
 LOWEST, LOG2_E, LN2_HIGH, LN2_LOW = (np.float32(x) for x in (-87.0, 1.44269504, 0.693145752, 1.42860677e-6))
@@ -45,24 +46,37 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
 
     Compiled by numba. addresses: the addresses of query [H, E], key and value [G, E], cos, sin [E] (0 means no
     rotation), slot, stored keys and values [C, G, E], stored slots [C], and output [H, E]; slots are int64, all others
-    fp32. sizes: H query heads, G key/value heads, head size E, columns C of the store, and the column to write; this
-    column and all before it are read. scaling: factor on scores.
+    fp32, and stored keys and values fp32 or fp16. sizes: H query heads, G key/value heads, head size E, columns C of
+    the store, the column to write, and the bytes of a stored number; this column and all before it are read. scaling:
+    factor on scores.
     """
     q_at, k_at, v_at, cos_at, sin_at, slot_at, keys_at, values_at, slots_at, y_at = addresses
-    H, G, E, C, column = sizes
-    key, value, new = _lying(keys_at, (C, G, E), ONE), _lying(values_at, (C, G, E), ONE), _lying(v_at, (G, E), ONE)
+    H, G, E, C, column, size = sizes
     _lying(slots_at, (C,), 0)[column] = _lying(slot_at, (1,), 0)[0]
-    turned = np.empty((H, E), np.float32)
-    _rotate(_lying(q_at, (H, E), ONE), cos_at, sin_at, turned)
-    _rotate(_lying(k_at, (G, E), ONE), cos_at, sin_at, key[column])
+    query, key = np.empty((H, E), np.float32), np.empty((G, E), np.float32)
+    _rotate(_lying(q_at, (H, E), ONE), cos_at, sin_at, query)
+    _rotate(_lying(k_at, (G, E), ONE), cos_at, sin_at, key)
+    step = size * G * E
     for g in range(G):
-        for e in range(E):
-            value[column, g, e] = new[g, e]
-    each, factor = 4 * (H // G) * E, np.float32(scaling)
-    for g in range(G):
-        asked = _lying(turned.ctypes.data + g * each, (H // G, E), ONE)
-        out = _lying(y_at + g * each, (H // G, E), ONE)
-        attend_heads(asked, keys_at + 4 * g * E, values_at + 4 * g * E, 4 * G * E, column + 1, factor, out)
+        store(key[g], keys_at + column * step + size * g * E, size)
+        store(_lying(v_at + SINGLE * g * E, (E,), ONE), values_at + column * step + size * g * E, size)
+    stored, out = (keys_at, values_at, step, size), _lying(y_at, (H, E), ONE)
+    attend_heads(query, (H // G, 0), stored, column + 1, np.float32(scaling), out)
+
+
+@inner
+def store(x: Array, at: int, size: int) -> None:
+    """Store the fp32 numbers of x at an address, as they are or in fp16 (`store_half`); compiled by numba.
+
+    size: bytes of a stored number, 4 or 2.
+    """
+    if size == HALF:
+        for e in range(len(x)):
+            store_half(at + HALF * e, x[e])
+    else:
+        stored = _lying(at, (len(x),), ONE)
+        for e in range(len(x)):
+            stored[e] = x[e]
 
 
 @inner
@@ -87,85 +101,68 @@ def _rotate(x: Array, cos_at: int, sin_at: int, out: Array) -> None:
 
 
 @inner
-def attend_heads(query: Array, key_at: int, value_at: int, step: int, count: int, scaling: Array, out: Array) -> None:
-    """Attend with each of some query heads to the same `count` keys, and write the weighted values to `out` [H, E].
+def attend_heads(query: Array, groups: Array, stored: Array, count: int, scaling: Array, out: Array) -> None:
+    """Attend with some query heads of a token to `count` keys, and write the weighted values to `out` [H, E].
 
-    Compiled by numba. Keys and values are read a tile at a time by all heads, so that heads after the first find them
-    in the processor's cache. query: fp32 [H, E] for H heads of size E. key_at, value_at: addresses of the first key and
-    value [E]. step: bytes from one key or value to the next. scaling: factor on the scores. Rows are given by address
-    to tell the compiler that their numbers lie one after the other; otherwise it reads them one by one.
+    Compiled by numba. Keys and values are read from the first to the last, a few at a time by all heads, as the
+    processor reads memory fastest. query: fp32 [H, E] for H heads of size E, which are multiplied by `scaling`, the
+    factor on the scores. groups: how many heads share a key, and how many of those that share the first one come
+    before the first head of `query`. stored: the addresses of the first key and value of the first head's group, the
+    bytes from one key or value to the next, and the bytes of a number, 4 for fp32 and 2 for fp16.
     """
-    heads, width = query.shape
+    (heads, width), (key_at, value_at, step, size) = query.shape, stored
     weight = np.empty((heads, count), np.float32)
-    for c in range(0, count, TILE):
-        for h in range(heads):
-            _dots(query[h], key_at + c * step, step, weight[h, c : c + TILE])
     for h in range(heads):
-        most, total = -INFINITY, np.float32(0)
-        for c in range(count):
-            weight[h, c] *= scaling
-            most = max(most, weight[h, c])
-        for c in range(count):
-            weight[h, c] = _exp(weight[h, c] - most)
-        for c in range(count):
-            total += weight[h, c]
-        for c in range(count):
-            weight[h, c] /= total
         for e in range(width):
+            query[h, e] *= scaling
             out[h, e] = 0
-    for c in range(0, count, TILE):
-        for h in range(heads):
-            _add(weight[h, c : c + TILE], value_at + c * step, step, out[h])
+    _read_all(False, query, groups, (key_at, step, size), weight)
+    for h in range(heads):
+        _softmax(weight[h])
+    _read_all(True, out, groups, (value_at, step, size), weight)
 
 
 @inner
-def _dots(x: Array, rows_at: int, step: int, out: Array) -> None:
-    """Write the inner product of x with each of `len(out)` rows to `out`, four rows at a time.
+def _read_all(adds: bool, x: Array, groups: Array, stored: Array, weight: Array) -> None:
+    """Write the inner products of x [H, E] with all keys to `weight` [H, C], or add the values times weights to x.
 
-    rows_at: address of the first row. step: bytes from one row to the next.
+    adds: whether it is the second. groups: as in `attend_heads`. stored: the address of the first key or value of the
+    first head's group, the bytes from one to the next, and the bytes of a number.
     """
-    width, whole = len(x), len(out) - len(out) % 4
-    for c in range(0, whole, 4):
-        at = rows_at + c * step
-        k0, k1 = _row(at, width), _row(at + step, width)
-        k2, k3 = _row(at + 2 * step, width), _row(at + 3 * step, width)
-        s0 = s1 = s2 = s3 = np.float32(0)
-        for e in range(width):
-            s0 += x[e] * k0[e]
-            s1 += x[e] * k1[e]
-            s2 += x[e] * k2[e]
-            s3 += x[e] * k3[e]
-        out[c], out[c + 1], out[c + 2], out[c + 3] = s0, s1, s2, s3
-    for c in range(whole, len(out)):
-        total, row = np.float32(0), _row(rows_at + c * step, width)
-        for e in range(width):
-            total += x[e] * row[e]
-        out[c] = total
+    (heads, width), (sharing, before), (at, step, size), count = x.shape, groups, stored, weight.shape[1]
+    x_at, weight_at, row = x.ctypes.data, weight.ctypes.data, SINGLE * count
+    for c in range(0, count, KEYS):
+        h, some = 0, min(KEYS, count - c)
+        while h < heads:
+            group = (before + h) // sharing
+            together = min(heads - h, (group + 1) * sharing - before - h, MOST_HEADS)
+            here = (at + c * step + size * group * width, step, size)
+            places = (x_at + SINGLE * h * width, weight_at + h * row + SINGLE * c, row)
+            if adds:
+                add_values(together, some, width, here, places)
+            else:
+                scores(together, some, width, here, places)
+            h += together
 
 
 @inner
-def _add(factor: Array, rows_at: int, step: int, out: Array) -> None:
-    """Add the sum of factor[c] times row c to `out`, four rows at a time.
-
-    rows_at: address of the first row. step: bytes from one row to the next.
-    """
-    width, whole = len(out), len(factor) - len(factor) % 4
-    for c in range(0, whole, 4):
-        at = rows_at + c * step
-        v0, v1 = _row(at, width), _row(at + step, width)
-        v2, v3 = _row(at + 2 * step, width), _row(at + 3 * step, width)
-        a0, a1, a2, a3 = factor[c], factor[c + 1], factor[c + 2], factor[c + 3]
-        for e in range(width):
-            out[e] += a0 * v0[e] + a1 * v1[e] + a2 * v2[e] + a3 * v3[e]
-    for c in range(whole, len(factor)):
-        a, row = factor[c], _row(rows_at + c * step, width)
-        for e in range(width):
-            out[e] += a * row[e]
-
-
-@inner
-def _row(at: int, width: int) -> Array:
-    return _lying(at, (width,), ONE)
+def _softmax(x: Array) -> None:
+    """Replace x by its softmax; numba finds a maximum of 16 numbers at once only if it is written so."""
+    most, largest, total, whole = np.full(LANES, -INFINITY), -INFINITY, np.float32(0), len(x) - len(x) % LANES
+    for c in range(0, whole, LANES):
+        for i in range(LANES):
+            most[i] = max(most[i], x[c + i])
+    for i in range(LANES):
+        largest = max(largest, most[i])
+    for c in range(whole, len(x)):
+        largest = max(largest, x[c])
+    for c in range(len(x)):
+        x[c] = _exp(x[c] - largest)
+    for c in range(len(x)):
+        total += x[c]
+    factor = np.float32(1) / total
+    for c in range(len(x)):
+        x[c] *= factor
 
 
 @inner

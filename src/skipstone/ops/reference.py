@@ -17,6 +17,7 @@ from torch import Tensor
 # 0.29 * 100 is 28.999999999999996 in floating point, but the quota is 29. A factor and not an added constant, so that
 # the quotas of a row's documents never add up to more than the row's quota, the number of columns gathered.
 ROUNDING = 1 + 1e-9
+LARGEST_HALF = 65504.0  # the largest number of fp16
 
 
 def quota(capacity: float, length: int) -> int:
@@ -41,6 +42,14 @@ def rotate(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
         return torch.cat((rotate(x_BHTE[..., :turned], cos_BTE, sin_BTE), rest_BHTE), dim=-1)
     cos_B1TE, sin_B1TE = cos_BTE.unsqueeze(1), sin_BTE.unsqueeze(1)
     return x_BHTE * cos_B1TE + x_BHTE.roll(x_BHTE.shape[-1] // 2, -1) * sin_B1TE
+
+
+def to_half(x: Tensor) -> Tensor:
+    """Return x in fp16, rounded to the nearest number, ties to even; what fp16 cannot hold becomes 65,504 or -65,504.
+
+    Numbers below 2^-14 are rounded to multiples of 2^-24, all others within 2^-11 of their size. NaN stays NaN.
+    """
+    return x.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)
 
 
 def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skipstone_cli.arguments import RunFolder
+from skipstone_cli.arguments import CacheBits, RunFolder, check_cache_bits
 from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_dir, existing_run
 from skipstone_cli.shading import show
@@ -45,6 +45,7 @@ def generate(
         typer.Option(help="Share of the dense model's FLOPs to execute, as .8; run `skipstone calibrate` first."),
     ] = None,
     draft: Draft = None,
+    cache_bits: CacheBits = None,
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Colour each token by the share of compute that it took.")
     ] = False,
@@ -59,6 +60,7 @@ def generate(
         raise UserError(f"--greedy does not sample, so {idle[0]} would have no effect; give only one of them")
     if temperature is not None and not 0 < temperature < float("inf"):
         raise UserError(f"--temperature must be above 0, got {temperature:g}; use --greedy for the most likely token")
+    check_cache_bits(cache_bits)
     existing_dir(run, "run folder")
 
     existing_run(run)
@@ -78,5 +80,6 @@ def generate(
         greedy=greedy,
         budget=budget,
         draft=draft,
+        cache_bits=cache_bits,
     )
     show(pieces, colour=show_depth)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from skipstone_cli.arguments import CacheBits, check_cache_bits
 from skipstone_cli.errors import UserError
 from skipstone_cli.paths import existing_source, new_path
 
@@ -23,6 +24,7 @@ def quantise(
             "of attention and MLP, where four-bit blocks of a .gguf file are kept as they are."
         ),
     ] = 8,
+    cache_bits: CacheBits = None,
     head_candidates: Annotated[
         int | None,
         typer.Option(
@@ -54,6 +56,7 @@ def quantise(
     """
     if bits not in (16, 8, 4):
         raise UserError(f"--bits must be 16, 8 or 4, got {bits}")
+    check_cache_bits(cache_bits)
     existing_source(source)
     new_path(out, "output folder")
     if head_candidates is None and (head_directions is not None or head_text is not None):
@@ -66,5 +69,5 @@ def quantise(
     head = None
     if head_candidates is not None:
         head = HeadCandidates(candidates=head_candidates, directions=head_directions, text=head_text)
-    typer.echo(export_quantised(source, out, head, bits))
+    typer.echo(export_quantised(source, out, head, bits, cache_bits))
     typer.echo(f"written: {out}")

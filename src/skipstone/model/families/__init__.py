@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
 COMPUTED = TYPES.keys() - {
     "format_version", "family", "mechanisms", "neuron_groups", "activation", "auxiliary_loss_over", "training_routing",
     "initializer_range", "linear_init", "scaled_output_init", "embedding_dropout", "attention_dropout",
-    "residual_dropout", "mlp_dropout", "mlp_hidden_dropout", *SHARED,
+    "residual_dropout", "mlp_dropout", "mlp_hidden_dropout", "cache_format", *SHARED,
 }  # fmt: skip
 # Settings that transformers' code for all decoders reads, with the supported values, the default first.
 EVERYWHERE: dict[str, tuple[object, ...]] = {"is_causal": (True,)}
