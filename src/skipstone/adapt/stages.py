@@ -113,8 +113,9 @@ def unfreeze(model: SkipstoneForCausalLM, stage: Stage) -> None:
 def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) -> None:
     """Raise ValueError if stages train nothing, or train different weights where that is not possible.
 
-    stages: the stages in order. together: whether several processes train the model, or it is sharded; all stages must
-    then train the same weights. Stages that all train routers need a model with mechanisms.
+    stages: the adaptation's phases in order, each with its own trained weights and learning rates. together: whether
+    several processes train the model, or it is sharded; all stages must then train the same weights. Stages that all
+    train routers need a model with mechanisms.
     """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")

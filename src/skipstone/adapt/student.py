@@ -77,7 +77,7 @@ class NeutralStart:
 
     @property
     def share(self) -> float:
-        """The largest difference divided by the largest absolute logit of the dense checkpoint."""
+        """The largest difference from the dense checkpoint's logits, divided by its largest absolute logit."""
         return self.difference / self.largest if self.largest else self.difference
 
     def require(self, tolerance: float) -> None:

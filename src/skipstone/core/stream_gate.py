@@ -146,7 +146,7 @@ class NeuronChoice(NamedTuple):
     size: int = 1
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that a decoding step reads: `typical` alone."""
+        """Return every tensor that a decoding step reads: only `typical`, the factors of the neurons."""
         return [self.typical]
 
 

@@ -121,7 +121,7 @@ class InTurn(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """The part of each of N rows, as an index, and the row's index within that part: two int arrays [N]."""
+        """From which part each of N rows comes, as an index, and the row's index in it: two int arrays [N]."""
         part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
         place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
         order_N = np.lexsort((part_N, place_N))[: self.rows]

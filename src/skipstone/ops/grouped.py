@@ -1,8 +1,8 @@
 """A mixture of experts by grouped matrix products: `reference.apply_experts`, computing each choice once.
 
-Choices are sorted by expert, so that each expert's tokens are contiguous; idle choices come last, outside of every
-group. The host never waits, and every sum has a fixed order. Widths must be multiples of 8, because the kernels require
-rows of a multiple of 16 bytes.
+Choices are sorted by expert, so that each expert's tokens are contiguous; choices of no expert (no-ops) come last,
+outside of every group. The host never waits, and every sum has a fixed order. Widths must be multiples of 8, because
+the kernels require rows of a multiple of 16 bytes.
 
 Shape letters: N tokens, C choices of a token, S = N C sorted choices, X experts, D width, F neurons.
 """

@@ -184,7 +184,7 @@ def part_of(context, packet):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def parts_of(context, packet):  # type: ignore[no-untyped-def]
-    """Return the number of parts, which is the number of threads; OpenMP may start fewer than requested.
+    """Return into how many parts the work is divided, one per thread; OpenMP may start fewer than requested.
 
     For code compiled by numba only. context: supplied by numba, not by the caller. packet: the address of the memory
     that holds the function's arguments, which `share` passes to the function.

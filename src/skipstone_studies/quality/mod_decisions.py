@@ -141,7 +141,7 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """Build the study of all decisions of Mixture-of-Depths on one corpus.
+    """Build the study that compares all ways in which Mixture-of-Depths decides which tokens to keep, on one corpus.
 
     corpus: name of the corpus. name: name of the study.
     """

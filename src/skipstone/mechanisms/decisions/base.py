@@ -1,4 +1,4 @@
-"""`Decision`: the base class of decisions.
+"""`Decision`: the base class of the rules that turn router scores into the set of tokens to keep.
 
 Shape letters: B rows, T tokens, D width.
 """

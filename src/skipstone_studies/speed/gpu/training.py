@@ -21,8 +21,8 @@ Step = Callable[[], object]
 def measure(bench: Bench) -> None:
     """Time training steps (forward, backward, AdamW) of a dense and a routed model, run in three ways.
 
-    bench: gives the device and the sizes, and stores the figures of `both` (milliseconds, ratios and others) for
-    "eager", "compiled" and, except on a CPU, "CUDA graph".
+    bench: gives the device and the sizes, and stores the figures that `both` returns (milliseconds, ratios and others)
+    for "eager", "compiled" and, except on a CPU, "CUDA graph".
     """
     for way in ("eager", "compiled", "CUDA graph"):
         if way == "CUDA graph" and bench.device.type == "cpu":
