@@ -18,6 +18,7 @@ WAYS: dict[str, PlainDict] = {
     "float16": {"way": "float16"},
     "int8": {"way": "int8", "beside": "llama_q8_0"},
     "int4": {"way": "int4", "beside": "llama_file"},
+    "int8_cache": {"way": "int8", "config": {"cache_format": "float16"}, "beside": "llama_q8_0"},
     "llama_q8_0": {"way": "llama.cpp", "format": "Q8_0"},
     "llama_file": {"way": "llama.cpp", "format": "as it is"},
 }
@@ -27,6 +28,7 @@ TITLES = {
     "float16": "16 bits",
     "int8": "int8",
     "int4": "4 bits",
+    "int8_cache": "int8, fp16 cache",
     "llama_q8_0": "llama.cpp, Q8_0",
     "llama_file": "llama.cpp, the file",
 }
