@@ -284,6 +284,16 @@ def test_a_process_that_loses_its_processor_is_not_misled(seed: int) -> None:
     assert simulated(lambda at: 0.95, 0.02, 500, noise=0.1, seed=seed)[0] >= 2
 
 
+def test_a_first_guess_that_lost_its_processor_does_not_end_drafting() -> None:
+    for slow in ({"guessing": 9.0, "checking": 1.1}, {"guessing": 0.1, "checking": 9.0}):
+        length = Length(cost=0.1, hoped=0.9)
+        for _ in range(2):
+            length.learn(0, 0, 0.0, 1.0)
+        length.learn(1, 1, **slow)
+        length.allowed = 1.0
+        assert length.next(7) > 0
+
+
 def test_kinds_of_guesses_are_told_apart() -> None:
     length = Length()
     for _ in range(2):

@@ -25,6 +25,8 @@ AT_FIRST_TRUSTED = 1.0  # at first, if guesses are expected to be right more oft
 CREDIT = 4.0  # of what drafts have gained, the most that they may lose again before they have to stop
 SLOPE, LEAST_S = 0.15, 2e-4  # of a step, and at least seconds, that a guess adds to its check, until that is measured
 RECENT = 5  # measurements of which the least counts: a process may lose its processor, so times are too long if wrong
+# A single measurement that is so many times as long as expected does not count, or it would end all drafting.
+TRUSTED, UNLIKELY = 2, 1.5
 FREE = 0.0025  # of a step: watching for an occasion to draft that costs less goes on all the time
 MOST_REST = 64  # plain steps in which nothing is done for drafts
 KNOWN = 2  # plain steps that are measured before anything is drafted
@@ -116,8 +118,8 @@ class Length:
     def _steps(self, count: int) -> float:
         """Return the time of drafting and checking `count` tokens, in times of a plain step."""
         plain = min(self.check[0])
-        guess = min(self.guess) / plain if self.guess else max(self.cost, self.seconds / plain)
-        return self._checking(count) / plain + count * guess
+        expected = max(self.cost * plain, self.seconds)
+        return (self._checking(count) + count * _least(self.guess, expected)) / plain
 
     def _checking(self, count: int) -> float:
         """Return the seconds that a pass with `count` drafted tokens takes.
@@ -125,7 +127,9 @@ class Length:
         The figure is measured, or interpolated linearly between measured numbers of tokens, or extrapolated beyond the
         largest.
         """
-        known = {n: min(times) for n, times in self.check.items() if times}
+        plain = min(self.check[0])
+        each = max(SLOPE * plain, self.least)
+        known = {n: _least(times, plain + n * each) for n, times in self.check.items() if times} | {0: plain}
         if count in known:
             return known[count]
         low = max(n for n in known if n < count)
@@ -133,7 +137,7 @@ class Length:
         if high is not None:
             share = (count - low) / (high - low)
             return known[low] * (1 - share) + known[high] * share
-        slope = (known[low] - known[0]) / low if low else max(SLOPE * known[0], self.least)
+        slope = (known[low] - plain) / low if low else each
         return known[low] + max(slope, 0.0) * (count - low)
 
     def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
@@ -162,6 +166,13 @@ class Length:
         system suspended the process, drafting is not to blame.
         """
         return min((guessing - guesses * min(self.guess)) / min(self.check[0]), AT_FIRST)
+
+
+def _least(measured: deque[float], expected: float) -> float:
+    """Return the least of the measured seconds, or those expected if few were measured and that is unlikely long."""
+    if not measured or (len(measured) < TRUSTED and min(measured) > UNLIKELY * expected):
+        return expected
+    return min(measured)
 
 
 def stand_or_redraw(probability_BV: Tensor, guess_B: Tensor, generator: torch.Generator) -> Tensor:
