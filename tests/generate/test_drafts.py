@@ -91,6 +91,13 @@ def test_a_copy_in_fewer_bits_runs_at_the_budget_of_the_model() -> None:
     assert torch.equal(draft.model(ids()).logits, before)
 
 
+@pytest.mark.parametrize("draft", ["lookup", "exit", "int8"])
+def test_greedy_text_is_the_same_with_a_cache_in_16_bits(draft: str) -> None:
+    target = model(ROUTED, hidden_size=64, cache_format="float16")
+    plain = generate(target, ids(3), max_new_tokens=16)
+    assert torch.equal(generate(target, ids(3), max_new_tokens=16, draft=draft, draft_length=3), plain)
+
+
 def llama() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=23, bos_token_id=None, eos_token_id=None)).eval()
