@@ -31,6 +31,7 @@ from skipstone.nn.compiled_blocks import runs_of as runs_of
 from skipstone.nn.compiled_run import CompiledRun as CompiledRun
 from skipstone.nn.embedding import ScaledEmbedding
 from skipstone.nn.experts import ExpertsMLP
+from skipstone.nn.few_tokens import multiplied as multiplied
 from skipstone.nn.float16 import Float16Linear as Float16Linear
 from skipstone.nn.formats import BY_NEURON as BY_NEURON
 from skipstone.nn.formats import Format as Format

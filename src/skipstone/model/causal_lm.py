@@ -25,7 +25,7 @@ from skipstone.core.strict import PlainDict
 from skipstone.core.tokens import Executor
 from skipstone.core.weights import is_quantised, weight_is_readable
 from skipstone.model.arguments import checked_targets, refuse_ignored, refuse_mistyped, refuse_targets
-from skipstone.model.build import HeadPreview, Int8Linear, Rotary, StoredLinear, format_of
+from skipstone.model.build import HeadPreview, Int8Linear, Rotary, StoredLinear, format_of, multiplied
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.decoder import (
     DecoderOutput,
@@ -177,7 +177,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         if preview is not None and alone and preview.takes(hidden_BTD, self.lm_head):
             logits_BTV = preview(hidden_BTD, self.lm_head)
         else:
-            logits_BTV = self.lm_head(hidden_BTD)
+            logits_BTV = multiplied(self.lm_head, hidden_BTD)
         cap = self.config.logit_soft_cap
         return logits_BTV if cap is None else (logits_BTV / cap).tanh() * cap
 

@@ -61,6 +61,15 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     inputs = weight_OI.shape[1]
     if inputs % STEP or not in_place(x, inputs, FEW):
         return in_parts(lambda part: functional.linear(x, part.to(x.dtype)), inputs, weight_OI)
+    return few_tokens(x, weight_OI)
+
+
+def few_tokens(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return x weight^T, [..., O] in the dtype of x, by the kernel that reads each weight once.
+
+    It computes on a CPU and needs numba. x: [..., I], at most 8 tokens, no gradients. weight_OI: fp32, bf16 or fp16, I
+    a multiple of 32.
+    """
     return called(_native(), NATIVE, x, weight_OI)
 
 

@@ -12,7 +12,7 @@ from skipstone.ops.int8_linear_native import multiplied
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, reading each weight from memory once.
 
-    x: [..., I], few tokens. weight_OI: bf16 or fp16, I a multiple of 32.
+    x: [..., I], few tokens. weight_OI: fp32, bf16 or fp16, I a multiple of 32.
     """
     weight_OI, (outputs, inputs) = weight_OI.contiguous(), weight_OI.shape
     matrix = (weight_OI.data_ptr(), 0, 0, FLOATS[weight_OI.dtype])
