@@ -14,13 +14,11 @@ import torch
 
 from skipstone import SkipstoneConfig, SkipstoneForCausalLM
 from skipstone_studies.catalogue import STUDIES
-from skipstone_studies.page import block, groups, heading, lookup
+from skipstone_studies.page import lookup
 from skipstone_studies.speed import decode_batches
 from skipstone_studies.speed.rivals import batches_page
 from skipstone_studies.speed.rivals.contexts import LlamaContexts, TorchContexts
-from studies.kept_records import read_all
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(1))
 VOCABULARY = 50
 
@@ -170,11 +168,3 @@ def test_scale_quick_measures_every_way_of_ours(data_dir: Path) -> None:
             assert ("same" in taken) is (not arm.startswith("prompt"))
             assert taken.get("same", 1.0) > {"ours": 0.99, "int4": 0.2}.get(way, 0.6), way
             assert lookup(taken, "seconds.median") > 0  # type: ignore[operator]
-
-
-def test_the_documentation_shows_the_table_of_the_records() -> None:
-    study, found = STUDIES["decode_batches"], read_all(ROOT / "results", "decode_batches")
-    text = (ROOT / "docs/int8.md").read_text(encoding="utf-8")
-    shown = text.partition("<!-- decode_batches:begin -->\n")[2].partition("\n<!-- decode_batches:end -->")[0]
-    tables = [f"**{heading(current)}**\n\n{block(study, current)}" for current in groups(study, found, "laptop")]
-    assert shown == "".join(tables), "run `skipstone reproduce decode_batches --render --out results --readme ...`"
