@@ -20,7 +20,7 @@ protocol.py    models at equal training FLOPs: planning, tuning, training, measu
 protocol_page.py  sections of the pages of studies that follow the protocol
 text_loss.py   losses of rows that are evenly spaced over a split
 benefit.py     how much each block lowers each token's loss, and what a router could know of it
-benefit_page.py  its tables
+benefit_page.py  Markdown tables of what benefit.py measures
 headroom.py    whether more depth lowers the loss, without which routing cannot be judged
 charts.py      charts of loss against a quantity on a logarithmic axis
 corpus.py      the first available of several corpora

@@ -61,9 +61,9 @@ class Level:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at least two round values within [low, high] as ticks of a logarithmic axis.
+    """Return values within [low, high] as ticks of a logarithmic axis: round ones, finer if the range is narrow.
 
-    They are finer if the range is narrow. low, high: positive.
+    A range without four values of two digits gets its ends as ticks, [low, high]. low, high: positive.
     """
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,4 +1,7 @@
-"""Tables of published figures beside ours, and verdicts on claims by rules from figures and their intervals."""
+"""Tables of a paper's figures beside ours, and verdicts on claims by their confidence intervals.
+
+A verdict is "yes", "no" or "inconclusive".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger (costs and claims of all studies) as one self-contained HTML page: tables, and pictures of them."""
+"""The ledger (costs and claims of all studies) as one self-contained HTML page: tables and charts."""
 
 from __future__ import annotations
 

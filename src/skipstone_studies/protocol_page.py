@@ -1,4 +1,8 @@
-"""Sections of the pages of studies that train models at equal FLOPs (`protocol.py`): differences, rates, lengths."""
+"""Sections of the pages of studies that train models at equal FLOPs (`protocol.py`).
+
+They are differences of test losses between arms (compared recipes), the learning rates that were tried, how long models
+were trained, and claims with verdicts.
+"""
 
 from __future__ import annotations
 

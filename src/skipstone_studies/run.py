@@ -1,4 +1,4 @@
-"""`reproduce`: run what a study has not yet recorded, and render its page."""
+"""`reproduce`: train and measure those runs of a study that have no record yet, and render its page."""
 
 from __future__ import annotations
 

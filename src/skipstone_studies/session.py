@@ -1,4 +1,4 @@
-"""Run what is missing of a study, so that it can be interrupted at any moment and resumed.
+"""Train and measure those runs of a study that have no record yet; it can be interrupted at any moment and resumed.
 
 A run's folder is RUNS/NAME/SCALE/ARM-seedN; ARM-seedN.recipe.json beside it has the recipe that it belongs to. Folders
 of earlier recipes are renamed, never overwritten.

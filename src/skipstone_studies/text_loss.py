@@ -26,7 +26,7 @@ def spaced(total: int, count: int | None) -> list[int]:
 def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Iterator[dict[str, Tensor]]:
     """Yield the validation rows with these indices as batches of at most `size` rows, on the CPU.
 
-    data: prepared data, of which `validation` is read. A batch holds tensors [B, T] by name.
+    data: prepared data, of which `validation` is read. A batch holds tensors [rows, tokens] by name.
     """
     for start in range(0, len(indices), size):
         yield dict(data.collate(data.validation.__getitems__(list(indices[start : start + size]))))

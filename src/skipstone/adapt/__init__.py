@@ -12,7 +12,7 @@ flop_budget.py        capacities and thresholds for a budget of executed FLOPs, 
 stages.py             trained parameters, learning rates and adapters of each stage
 distillation.py       losses against the dense model
 adapt_trainer.py      the trainer of `skipstone train` with stages, distillation and a budget loss
-export.py             export to a dense checkpoint of transformers' own classes
+export.py             export to a dense checkpoint of an architecture that transformers has
 export_quantised.py   export with weights in 16, 8 or 4 bits
 harden.py             conversion of PolyGLU to one fixed activation per neuron, without a router
 prune.py              removal of neuron groups that calibration rows never use

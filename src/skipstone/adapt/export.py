@@ -1,4 +1,4 @@
-"""Export to a dense checkpoint of transformers' own classes, which loads without Skipstone.
+"""Export to a dense checkpoint that transformers loads without Skipstone, of an architecture such as Llama.
 
 Depth mechanisms are left out with a warning; their effect on the other weights during training stays.
 """
@@ -29,7 +29,7 @@ PURE = 0.999  # a neuron's mix is a single activation if that one's share is at 
 
 
 def export_dense(model: str | Path, out: Path, dtype: str | None = None) -> None:
-    """Write a saved model or run to the folder `out` as a dense checkpoint of transformers' own classes.
+    """Write a saved model or run to the folder `out` as a dense checkpoint that transformers loads without Skipstone.
 
     The architecture is that of the original checkpoint, or the first known one that computes the same. A warning names
     each mechanism that is left out. model: folder of the run or saved model. dtype: dtype of the weights; None keeps
@@ -125,9 +125,10 @@ def _pure(activation: PolyGLU) -> set[str]:
 
 
 def tensors_of(model: SkipstoneForCausalLM, kind: str) -> dict[str, Tensor]:
-    """Return the model's weights by the tensor names of another architecture, without the weights of mechanisms.
+    """Return the model's weights by the tensor names of another architecture; those of mechanisms are left out.
 
-    kind: the architecture's `model_type` in transformers, such as "llama"; a key of `FAMILIES`.
+    Tensors share the model's memory where nothing has to be reordered. kind: the architecture's `model_type` in
+    transformers, such as "llama"; a key of `FAMILIES`.
     """
     own = (".mechanisms.", ".mlp.activation.", ".mlp.router.")
     ours = {name: x for name, x in model.state_dict().items() if not any(part in name for part in own)}

@@ -53,7 +53,7 @@ def model_mistakes(config: PlainMapping) -> list[str]:
 
 
 def mechanisms_of(model: PlainMapping) -> list[PlainDict]:
-    """Return the entries of `mechanisms` in a recipe's section `model`, as dicts.
+    """Return the entries of `mechanisms` in a recipe's section `model`, copied to dicts; [] if there are none.
 
     Raises ValueError if they are not a list of mappings.
     """
@@ -97,7 +97,10 @@ class NeutralStart:
 
 
 def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
-    """Return entries of `mechanisms` in which missing options have their defaults for adaptation (`adapt_defaults`)."""
+    """Return copies of entries of `mechanisms` in which missing options have their defaults for adaptation.
+
+    The defaults are each mechanism's `adapt_defaults`.
+    """
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
 

@@ -117,10 +117,11 @@ class SkipstoneCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append this call's keys and values, and return all that are stored, [B, heads, entries, head size] each.
 
-        key_states, value_states: [B, H, T, E]; what is returned has their dtype. slot_BT: int64, the tokens' indices in
-        their rows. real_BT: bool, False for padding; None means no padding. document_BT: int64, the tokens' documents;
-        None means one per row. rows: the rows that the tokens continue, one token each; None means all. Other arguments
-        are ignored. Raises ValueError if some calls give documents and others do not.
+        key_states, value_states: [B, H, T, E]; what is returned has their dtype, and shares the cache's memory if this
+        is the dtype of the cache. slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding;
+        None means no padding. document_BT: int64, the tokens' documents; None means one per row. rows: the rows that
+        the tokens continue, one token each; None means all. Other arguments are ignored. Raises ValueError if some
+        calls give documents and others do not.
         """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         key, value = (self.kv.view(name).transpose(1, 2) for name in ("key", "value"))

@@ -174,7 +174,8 @@ class RaggedStore:
 
         Shorter rows end in unused columns, which the tensor "slot" (each entry's token index) marks with EMPTY, 2^62.
         name: a key of `entries`. rows: the rows to return; None means all. newest: return at most this many of the
-        newest entries of each row, which are copied if rows differ in length; None means all entries.
+        newest entries of each row; None means all entries. The result is only to be read: unless rows or columns have
+        to be picked, it shares the store's memory.
         """
         longest = self.width
         if rows is not None and self.lengths is not None:

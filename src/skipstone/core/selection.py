@@ -75,7 +75,10 @@ class Selection:
         return kept_BT & self.mask()
 
     def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
-        """Return `old_BTD` [B, T, ...] with its values at the selected tokens replaced by `new_BKD` [B, K, ...]."""
+        """Return a copy of `old_BTD` [B, T, ...] with `new_BKD` [B, K, ...] at the selected tokens.
+
+        For `Everyone`, the selection of all tokens, the result is `new_BKD` itself.
+        """
         return torch.where(self.mask(), self.scatter(new_BKD), old_BTD)
 
     def rows_of(self, outer: RowSubset | None) -> RowSubset | None:

@@ -97,7 +97,7 @@ class StaticStore(RaggedStore):
         return False
 
     def view(self, name: str, rows: RowSubset | None = None, newest: int | None = None) -> Tensor:
-        """Return all C columns of the tensor `name`, [B, C, ...]; no query attends to the unused ones.
+        """Return all C columns of the tensor `name`, [B, C, ...], without copying; no query attends to the unused ones.
 
         `newest` is ignored and `rows` must be None, because attention windows are applied by masks only.
         """

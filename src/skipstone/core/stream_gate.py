@@ -1,4 +1,4 @@
-"""What a mechanism says about itself so that a compiled decoding step can decide in its place.
+"""Descriptions of mechanisms as data (weights, thresholds), by which a compiled decoding step decides in their place.
 
 A step that runs all blocks in one compiled call (`nn/compiled_blocks.py`) does not call mechanisms. It knows how to
 compute what these values describe, and nothing else: a mechanism whose decision about a token in generation is a

@@ -65,11 +65,11 @@ class Tokens:
     slot - smallest slot + 1) of a row, cached tokens included; None means that finding it would need a wait for the
     GPU. queries: tokens whose update is computed; the others only provide keys and values. rows: the cache rows that
     the tokens continue; None means all rows. unpadding: indices of the N real tokens if many are padding; projections
-    and MLP then see [1, N, D]. state: named tensors [B, T] carried from block to block. forced_BT: bool, decisions that
-    the caller imposes on this block; None means that its mechanisms decide. noise_seed: int64 scalar, the seed of this
-    pass's random numbers; None means that it is drawn when needed. first_row: int64 scalar, index of the first row in a
-    larger batch, for random numbers; None means 0. memory: where a mechanism around several blocks may keep state of
-    earlier calls; None means nowhere. mode: how the pass decides and executes.
+    and MLP then see [1, N, D], D being the width. state: named tensors [B, T] carried from block to block. forced_BT:
+    bool, decisions that the caller imposes on this block; None means that its mechanisms decide. noise_seed: int64
+    scalar, the seed of this pass's random numbers; None means that it is drawn when needed. first_row: int64 scalar,
+    index of the first row in a larger batch, for random numbers; None means 0. memory: where a mechanism around several
+    blocks may keep state of earlier calls; None means nowhere. mode: how the pass decides and executes.
     """
 
     slot_BT: Tensor

@@ -32,10 +32,10 @@ REMEMBERED = 1 << 23  # characters of a split up to which its ids are kept for t
 class Encoded:
     """The documents of a split as token ids, concatenated, with an eos token between any two documents.
 
-    ids: (N,) uint16 or uint32, whichever fits the vocabulary, in memory or on disk. Splits that are read from shards on
-    disk also have an eos after the last document. document_starts: (D,) int64, index of the first token of each of D
-    documents, beginning with 0; an eos belongs to the document before it. document_bytes: (D,) int64, UTF-8 bytes of
-    each document's text; an eos counts 0.
+    ids: (N,) for N tokens, uint16 or uint32, whichever fits the vocabulary, in memory or on disk. Splits that are read
+    from shards on disk also have an eos after the last document. document_starts: (D,) int64, index of the first token
+    of each of D documents, beginning with 0; an eos belongs to the document before it. document_bytes: (D,) int64,
+    UTF-8 bytes of each document's text; an eos counts 0.
     """
 
     ids: Ids | Stitched
@@ -73,7 +73,7 @@ def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
 
 
 def encode_each(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """Yield the token ids of each document as an array [N] of `dtype`, without special tokens.
+    """Yield the token ids of each document as a one-dimensional array of `dtype`, without special tokens.
 
     Special tokens that are written in a text are encoded as ordinary text. documents: they are read in batches, so they
     may be a stream. For byte and character tokenizers, a table lookup in NumPy gives the same ids about 10 times as

@@ -80,9 +80,10 @@ def jsonl(argument: str) -> Corpus:
 
 
 def jsonl_files(argument: str) -> list[Path]:
-    """Return the file PATH, or all .jsonl and .jsonl.gz files below the folder PATH, ordered by path.
+    """Return the file PATH, whatever its name, or all .jsonl and .jsonl.gz files at any depth below the folder PATH.
 
-    argument: PATH. Raises FileNotFoundError if there is no such file, and ValueError for a device or a pipe.
+    They are ordered by path. argument: PATH. Raises FileNotFoundError if PATH does not exist or is a folder without
+    such a file, and ValueError for a device or a pipe.
     """
     return _files("jsonl", argument, ".jsonl", ".jsonl.gz")
 

@@ -176,8 +176,9 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
     """Yield batches of up to 8 rows, which are spread evenly over a split of a run's data.
 
-    A batch holds int64 tensors [B, T] by name. The last row of the split is left out, as it may be short. loaded: the
-    run. split: "train" or "validation". count: number of rows in all; if the split has fewer, all of them are read.
+    A batch holds int64 tensors [rows, tokens] by name. The last row of the split is left out, as it may be short.
+    loaded: the run. split: "train" or "validation". count: number of rows in all; if the split has fewer, all of them
+    are read.
     """
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)

@@ -108,8 +108,8 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the rows of `data.validation` in order, as batches on `device`.
 
-    A batch is a dict of int64 tensors [B, T] by name. batch_size: rows of a batch. rows: read only the first `rows`
-    rows; None means all of them.
+    A batch is a dict of int64 tensors [rows, tokens] by name. batch_size: rows of a batch. rows: read only the first
+    `rows` rows; None means all of them.
     """
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):

@@ -1,4 +1,4 @@
-"""The figures that `compare` measures of each run, and their names and format in its table."""
+"""`RunMetrics`: losses, FLOPs, speeds and cache sizes that `compare` measures of a run, and their rows in its table."""
 
 from __future__ import annotations
 

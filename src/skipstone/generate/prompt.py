@@ -78,8 +78,8 @@ def check_padding(model: SkipstoneForCausalLM, pad_token_id: object) -> None:
 def ends_of(model: SkipstoneForCausalLM, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
     """Return the ids of tokens that end a text, as a list, which may be empty.
 
-    eos_token_id: one id or several; None means the ids in the model's generation_config, if any. Raises ValueError for
-    anything but whole numbers.
+    eos_token_id: one id or several; None means the ids in the model's generation_config, or [] if it has none. Raises
+    ValueError for anything but whole numbers.
     """
     ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
     if isinstance(ends, Tensor):

@@ -44,8 +44,8 @@ class Signature:
     def named(self, block: nn.Module, x_BTD: Tensor, args: tuple[object, ...], kwargs: PlainDict) -> PlainDict:
         """Return all arguments of a call of the block by name, except the hidden states.
 
-        block: the block, passed as `self`. x_BTD: the hidden states, [B, T, D]. args, kwargs: the call's other
-        arguments. Raises TypeError if `forward` cannot be called with them.
+        block: the block, passed as `self`. x_BTD: the hidden states, [B, T, D] (rows, tokens, width). args, kwargs: the
+        call's other arguments. Raises TypeError if `forward` cannot be called with them.
         """
         bound = self._signature.bind(block, x_BTD, *args, **kwargs).arguments
         values: PlainDict = {}

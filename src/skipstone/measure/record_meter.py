@@ -1,4 +1,4 @@
-"""`RecordMeter`: averages figures of mechanisms over training passes, for the log.
+"""`RecordMeter`: averages capacities, gates, entropies and the like of mechanisms over training passes, for the log.
 
 Shape letters: B rows, T tokens.
 """

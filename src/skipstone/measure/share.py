@@ -89,8 +89,8 @@ def spent(model: SkipstoneForCausalLM, ids_BT: Tensor, records: Sequence[Records
     """Return a batch's forward FLOPs with its recorded decisions, and without mechanisms, each summed over rows.
 
     Each row is counted by itself, without the padding that a batch would add, because attention grows with the square
-    of the tokens that a row keeps. ids_BT: token ids [B, T], of which only the shape is used. records: the decisions of
-    a forward pass over these ids, a dict by mechanism name for each block.
+    of the tokens that a row keeps. ids_BT: token ids [B, T] (rows, tokens), of which only the shape is used. records:
+    the decisions of a forward pass over these ids, a dict by mechanism name for each block.
     """
     rows, tokens = ids_BT.shape
     needed = 0.0

@@ -188,7 +188,8 @@ class CacheBytes:
 def cache_bytes(model: SkipstoneForCausalLM, ids_BT: Tensor) -> CacheBytes:
     """Prefill a cache with `ids_BT`, with decisions that look at no later token, and return its bytes per token.
 
-    ids_BT: token ids, int64 [B, T], on the model's device. Raises ValueError for a model that is not a Skipstone model.
+    ids_BT: token ids, int64 [B, T] (rows, tokens), on the model's device. Raises ValueError for a model that is not a
+    Skipstone model.
     """
     _, cache = prefill(model, ids_BT)
     kv = state = allocated = 0

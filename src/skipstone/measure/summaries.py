@@ -1,7 +1,7 @@
-"""Figures of mechanisms by layer, from records (decisions in a pass): one reader for each kind of record.
+"""What mechanisms did in a pass, by layer: capacity, precision, shares of activations, experts and neuron groups.
 
-A new kind of record is a class in `core/records.py` and a reader in `READERS`: the log of a training, evaluation and
-its tables take it from there.
+There is one reader for each kind of record (decisions in a pass). A new kind of record is a class in `core/records.py`
+and a reader in `READERS`: the log of a training, evaluation and its tables take it from there.
 
 Shape letters: B rows, T tokens, A activations, X experts (no-ops included), G groups of neurons.
 """

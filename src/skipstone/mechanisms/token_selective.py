@@ -325,7 +325,10 @@ class TokenSelective(DepthMechanism):
         return self.decision.capacity.not_ready_reason() or self.decision.not_ready_reason()
 
     def set_identity(self) -> None:
-        """Set all gates 1 - p to 1 - 1.2e-4 and keep every token; the model computes nearly what a dense one does."""
+        """Set every token's skip probability p to 1.2e-4 and keep every token, so that the model is nearly a dense one.
+
+        The gate, the factor 1 - p on a token's updates, is then nearly 1.
+        """
         self.router.constant(-NEUTRAL_SCORE)
         if self.decision is not None:
             self.decision.capacity.pin(1.0)

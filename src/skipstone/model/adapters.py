@@ -56,9 +56,10 @@ def base_of(folder: Path) -> str:
 def merged(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """Return the base model with the PEFT adapter in `folder` merged into its weights, in evaluation mode.
 
-    folder: a folder that PEFT has saved. base: the loaded base model, of transformers or ours. Raises ValueError for
-    adapter tensors that are missing, not expected, damaged or of another shape. Warns if the adapter contains routers,
-    because their thresholds are buffers, which adapters do not save; calibrate such a model before it generates.
+    folder: a folder that PEFT has saved. base: the loaded base model, of transformers or ours, which is changed in
+    place. Raises ValueError for adapter tensors that are missing, not expected, damaged or of another shape. Warns if
+    the adapter contains routers, because their thresholds are buffers, which adapters do not save; calibrate such a
+    model before it generates.
     """
     from peft import PeftModel, load_peft_weights
 

@@ -106,8 +106,8 @@ def refuse_ignored(labels: Any, arguments: PlainMapping) -> None:
 def checked_targets(target_BT: Tensor, shape: torch.Size) -> Tensor:
     """Return the labels as int64 after checking that they are whole numbers of the given shape.
 
-    target_BT: labels already shifted to the positions that predict them. shape: the shape of the predictions, [B, T].
-    Raises ValueError if a check fails.
+    target_BT: labels already shifted to the positions that predict them. shape: the shape of the predictions, [rows,
+    tokens]. Raises ValueError if a check fails.
     """
     if not _whole(target_BT):
         raise ValueError(f"labels must be whole numbers, got {target_BT.dtype}")

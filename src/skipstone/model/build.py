@@ -248,7 +248,7 @@ def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Initialise one module of a model, after transformers' own initialisation, where ours differs from it.
+    """Initialise one module of a model, after transformers' `_init_weights`, where ours differs from it.
 
     Linear layers follow `config.linear_init`, projections into the residual stream `config.scaled_output_init`. Routing
     modules and all other modules of ours initialise themselves by `reset_parameters`.

@@ -53,7 +53,7 @@ class CausalLMOutput(ModelOutput):
     like token_loss, without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the
     KV cache. hidden_states: if requested, num_hidden_layers + 1 tensors as in transformers. records: if requested, one
     dict per block with its mechanisms' decisions by name. attentions: always None. last_hidden_state: the decoder's
-    normalised hidden states, [B, T, D], if `output_last_hidden_state` is True, else None.
+    normalised hidden states, [B, T, D] with D the width, if `output_last_hidden_state` is True, else None.
     """
 
     loss: Tensor | None = None

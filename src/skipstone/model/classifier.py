@@ -10,12 +10,13 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 
 class SkipstoneForSequenceClassification(GenericForSequenceClassification, SkipstonePreTrainedModel):
-    """A sequence classifier with `config.num_labels` scores, [B, num_labels], built from transformers' generic head.
+    """A sequence classifier with `config.num_labels` scores a row, on transformers' `GenericForSequenceClassification`.
 
-    The scores are read at the last token that is not `config.pad_token_id`. The loss is the labels' loss alone:
-    routers' auxiliary losses are not added, so routers learn only through the weights of updates. Its forward passes
-    further arguments to the decoder: routing ("oracle", "causal", or bool masks [B, T] of kept tokens by block), noise,
-    executor ("gathered" computes kept tokens only, "masked" all) and document_ids.
+    The scores, [B, num_labels], are read at the last token of each row that is not `config.pad_token_id`. The loss is
+    the labels' loss alone: routers' auxiliary losses are not added, so routers learn only through the weights of
+    updates. Its forward passes further arguments to the decoder: routing ("oracle", "causal", or bool masks [B, T]
+    (rows, tokens) of kept tokens by block), noise, executor ("gathered" computes kept tokens only, "masked" all) and
+    document_ids.
     """
 
 

@@ -277,8 +277,8 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
         """Build a configuration from a saved dict as transformers does.
 
         Options of neuron groups that releases before 0.2 accepted and ignored are dropped. config_dict: the content of
-        a config.json. kwargs: values that replace those of the dict, and transformers' own arguments of this method.
-        Raises ValueError for invalid values.
+        a config.json. kwargs: values that replace those of the dict, and further arguments of transformers'
+        `from_dict`. Raises ValueError for invalid values.
         """
         groups = config_dict.get("neuron_groups")
         if isinstance(groups, dict) and groups.get("decision") == "magnitude":

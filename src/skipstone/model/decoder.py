@@ -129,8 +129,9 @@ class SkipstonePreTrainedModel(SavesItsBlocks, KeepsStoredTypes):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Change the number of tokens in the vocabulary to `new_num_tokens`, as transformers does.
 
-        None leaves it as it is. Returns the token embedding. args, kwargs: further arguments of transformers' method.
-        Raises ValueError for models with quantised weights or `head_candidates`, which cannot be resized.
+        None leaves it as it is. Returns the token embedding. args, kwargs: further arguments of transformers'
+        `resize_token_embeddings`. Raises ValueError for models with quantised weights or `head_candidates`, which
+        cannot be resized.
         """
         small = self.config.weight_format != "float"
         if (small or self.config.head_candidates is not None) and new_num_tokens not in (None, self.config.vocab_size):

@@ -39,8 +39,8 @@ class SavesItsBlocks(PreTrainedModel):
         """Save the model as transformers does, with a configuration that describes its blocks as they are.
 
         save_directory: the folder. is_main_process: whether this process writes the files. state_dict: the weights to
-        write; None means the model's own. kwargs: further arguments of transformers' method. Raises ValueError if the
-        configuration cannot describe the blocks (`describe_blocks`).
+        write; None means the model's own. kwargs: further arguments of transformers' `save_pretrained`. Raises
+        ValueError if the configuration cannot describe the blocks (`describe_blocks`).
         """
         describe_blocks(self.config, cast("Blocks", self.base_model.layers))
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)  # type: ignore[arg-type]

@@ -25,8 +25,9 @@ class KeepsStoredTypes(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does, and check that its weights are of the types that the files have.
 
-        Arguments and result are those of transformers' method. Raises ValueError for integers in the place of
-        floating-point weights and the reverse, for instance if `weight_format` in config.json is not that of the files.
+        Arguments and result are those of transformers' `from_pretrained`. Raises ValueError for integers in the place
+        of floating-point weights and the reverse, for instance if `weight_format` in config.json is not that of the
+        files.
         """
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         given = kwargs.get("state_dict")
@@ -37,8 +38,8 @@ class KeepsStoredTypes(PreTrainedModel):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load tensors by name as torch does, but refuse integers in the place of floating-point weights.
 
-        state_dict: the tensors by name. args, kwargs, result: those of torch's method. Raises ValueError that names the
-        tensor.
+        state_dict: the tensors by name. args, kwargs, result: those of torch's `load_state_dict`. Raises ValueError
+        that names the tensor.
         """
         kinds = {name: _kind(parameter.dtype) for name, parameter in self.named_parameters()}
         wrong = {

@@ -112,13 +112,13 @@ class Attention(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         queries: Tokens | None = None,
     ) -> Tensor:
-        """Return the attention's output for the query tokens, [B, K, D], or concatenated without padding, [1, N, D].
+        """Return the attention's output for the query tokens, [B, K, D], or for the N of all rows in a line, [1, N, D].
 
         x_BTD: normalised residual stream of all T tokens. tokens: their slots (indices in the row), padding, documents
-        and rotary angles, which K of them are queries (get an update), and whether padding is removed. cache: stores
-        keys and values of all T tokens, and supplies those of earlier calls; with None, only this call's keys are
-        attended to. queries: the K query tokens, if the caller has selected them from `tokens` already; None means that
-        they are selected here.
+        and rotary angles, which K of them are queries (get an update), and whether padding is removed, so that the
+        query tokens of all rows follow each other. cache: stores keys and values of all T tokens, and supplies those of
+        earlier calls; with None, only this call's keys are attended to. queries: the K query tokens, if the caller has
+        selected them from `tokens` already; None means that they are selected here.
         """
         if cache is not None and tokens.mode.single_token and self._steps(x_BTD, tokens, cache.kv):
             return self.o_proj(self._newest(x_BTD, tokens, cache.kv))

@@ -174,8 +174,8 @@ class ExpertsMLP(FeedForward, RoutingModule):
     ) -> tuple[Tensor, Records]:
         """Return the weighted sum of the chosen experts, [B, T, D], 0 for padding, and the record of the choices.
 
-        x_BTD: the normalised residual stream, or its real tokens concatenated, [1, N, D], if `tokens.unpadding` is set;
-        the result has the same form. tokens: the tokens of this call, padding included. cache: not used.
+        x_BTD: the normalised residual stream, or its N real tokens concatenated, [1, N, D], if `tokens.unpadding` is
+        set; the result has the same form. tokens: the tokens of this call, padding included. cache: not used.
         """
         x_BTD = tokens.pad(x_BTD)
         logits_BTX = self.router(x_BTD)

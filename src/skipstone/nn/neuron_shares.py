@@ -1,4 +1,4 @@
-"""A count of the neurons that decoding by numba code needs, and the decision whether leaving out the others saves time.
+"""A count of the neurons that decoding by numba code needs, and whether leaving out the others saves time.
 
 To leave out neurons, a step reads weights neuron by neuron, and needs the down projection in a transposed layout. Both
 are slower than reading whole matrices. `PAYS` is the largest share of neurons on for which it still saves time,

@@ -31,9 +31,10 @@ class Routed(nn.Module):
     not compute them, and they give no keys and values.
 
     Further arguments are passed to the block unchanged, except tensors with an entry for each token: [B or 1, T, ...]
-    (positions, rotary tables, padding masks), [B or 1, H, T, E], [N, B or 1, T, ...] and pair masks [B or 1, H or 1, T,
-    T] are gathered like x, also inside tuples, lists and dicts. A tensor that the block itself slices to the length of
-    its input, such as its own rotary table, would be wrong; pass it as an argument, or add positions before the blocks.
+    (positions, rotary tables, padding masks), [B or 1, H, T, E] (H heads of E features), [N, B or 1, T, ...] (N of
+    anything) and pair masks [B or 1, H or 1, T, T] are gathered like x, also inside tuples, lists and dicts. A tensor
+    that the block itself slices to the length of its input, such as its own rotary table, would be wrong; pass it as an
+    argument, or add positions before the blocks.
     """
 
     def __init__(self, block: nn.Module, *mechanisms: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What layers with weights in a compact format (int8, int4 or 16 bits) have in common, whatever the format."""
+"""Base classes of layers whose weights are stored in a compact format (int8, int4 or 16 bits) and cannot be trained."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ class StoredWeights(nn.Module):
 
     @abstractmethod
     def restored(self) -> Tensor:
-        """Return the weight in floating point, [outputs, inputs] in the model's dtype."""
+        """Return the weight in floating point, [outputs, inputs] in the model's dtype.
+
+        It is only to be read: if the weight is stored in this dtype, it is no copy.
+        """
 
     @abstractmethod
     def stored_floats(self) -> Tensor:

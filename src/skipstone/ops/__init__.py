@@ -41,7 +41,7 @@ def _eager(device: str) -> ModuleType:
 
 
 def apply_experts(*args: Any) -> Tensor:
-    """Return the outputs [N, D] of a mixture of SwiGLU experts for N tokens, by grouped matrix products.
+    """Return the outputs of a mixture of SwiGLU experts for N tokens of width D, [N, D], by grouped matrix products.
 
     args, by position: the inputs x_ND; expert_NC, int64, the C experts that each token chose; weight_NC, the factors on
     these experts' outputs; idle_NC, bool, choices that add nothing, or None if there are none; gate_XFD, up_XFD and
@@ -56,7 +56,7 @@ def apply_experts(*args: Any) -> Tensor:
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """Return a router's product x weight^T + bias in fp32, [..., O], saving only x for the backward pass.
 
-    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
-    square. Under torch.compile, the plain form of `ops/reference.py` is used.
+    x: [..., D] of any float dtype, D inputs. weight: [O, D], O outputs. bias: [O] or None. norm: whether x is first
+    divided by its root mean square. Under torch.compile, the plain form of `ops/reference.py` is used.
     """
     return (reference if torch.compiler.is_compiling() else memory_saving).score_linear(x, weight, bias, norm)

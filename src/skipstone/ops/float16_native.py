@@ -1,4 +1,4 @@
-"""A linear layer with weights in bf16 or fp16 for few tokens, by the kernel for floating-point weights."""
+"""A linear layer with weights in bf16 or fp16 for few tokens, by `decode_products_native.single_rows`."""
 
 from __future__ import annotations
 

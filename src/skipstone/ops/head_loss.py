@@ -5,7 +5,8 @@ The chunked form computes the logits of some tokens at a time, and their gradien
     d logits = softmax(logits) - onehot(target)        d x = d logits W        d W = sum over chunks (d logits)^T x
 
 so that the backward pass only scales them. It computes the same three matrix products as the plain form, but holds one
-tensor [chunk, V] instead of several tensors [N, V]. (torch 2.13 has such a function; older versions do not.)
+tensor [chunk, V] instead of several tensors [N, V]. (From version 2.13 on, torch has
+`torch.nn.functional.linear_cross_entropy`, which does the same.)
 
 `linear_distillation_loss` adds a distillation loss computed in the same chunks, at temperature T:
 

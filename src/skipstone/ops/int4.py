@@ -149,7 +149,10 @@ def _fitted(w: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restore(weight_OP: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight matrix scale * number + offset, [O, I] in `dtype`. weight_OP: four-bit, uint8 [O, P]."""
+    """Return the weight matrix scale * number + offset, [O, I] in `dtype`.
+
+    weight_OP: uint8 [O, P], packed as `pack` returns it: a row's P = 5 I / 8 bytes hold numbers, scales and offsets.
+    """
     number_OI, scale_OG, offset_OG = unpack(weight_OP)
     number_OGI = number_OI.unflatten(1, (-1, GROUP)).float()
     return (number_OGI * scale_OG.float()[..., None] + offset_OG.float()[..., None]).flatten(1).to(dtype)

@@ -104,10 +104,10 @@ def four_bit_rows(
 ) -> None:
     """Multiply N tokens, rounded to int16, with rows `first` to `last` - 1 of a four-bit matrix; compiled by numba.
 
-    weight_at, bias_at: the addresses of the four-bit weights [O, P] and of fp32 biases (0: none). x_at, unit_at: the
-    addresses of the int16 tokens and of the factors that restore them. y_at: the address of the fp32 outputs [N, O], of
-    which these columns are written. tokens, outputs, inputs: N, O and I, a multiple of 64. The other arguments are
-    unused: the kernel for int8 weights, in whose place this one is called, needs them.
+    weight_at, bias_at: the addresses of the four-bit weights [O, P], P = 5 I / 8 bytes a row, and of fp32 biases (0:
+    none). x_at, unit_at: the addresses of the int16 tokens and of the factors that restore them. y_at: the address of
+    the fp32 outputs [N, O], of which these columns are written. tokens, outputs, inputs: N, O and I, a multiple of 64.
+    The other arguments are unused: the kernel for int8 weights, in whose place this one is called, needs them.
     """
     if last <= first:
         return
@@ -135,7 +135,7 @@ def four_bit_rows(
 def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, reading each four-bit weight from memory once.
 
-    x: [..., I], few tokens. weight_OP: uint8 [O, P].
+    x: [..., I], few tokens of I inputs. weight_OP: uint8 [O, P], P = 5 I / 8 bytes for each of O outputs (`int4.pack`).
     """
     weight_OP = weight_OP.contiguous()
     matrix = (weight_OP.data_ptr(), 0, 0, 0)

@@ -1,4 +1,4 @@
-"""A linear layer with int8 weights for few tokens, by the kernels that numba compiles.
+"""A linear layer with int8 weights for few tokens, by kernels that numba compiles.
 
 Weights are usually stored output by output (`int8_native.py`). Those of a down projection whose neurons are chosen in a
 compiled step of all blocks are stored input by input (`neuron_rows_native.py`).
@@ -22,7 +22,7 @@ PIECE = 128  # tokens that are multiplied at a time: so many stay in a processor
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x, reading each int8 weight from memory once.
 
-    x: [..., I], few tokens. weight_OI: int8. scale: fp32 [O], [O, I / 64] or [O, I / 32].
+    x: [..., I], few tokens of I inputs. weight_OI: int8, for O outputs. scale: fp32 [O], [O, I / 64] or [O, I / 32].
     """
     outputs, inputs = weight_OI.shape
     fine = scale.numel() * FINE == outputs * inputs

@@ -67,7 +67,8 @@ def gather_rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
 def scatter_rows(y_BKD: Tensor, index_BK: Tensor, length: int, fill: float = 0.0) -> Tensor:
     """Invert `gather_rows`: return [B, length, ...] with y at `index_BK` and `fill` elsewhere.
 
-    y_BKD: [B, K, ...]. index_BK: int64, distinct within a row. length: number of entries per row of the result.
+    y_BKD: [B, K, ...]. index_BK: int64, distinct within a row (not checked). length: number of entries per row of the
+    result.
     """
     B, _, *rest = y_BKD.shape
     offset_B1 = torch.arange(B, device=index_BK.device)[:, None] * length
@@ -183,7 +184,7 @@ def autocast(x: Tensor) -> Tensor:
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute x weight^T + bias in fp32 (fp64 if x or weight is), even under autocast.
 
-    x: [..., I]. weight: [O, I]. bias: [O] or None. Returns [..., O].
+    x: [..., I], I inputs. weight: [O, I], O outputs. bias: [O] or None. Returns [..., O].
     """
     if not under_autocast(x.device.type):  # the context below costs as much as a small product
         if x.dtype == weight.dtype == torch.float32:
@@ -218,8 +219,8 @@ def normalised(x: Tensor) -> Tensor:
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """Return a router's product x weight^T + bias in fp32, [..., O]; with `norm`, x is divided by its root mean square.
 
-    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. The division follows the product, which has fewer
-    elements than x.
+    x: [..., D] of any float dtype. weight: [O, D], O outputs. bias: [O] or None. The division follows the product,
+    which has fewer elements than x.
     """
     if not norm:
         return linear_fp32(x, weight, bias)

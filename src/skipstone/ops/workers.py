@@ -1,9 +1,9 @@
 """Threads that compute the parts of one compiled function together, and the barrier at which they wait for each other.
 
-They are the threads of torch's own OpenMP, where it can be called: between two parallel operations these spin for
-milliseconds, and threads of another pool, such as numba's, would have to share the processors with them. Elsewhere
-Python threads without the interpreter's lock take their place. Numba's own parallel loops cannot be kept on disk
-either, and some of its threading layers abort a process in which two Python threads use them at once.
+They are the threads of the OpenMP library that torch has loaded, where it can be called: between two parallel
+operations these spin for milliseconds, and threads of another pool, such as numba's, would have to share the processors
+with them. Elsewhere Python threads without the interpreter's lock take their place. Numba's own parallel loops cannot
+be kept on disk either, and some of its threading layers abort a process in which two Python threads use them at once.
 """
 
 from __future__ import annotations

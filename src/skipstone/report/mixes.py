@@ -1,4 +1,4 @@
-"""Pictures of the activations of PolyGLU's neurons: by layer, by neuron, by kind of text (as digits), over training."""
+"""Pictures of how PolyGLU's neurons mix activations: by layer, neuron, category of token (as digits), and over time."""
 
 from __future__ import annotations
 

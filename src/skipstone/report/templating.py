@@ -1,4 +1,4 @@
-"""The templates of all pages, and the one script that a page may run: it saves pictures."""
+"""The jinja2 environment that renders the templates of all pages, and a page's only script, which saves pictures."""
 
 from __future__ import annotations
 

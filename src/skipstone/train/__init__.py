@@ -10,7 +10,7 @@ setup.py        builds model configuration, model and Trainer's arguments from a
 folder.py       writes run folders
 environment.py  versions, commit, machine
 mixin.py        `RoutingMixin`, `RoutingTrainer`: for any training
-seen.py         shows them the forward passes of a model
+seen.py         collects the records of a model's forward passes for mixin.py
 trainer.py      the trainer of `train`
 callback.py     `RoutingCallback`: advances thresholds and schedules once per optimizer step
 benefit.py      measures what a block's update of a token is worth

@@ -78,7 +78,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """The hours that all optimizer steps take together."""
+        """The estimated hours that all optimizer steps take together."""
         return self.steps * self.seconds / 3600
 
     def lines(self) -> list[str]:

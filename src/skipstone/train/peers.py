@@ -1,4 +1,4 @@
-"""The other processes of a training: when one of them has failed, this one ends soon and leaves the last word to it."""
+"""Ends this process of a training soon after another has failed, with a message that points to the other's error."""
 
 from __future__ import annotations
 

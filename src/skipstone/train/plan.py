@@ -44,12 +44,12 @@ class TrainingPlan:
 
     @property
     def seconds(self) -> float:
-        """The seconds of an optimizer step, if messages are sent while gradients are computed."""
+        """The estimated seconds of an optimizer step, if messages are sent while gradients are computed."""
         return max(self.compute, self.communication) + self.update
 
     @property
     def hours(self) -> float:
-        """The hours of the whole training."""
+        """The estimated hours of the whole training: `seconds` times the number of optimizer steps."""
         return self.whole.steps * self.seconds / 3600
 
     @property

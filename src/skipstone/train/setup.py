@@ -27,12 +27,12 @@ TOKENIZER = "tokenizer"  # the key of `data_defaults` that is no model option
 
 
 def model_config(values: PlainMapping, context: int, defaults: PlainMapping) -> SkipstoneConfig:
-    """Return the model configuration of a recipe, with defaults for context and vocabulary from the data.
+    """Return the model configuration of a recipe; options that the recipe does not set follow from its data.
 
-    values: the recipe's section `model`. context: tokens of a row (`data.context`). defaults: options that follow from
-    the data, such as `vocab_size` and `tokenizer`; empty to check the other options before data are read. Raises
-    ValueError for invalid keys and values, for a maximum number of positions below `context`, and for a vocabulary that
-    is too small for the tokenizer.
+    values: the recipe's section `model`, which takes precedence. context: tokens of a row (`data.context`), the maximum
+    number of positions if the recipe sets none. defaults: options that follow from the data, such as `vocab_size` and
+    `tokenizer`; empty to check the other options before data are read. Raises ValueError for invalid keys and values,
+    for a maximum number of positions below `context`, and for a vocabulary that is too small for the tokenizer.
     """
     given = {"max_position_embeddings": context, **defaults, **values}
     preset, tokenizer = given.pop("preset", None), given.pop(TOKENIZER, None)

@@ -20,10 +20,10 @@ def batches(
 ) -> Iterator[tuple[Row, bool]]:
     """Yield batches of validation rows, each with whether it counts; several processes take turns by batches.
 
-    A batch is a dict of int64 tensors [B, T] by name. data: provides the validation rows. rows: number of rows to use,
-    from the first; None means all of them. size: rows of a batch. part: index of this process, out of `parts`. Every
-    process yields equally many batches, because sharded models need all processes in every pass: a process that has no
-    rows left yields the first rows again, with False.
+    A batch is a dict of int64 tensors [rows, tokens] by name. data: provides the validation rows. rows: number of rows
+    to use, from the first; None means all of them. size: rows of a batch. part: index of this process, out of `parts`.
+    Every process yields equally many batches, because sharded models need all processes in every pass: a process that
+    has no rows left yields the first rows again, with False.
     """
     count = min(rows or len(data.validation), len(data.validation))
     for begin in range(0, count, parts * size):

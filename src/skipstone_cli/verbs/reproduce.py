@@ -121,9 +121,9 @@ def print_list() -> None:
 
 
 def parse_seeds(text: str | None) -> list[int] | None:
-    """Parse text such as "0,1,2" as a list of integers without repetition; None for None.
+    """Parse text such as "0,1,2" as a list of different whole numbers of at least 0; None for None.
 
-    Raises UserError for any other text.
+    Raises UserError for any other text, also for one that repeats a number.
     """
     if text is None:
         return None

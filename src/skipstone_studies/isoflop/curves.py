@@ -94,8 +94,8 @@ class Fit:
 def fit(xs: Sequence[float], losses: Sequence[float]) -> Fit:
     """Fit a parabola of loss over the logarithm of size by least squares.
 
-    xs: sizes, positive and distinct. losses: the losses in nats. For fewer than three sizes there is no parabola: the
-    optimum of the result is the lowest point, and the residuals are empty.
+    xs: sizes, positive and distinct (not checked). losses: the losses in nats. For fewer than three sizes there is no
+    parabola: the optimum of the result is the lowest point, and the residuals are empty.
     """
     middle, u, solution = _sizes(tuple(xs))
     y = np.asarray(losses, np.float64)
@@ -319,10 +319,10 @@ def make_curve(
 
 
 def gain_of_depth(points: Sequence[GridPoint]) -> float | None:
-    """Return by how many nats a deeper model beats the best shallower one of the same width.
+    """Return by how many nats the deepest model of a width beats the best shallower one of that width.
 
-    points: the points of one arm (compared recipe) and budget (training FLOPs). The largest gain over all widths is
-    returned; None if no width was run with two numbers of blocks.
+    points: the points of one arm (compared recipe) and budget (training FLOPs). The gain is negative if a shallower
+    model is better. The largest over all widths is returned; None if no width was run with two numbers of blocks.
     """
     found = []
     for width in {point.cell.size.width for point in points}:

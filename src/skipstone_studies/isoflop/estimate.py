@@ -166,7 +166,10 @@ class GridEstimate:
         return cell.steps * pace.step(batch) + FORWARD * rows * pace.row
 
     def sections(self) -> list[Section]:
-        """Return the tables of the estimate: one with every run, and one with sums."""
+        """Return two tables of FLOPs and time: one with every run of the grid, and one with sums over all planned runs.
+
+        The rows of the second are the purposes of these runs (the keys of `parts`) and "all".
+        """
         return [self._runs(), self._total()]
 
     def _runs(self) -> Section:

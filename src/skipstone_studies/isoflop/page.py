@@ -1,7 +1,7 @@
-"""Render the result of an isoFLOP grid as Markdown and as one HTML page with charts.
+"""Render the result of an isoFLOP grid (losses of several sizes at equal FLOPs) as Markdown and as an HTML page.
 
-Equal stored results give equal bytes. The HTML page is made of the parts of `skipstone report`; it is self-contained
-and downloads nothing.
+Equal stored results give equal bytes. The HTML page has charts and is made of the parts of `skipstone report`; it is
+self-contained and downloads nothing.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _frontier(dots: Sequence[Dot]) -> list[tuple[float, float]]:
 
 
 def notes(result: IsoFlopResult) -> list[str]:
-    """Return the notes below the tables of an isoFLOP result, one sentence each."""
+    """Return sentences below the tables of an isoFLOP result on what limits it, such as missing runs and noise."""
     return [
         *_unfinished(result),
         *_scale(result),

@@ -170,9 +170,10 @@ def _check_list(field: str, values: Sequence[object]) -> None:
 def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """Build the specification of an isoFLOP grid from a recipe and the values that the user gave.
 
-    recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
-    "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; those that
-    are None count as not given. Raises ValueError for invalid sizes, arms (compared recipes) and numbers.
+    recipe: a plain dict; its section `arms` is {arm: changes of the section `model`}; without it, the arms are those of
+    `arms_of`. scale: "laptop" or "paper", which provides budgets, sizes and rates that are not given. given: fields of
+    `GridSpec` by name; those that are None count as not given. Raises ValueError for invalid sizes, arms (compared
+    recipes) and numbers.
     """
     if scale not in GRIDS:
         raise ValueError(unknown("scale", scale, GRIDS))
@@ -198,10 +199,11 @@ def make_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> G
 def checked_spec(recipe: PlainDict, *, scale: str = "laptop", **given: object) -> GridSpec:
     """Build the specification of an isoFLOP grid from a recipe and the user's values, and check all of its models.
 
-    recipe: a plain dict; its section `arms`, if any, is {arm: changes of the section `model`}. scale: "laptop" or
-    "paper", which provides budgets, sizes and rates that are not given. given: fields of `GridSpec` by name; None
-    counts as not given. Raises ValueError with one line for each mistake in the recipe and in the models of all arms
-    (compared recipes) and sizes, without loading torch. Whether the corpus exists is not checked.
+    recipe: a plain dict; its section `arms` is {arm: changes of the section `model`}; without it, the arms are those of
+    `arms_of`. scale: "laptop" or "paper", which provides budgets, sizes and rates that are not given. given: fields of
+    `GridSpec` by name; None counts as not given. Raises ValueError with one line for each mistake in the recipe and in
+    the models of all arms (compared recipes) and sizes, without loading torch. Whether the corpus exists is not
+    checked.
     """
     lines: list[str] = []
     own = {key: value for key, value in recipe.items() if key != "arms"}

@@ -1,4 +1,7 @@
-"""The tables and sentences with which the result of an isoFLOP grid is shown."""
+"""The tables, sentences and claims with which the result of an isoFLOP grid is shown.
+
+Tables: forward FLOPs at equal loss, best sizes, losses after equal times, training speeds, learning rates, and runs.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ def _signed(value: float) -> str:
 
 
 def sections(result: IsoFlopResult) -> list[Section]:
-    """Return the tables of the isoFLOP result `result`, without those that have no rows."""
+    """Return all tables of this module for the isoFLOP result `result`; those that would have no rows are left out."""
     made = [same(result), optima(result), times(result), speeds(result), rates(result), runs(result)]
     return [section for section in made if section.rows]
 
@@ -250,7 +253,10 @@ def times(result: IsoFlopResult) -> Section:
 
 
 def speeds(result: IsoFlopResult) -> Section:
-    """Return the table of training tokens per second in `result`, by size and compared recipe, measured in turns."""
+    """Return the table of training tokens per second in `result`, by size and compared recipe, timed in turns.
+
+    It also has the time and the FLOPs of a step, divided by those of the recipe that the others are compared with.
+    """
     grid, found = result.collected.grid, result.collected.speeds
     rows = []
     for size in grid.sizes:

@@ -217,7 +217,7 @@ def decoding(runs: Mapping[str, Path]) -> dict[str, Figures]:
 def decoding_flops(model: SkipstoneForCausalLM, prompt: torch.Tensor) -> int:
     """Return the FLOPs of `STEPS` greedy decoding steps of `model` after a prompt, counted while they run.
 
-    prompt: token ids, int64 [1, T].
+    prompt: token ids, int64 [1, tokens].
     """
     cache = DynamicCache(config=model.config)
     token, total = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1), 0

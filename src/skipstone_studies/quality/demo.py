@@ -1,4 +1,7 @@
-"""The study `demo`: five models of one size on real text, each trained for seconds (quick) or minutes."""
+"""The study `demo`: a dense model and four with mechanisms, of one size, trained on real text for seconds or minutes.
+
+The mechanisms are Mixture-of-Depths, Token-Selective Attention, PolyGLU, and all three together.
+"""
 
 from __future__ import annotations
 

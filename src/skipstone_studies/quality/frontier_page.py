@@ -1,4 +1,7 @@
-"""Generated texts and charts below the table of a study of methods that make a pretrained model compute less."""
+"""What stands below the table of a study that adapts a checkpoint to compute less: generated texts and charts.
+
+The charts show loss by executed FLOPs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A study of all decisions of Mixture-of-Depths on one text: losses as decided in training and in generation."""
+"""A study of the rules by which Mixture-of-Depths chooses the tokens to keep (its decisions), on one text.
+
+It compares their losses as decided in training and as decided in generation.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A study of the routing that PolyGLU learns: entropies, diversity, and the cost of one activation per neuron."""
+"""A study of how PolyGLU's neurons choose among activation functions: entropies and diversity of the mixes.
+
+Also by how much the loss rises if each neuron gets a single activation function.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Losses of quantised weights, of skipped tokens, and of both together.
 
-The runs are those of other studies; each is measured with its own weights, and with linear layers in int8 and int4 by
-torchao (weights only), after saving and loading. Routers, gates, norms and embeddings keep full precision, because none
-of them is an nn.Linear.
+The models are those of finished runs of other studies (such as `adapt_stories` and `ffn_groups`); each is measured with
+its own weights, and with linear layers in int8 and int4 by torchao (weights only), after saving and loading. Routers,
+gates, norms and embeddings keep full precision, because none of them is an nn.Linear.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A study of decoding steps by rows and by context, and of prompts: ours beside transformers and llama.cpp.
+"""A study of the speed of decoding steps, by rows and by context, and of prompts: ours, transformers and llama.cpp.
 
 An arm is one setting (so many rows after so many tokens, or a prompt of some length), and times all ways to compute it
-in turns, so every ratio is of one process and one lap.
+in turns (a turn of all is a lap), so every ratio is of one process and one lap.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Studies of ways to decode one row on a CPU: their speed, and the distance of their predictions from the source's.
+"""Studies of ways to decode one row on a CPU with less work: speed, and how far predictions are from the checkpoint's.
 
-The source is the checkpoint as it is, whose decoding they make cheaper.
+The checkpoint as it is, whose decoding they make cheaper, is called the source. The ways are other weight formats, a
+head that computes few exact logits, drafts, fewer neurons or blocks, transformers and llama.cpp.
 """
 
 from __future__ import annotations

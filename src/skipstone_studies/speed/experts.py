@@ -1,9 +1,9 @@
 """A forward and backward pass of a mixture of experts compared with the dense MLP of equal FLOPs per token.
 
 All in fp32, and the MLP alone, including its balancing loss. The arms (compared implementations) named `mixtral` are
-transformers' own block, with its loop over experts (eager) and with its grouped products (grouped_mm); it computes no
-balancing loss. In the arm with no-ops, half as many no-ops (choices that compute nothing) as experts can be chosen, and
-each equally often.
+transformers' `MixtralSparseMoeBlock`, with its loop over experts (eager) and with its grouped products (grouped_mm); it
+computes no balancing loss. In the arm with no-ops, half as many no-ops (choices that compute nothing) as experts can be
+chosen, and each equally often.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A study of the loss over a large vocabulary: with all logits at once, in chunks, and by PyTorch's function."""
+"""A study of three ways to compute the cross-entropy of an output head over a large vocabulary: time and memory.
+
+The ways are all logits at once, our loss in chunks of tokens (`ops/head_loss.py`), and PyTorch's
+`torch.nn.functional.linear_cross_entropy` (2.13 or later).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every timing by its name: one for each precision and way to compute a large head's loss.
 
     Each is a dict that `measured` takes. Precisions are "fp32" and "bf16" (autocast). scale: "laptop" or "paper";
-    PyTorch's own function takes minutes on a CPU, so only "paper" has it.
+    PyTorch's `linear_cross_entropy` takes minutes on a CPU, so only "paper" has it.
     """
     kinds = [kind for kind in KINDS if kind != "torch's" or scale == "paper"]
     return {f"{kind}, {p}": {**SIZE, "kind": kind, "precision": p} for p in ("fp32", "bf16") for kind in kinds}

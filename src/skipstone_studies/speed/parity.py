@@ -227,7 +227,7 @@ def save_random(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def theirs(source: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a checkpoint with transformers' own classes, as the reference for our model.
+    """Load a checkpoint with transformers' `AutoModelForCausalLM`, in evaluation mode, as the reference for our model.
 
     source: a folder, a Hub name or a .gguf file. dtype: the dtype of its weights.
     """

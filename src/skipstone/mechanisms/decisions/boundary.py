@@ -121,10 +121,11 @@ def boundary_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int | str], L
 
 
 def with_boundary_ids(entries: Sequence[PlainDict], tokenizer: PreTrainedTokenizerBase) -> list[PlainDict]:
-    """Return entries of `mechanisms` in which `boundary.ids: tokenizer` is replaced by the ids of the given tokenizer.
+    """Return a list of entries of `mechanisms` in which `boundary.ids: tokenizer` is replaced by the tokenizer's ids.
 
     entries: mappings as in `SkipstoneConfig.mechanisms`, which are not changed. Where such an entry gives no
-    `boundary.at`, "every" or "first" is filled in, whichever fits the tokenizer (`boundary_ids`).
+    `boundary.at`, "every" or "first" is filled in, whichever fits the tokenizer (`boundary_ids`). Changed entries are
+    copies.
     """
     found: list[PlainDict] = []
     for entry in entries:

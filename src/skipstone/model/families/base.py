@@ -1,7 +1,8 @@
 """The description of a family of pretrained decoders: how to translate its configuration and the names of its tensors.
 
 Each family is one `Family` in a file of its own and one line of the table in `__init__.py`. Both directions are
-defined: `read` and `Layout.ours` load a checkpoint, `write` and `Layout.theirs` write one for transformers' own class.
+defined: `read` and `Layout.ours` load a checkpoint, `write` and `Layout.theirs` write one for transformers' class of
+the family.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """By how much a routed model's loss is lower than that of rivals at equal executed FLOPs, with intervals.
 
-Losses and FLOPs are those of the pass that really skips (executed). The models are those of the studies of
-Token-Selective Attention.
+Rivals are dense models of fewer blocks, models that keep random tokens, and early exit. Losses and FLOPs are those of
+the pass that really skips (executed). The models are those of the studies of Token-Selective Attention.
 """
 
 from __future__ import annotations

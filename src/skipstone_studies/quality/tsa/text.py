@@ -1,4 +1,8 @@
-"""Measurements and page sections that all studies of Token-Selective Attention on text share."""
+"""What the studies of Token-Selective Attention on text share: the figures of a run, and the sections of a page.
+
+The sections are claims, comparisons with the paper and at equal FLOPs, and losses of the same weights executed in other
+ways.
+"""
 
 from __future__ import annotations
 

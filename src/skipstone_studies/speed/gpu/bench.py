@@ -1,4 +1,4 @@
-"""What the parts of the GPU study share: `Bench`, which stores measurements and survives failed ones, and timing."""
+"""`Bench`, by which the parts of the GPU study take and store measurements, surviving failed ones; and timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of the GPU study: one table for each part, what failed, and where it was run."""
+"""The page of the GPU study: a table of figures for each part, failed measurements, and the GPU and versions used."""
 
 from __future__ import annotations
 

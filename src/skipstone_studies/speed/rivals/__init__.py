@@ -1,4 +1,4 @@
-"""Ways to decode a checkpoint with less work, ours and others', for the study `decode_rivals`.
+"""Implementations of the ways to decode a checkpoint that `decode_rivals` and `decode_batches` time, ours and others'.
 
 The checkpoint itself is called the source.
 """

@@ -1,6 +1,6 @@
 """One way to decode: our model with a head that computes exact logits of a few candidate tokens only.
 
-Also transformers' model with the weights of any source.
+`theirs` loads the same checkpoint, whatever its family, as transformers' model: the reference for this and other ways.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROWS = 32  # of the calibration text, which directions come from
 
 @torch.no_grad()
 def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
-    """Return the source model with an output head that computes exact logits of the most promising tokens only.
+    """Return a copy of the source model whose output head computes exact logits of the most promising tokens only.
 
     name: the name of the source model. weights: "int8", or "float" to leave them in fp32. candidates: number of tokens
     with exact logits. directions: number of directions of the hidden state, fitted on the calibration text, from which
@@ -38,11 +38,11 @@ def by_candidates(name: str, weights: str, candidates: int, directions: int) -> 
 
 
 def logits_of_steps(model: SkipstoneForCausalLM) -> Logits:
-    """Return a function that computes the logits of decoding steps for all tokens of a text in one pass.
+    """Return a function that computes, for a whole text in one pass, the logits that decoding it step by step gives.
 
-    The function takes token ids, int64 [1, T], and returns logits [T, V] over the V tokens of the vocabulary. model:
-    has an output head that computes exact logits for a few candidates only (`model.head_preview`), as decoding steps do
-    but an ordinary pass does not.
+    model: has an output head that computes exact logits for a few candidate tokens only (`model.head_preview`).
+    Decoding steps use this head, but an ordinary pass over a text computes all logits exactly. The returned function
+    takes T token ids, int64 [1, T], and returns the logits after each of them, [T, V] for V tokens of the vocabulary.
     """
     preview = model.head_preview
     assert preview is not None
@@ -66,9 +66,10 @@ def bytes_read(model: SkipstoneForCausalLM) -> float:
 
 @cache
 def theirs(name: str) -> nn.Module:
-    """Return transformers' own model with the weights of the source model `name`, in fp32.
+    """Return transformers' model of the source's architecture with the weights of the source model `name`, in fp32.
 
-    The source model is the checkpoint whose decoding is studied. It is loaded only once per process.
+    The source model is the checkpoint whose decoding is studied. The model is loaded only once per process, so callers
+    must not change it.
     """
     if source(name).config.family in (None, "llama"):
         return llama(name)

@@ -41,7 +41,7 @@ class Engine(Protocol):
     """The interface of an engine, which decodes one row greedily and is timed."""
 
     def lap(self, ids_1T: Tensor, new: int) -> Lap:
-        """Time the greedy decoding of `new` tokens after the prompt `ids_1T` (token ids, int64 [1, T]).
+        """Time the greedy decoding of `new` tokens after the prompt `ids_1T` (T token ids, int64 [1, T]).
 
         The pass over the prompt is not timed. The result has `tokens` (`new`) and `seconds`. Seconds are CPU time if
         torch uses one thread, else wall time.
@@ -96,7 +96,7 @@ class Drafted:
 
 
 class PromptLookup:
-    """The engine of transformers' Llama with its own prompt lookup decoding.
+    """The engine of transformers' Llama with transformers' prompt lookup decoding (guesses copied from the prompt).
 
     model: the Llama, of transformers. count: number of tokens guessed at a time (`prompt_lookup_num_tokens`).
     """
@@ -152,9 +152,9 @@ class LlamaCpp:
         return Lap(tokens=new, seconds=now() - start, joules=None)
 
     def logits(self, ids_1T: Tensor) -> Tensor:
-        """Return the logits [T, V] after every token of `ids_1T`, fed one by one.
+        """Return the logits after each of T tokens, which are fed one by one: [T, V] for V tokens of the vocabulary.
 
-        ids_1T: token ids, int64 [1, T]. V is the size of the vocabulary.
+        ids_1T: token ids, int64 [1, T].
         """
         self.model.reset()
         return torch.stack([torch.tensor(self._feed([token])) for token in ids_1T[0].tolist()])
@@ -204,11 +204,11 @@ def llama(name: str) -> LlamaForCausalLM:
 
 
 def torchao(name: str, bits: int) -> tuple[nn.Module, float]:
-    """Return the source model with quantised linear layers (torchao, weights only), and the bytes it reads for a token.
+    """Return a copy of the source model with linear layers quantised by torchao, and the bytes it reads for a token.
 
-    The bytes are those of the weights that decoding a token reads. name: the name of the source model, the checkpoint
-    whose decoding is studied. bits: 8, or 4 (in groups of 32 weights; on a CPU, torchao stores each in one byte). The
-    output head keeps 4 bytes a weight, because torchao does not change tied weights.
+    Only weights are quantised; the bytes are those of the weights that decoding a token reads. name: the name of the
+    source model, the checkpoint whose decoding is studied. bits: 8, or 4 (in groups of 32 weights; on a CPU, torchao
+    stores each in one byte). The output head keeps 4 bytes a weight, because torchao does not change tied weights.
     """
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 

@@ -1,4 +1,7 @@
-"""The checkpoint that is decoded (the source), the texts on which ways to decode it are judged, and their distance."""
+"""The checkpoint that is decoded (the source), and by how much the predictions of a way to decode it differ.
+
+The difference is KL(source || way) on several texts.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ CALIBRATION = ("wikitext-2", "validation")  # what thresholds are set by; no fig
 def source(name: str) -> SkipstoneForCausalLM:
     """Return the source model (the checkpoint that is decoded) in fp32, in evaluation mode, loaded once per process.
 
-    name: its folder or NAME.gguf in the folder SKIPSTONE_DATA, else a name that is known on the Hub. Raises
-    FileNotFoundError if neither exists.
+    Every call returns the same object, so callers copy it before they change it. name: its folder or NAME.gguf in the
+    folder SKIPSTONE_DATA, else a name that is known on the Hub. Raises FileNotFoundError if neither exists.
     """
     with quiet():
         return load_pretrained(source_path(name), torch.float32).eval()
@@ -104,10 +107,11 @@ def hidden(name: str, title: str) -> Tensor:
 def distance(name: str, logits: Logits) -> Figures:
     """Return how far the predictions of one way to decode are from the source model's, by text.
 
-    name: the name of the source model. logits: a function that computes the way's logits [T, V] of token ids, int64 [1,
-    T], for a vocabulary of V tokens. The result has for each text by title: `kl`, KL(source || way) in nats per token;
-    `agreement`, the share of tokens after which both find the same token most likely; `perplexity` of the way;
-    `increase`, this perplexity divided by that of the source, minus 1. Its key `worst` is the largest KL of all texts.
+    name: the name of the source model. logits: a function that computes the way's logits [T, V] after each of T token
+    ids, int64 [1, T], for a vocabulary of V tokens. The result has for each text by title: `kl`, KL(source || way) in
+    nats per token; `agreement`, the share of tokens after which both find the same token most likely; `perplexity` of
+    the way; `increase`, this perplexity divided by that of the source, minus 1. Its key `worst` is the largest KL of
+    all texts.
     """
     found: PlainDict = {title: _distance(name, title, ids, logits) for title, ids in rows(name).items()}
     return {**found, "worst": max(of["kl"] for of in found.values())}

@@ -120,7 +120,7 @@ def cats(name: str, sparsity: float) -> Way:
 
 @torch.inference_mode()
 def narrower(name: str, share: float) -> SkipstoneForCausalLM:
-    """Return the source model without those neurons of every MLP that contribute least.
+    """Return a copy of the source model without those neurons of every MLP that contribute least.
 
     A neuron's contribution is its mean absolute activation on the calibration text times the norm of its column of the
     down projection. name: the name of the source model. share: share of the neurons that is removed.
@@ -148,7 +148,7 @@ def narrower(name: str, share: float) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
-    """Return the source model without the blocks that change the residual stream's direction least (ShortGPT).
+    """Return a copy of the source model without the blocks that change the stream's direction least (ShortGPT).
 
     The measure is block influence (arXiv 2403.03853) on the calibration text; the first and the last block stay. name:
     the name of the source model. blocks: number of blocks that are left out.
