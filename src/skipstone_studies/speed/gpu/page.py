@@ -1,4 +1,4 @@
-"""The page of the GPU study: a table of figures for each part, failed measurements, and the GPU and versions used."""
+"""The page of the GPU study: a table of figures for each part, failed measurements, and the device that it ran on."""
 
 from __future__ import annotations
 
