@@ -55,3 +55,10 @@ def test_flops_are_counted() -> None:
     layer = nn.Linear(64, 37, bias=False)
     with torch.no_grad():
         assert count_flops(lambda: few_tokens.multiplied(layer, tokens(2))).total == 2 * 2 * 64 * 37
+
+
+def test_one_graph_is_compiled() -> None:
+    layer = nn.Linear(64, 37, bias=False)
+    graph = torch.compile(lambda x: few_tokens.multiplied(layer, x), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(graph(tokens(3)), layer(tokens(3)))

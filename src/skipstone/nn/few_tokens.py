@@ -23,7 +23,9 @@ def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
     inputs are a multiple of 32. The results are equal up to the order of sums. x: [..., I] for I inputs.
     """
     weight = getattr(layer, "weight", None)
-    if torch.is_grad_enabled() or not isinstance(weight, Tensor) or weight.numel() < LARGE or weight.dim() != 2:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return layer(x)  # type: ignore[no-any-return]
+    if not isinstance(weight, Tensor) or weight.numel() < LARGE or weight.dim() != 2:
         return layer(x)  # type: ignore[no-any-return]
     if torch._C._len_torch_dispatch_stack():  # who counts operations asks in which layer they are
         return layer(x)  # type: ignore[no-any-return]
