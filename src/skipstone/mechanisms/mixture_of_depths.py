@@ -46,11 +46,11 @@ from skipstone.ops import reference as ops
 class MixtureOfDepths(DepthMechanism):
     """Mixture-of-Depths (arXiv 2404.02258): a router keeps a share of the tokens for a block, and the others skip it.
 
-    Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update; skipped tokens get
-    nothing, or a learned low-rank update. hidden_size: width of the model. placement: the block in which it is used;
-    None outside of a model. Options are the fields of `MixtureOfDepthsConfig`, as keyword arguments or as `config`.
-    adapt_defaults: options that `skipstone adapt`, which turns a dense model into a routed one, sets if its recipe does
-    not.
+    Kept tokens attend to kept tokens only (with `kv: full`, to all) and get w(score) * update, w being the option
+    `weight`, such as a sigmoid; skipped tokens get nothing, or a learned low-rank update. hidden_size: width of the
+    model. placement: the block in which it is used; None outside of a model. Options are the fields of
+    `MixtureOfDepthsConfig`, as keyword arguments or as `config`. adapt_defaults: options that `skipstone adapt`, which
+    turns a dense model into a routed one, sets if its recipe does not.
     """
 
     Config = MixtureOfDepthsConfig

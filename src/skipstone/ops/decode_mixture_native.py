@@ -25,12 +25,14 @@ NUMBERS = 2
 
 @unit(2)
 def mixture(frame_at: int, count: int) -> None:
-    """Compute gate = mixture(gate) * up in place for the K tokens of the current block's MLP; compiled by numba.
+    """Compute PolyGLU's gate = sum_a share_a act_a(gate) * up in place for K tokens of the current block's MLP.
+
+    Compiled by numba. The shares of the activations (ReLU, tanh, SiLU, GELU) follow from a router's logits.
 
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
-    addresses of gate and up, fp32 [K, F]. count: K. The tokens' logits are written to the call's results, NaN for the
-    other tokens, and to the cache the running sums from which the router's input, a mean over the tokens so far, is
-    computed.
+    addresses of gate and up, fp32 [K, F]. count: K. The router's logits are written to the call's results, NaN for
+    tokens that do not reach the MLP. The router reads a mean over the tokens so far; its running sums are written to
+    the cache.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]

@@ -80,9 +80,10 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
 
     model: a dense model. data: prepared text, whose `validation` is read. count: number of rows. A regression that
     predicts the benefit is fitted to every second row and judged on the others. Keys of the result: `loss` in nats per
-    prediction; `predictions` and `fit_predictions`, numbers of labels; `repeats`; `units`, for each set of blocks a
-    dict of `blocks`, `removed` (the loss without them), `mean_benefit`, `explained`, `correlation` and `kept`, which
-    tell how well scores find the tokens that gain.
+    prediction; `predictions` and `fit_predictions`, numbers of labels; `repeats`, over how many random halves of
+    the tokens a benefit is averaged; `units`, for each set of blocks a dict of `blocks`, `removed` (the loss without
+    them), `mean_benefit`, `explained` and `correlation`, which tell how well the regression predicts the benefit, and
+    `kept`, the losses when only the tokens with the best scores keep the blocks.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))
