@@ -80,6 +80,13 @@ def test_a_copy_in_fewer_bits_guesses_what_the_model_says() -> None:
         assert sum(bool(step.guessed_B) for step in steps) > 20
 
 
+def test_a_model_made_in_inference_mode_has_copies_too() -> None:
+    with torch.inference_mode():
+        target = model(hidden_size=64)
+        plain = generate(target, ids(), max_new_tokens=8)
+        assert torch.equal(generate(target, ids(), max_new_tokens=8, draft="int8", draft_length=2), plain)
+
+
 @pytest.mark.usefixtures("coarse_tables")
 def test_a_copy_in_fewer_bits_runs_at_the_budget_of_the_model() -> None:
     target = model(ROUTED[1:], hidden_size=64)

@@ -231,7 +231,8 @@ def in_fewer_bits(model: SkipstoneForCausalLM, bits: int) -> SkipstoneForCausalL
     has = {INT8: 8, INT4: 4}.get(model.config.weight_format, 16)
     if has <= bits:
         raise ValueError(f"draft 'int{bits}': the model's weights have {has} bits already")
-    weights = tuple((x.data_ptr(), x._version) for x in (*model.parameters(), *model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    weights = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors)
     known = _COPIES.setdefault(model, {})
     if bits not in known or known[bits][0] != weights:
         known.pop(bits, None)  # before another is made: both would need memory

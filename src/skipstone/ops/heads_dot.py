@@ -227,7 +227,7 @@ add_one_half, add_two_halves, add_three_halves, add_four_halves = (_weighted(hea
 
 @inner
 def scores(heads: int, count: int, width: int, keys: Array, places: Array) -> None:
-    """Write the inner products of one to three queries with up to four keys, fp32; compiled by numba.
+    """Write the inner products of one to four queries with up to four keys, fp32; compiled by numba.
 
     heads: the number of queries. count: the number of keys. width: the head size. keys: the address of the first key,
     the bytes from one to the next, and the bytes of a number, SINGLE or HALF. places: the address of the first query,
@@ -272,7 +272,7 @@ def scores(heads: int, count: int, width: int, keys: Array, places: Array) -> No
 
 @inner
 def add_values(heads: int, count: int, width: int, values: Array, places: Array) -> None:
-    """Add up to four values times the weights of one to three heads to the heads' outputs; compiled by numba.
+    """Add up to four values times the weights of one to four heads to the heads' outputs; compiled by numba.
 
     heads: the number of outputs. count: the number of values. width: the head size. values: the address of the first
     value, the bytes from one to the next, and the bytes of a number, SINGLE or HALF. places: the address of the first
