@@ -51,6 +51,14 @@ def test_the_kernel_computes_few_tokens_only(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 7
 
 
+def test_without_numba_the_layer_computes_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_tokens, "HAS_NUMBA", False)
+    monkeypatch.setattr(few_tokens, "in_place", lambda *_: pytest.fail("asked, which warns"))
+    layer = nn.Linear(64, 37, bias=False)
+    with torch.no_grad():
+        assert torch.equal(few_tokens.multiplied(layer, tokens(2)), layer(tokens(2)))
+
+
 def test_flops_are_counted() -> None:
     layer = nn.Linear(64, 37, bias=False)
     with torch.no_grad():

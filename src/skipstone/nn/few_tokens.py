@@ -5,6 +5,8 @@ PyTorch multiplies one token at the speed at which it reads the weights, but two
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from skipstone.ops import float16
 from skipstone.ops.int8 import FEW, in_place
 
 LEAST = 2  # tokens
+HAS_NUMBA = importlib.util.find_spec("numba") is not None  # asked here, as `in_place` warns of what int8 misses
 LARGE = 2**20  # weights: a smaller matrix lies in the caches, and calling the kernel costs more than it saves
 
 
@@ -25,7 +28,7 @@ def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
     weight = getattr(layer, "weight", None)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(x)  # type: ignore[no-any-return]
-    if not isinstance(weight, Tensor) or weight.numel() < LARGE or weight.dim() != 2:
+    if not HAS_NUMBA or not isinstance(weight, Tensor) or weight.numel() < LARGE or weight.dim() != 2:
         return layer(x)  # type: ignore[no-any-return]
     if torch._C._len_torch_dispatch_stack():  # who counts operations asks in which layer they are
         return layer(x)  # type: ignore[no-any-return]
