@@ -1,6 +1,6 @@
 """Run one recipe of a study that begins with a checkpoint: adapt the checkpoint, or keep it unchanged.
 
-Such a recipe is called an arm of the study.
+The recipes that a study compares are called its arms.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def source_of(recipe: RecipeDict, folder: Path) -> str:
 
 
 def source_path(name: str) -> str:
-    """Return the path of a checkpoint in the folder SKIPSTONE_DATA (a folder or GGUF file), or its name on the hub.
+    """Return the path of a checkpoint below the folder SKIPSTONE_DATA, or its name on the Hugging Face Hub.
 
-    name: the checkpoint's name, such as "SmolLM2-135M-Instruct". Raises FileNotFoundError if it is neither there nor
-    known on the hub.
+    name: the checkpoint's name, such as "SmolLM2-135M-Instruct": in SKIPSTONE_DATA, a folder of this name or a file
+    NAME.gguf. Raises FileNotFoundError if there is neither and `HUB`, this module's table of names on the Hub, lacks
+    it.
     """
     data = os.environ.get("SKIPSTONE_DATA")
     for path in (Path(data, name), Path(data, f"{name}.gguf")) if data else ():
@@ -83,7 +84,8 @@ def source_path(name: str) -> str:
 def run_beside(folder: Path, arm: str) -> Run:
     """Return the run of another arm (compared recipe) of the same study, of the same scale (size) and seed.
 
-    folder: the run folder of this arm. arm: the name of the other. Raises FileNotFoundError if it has not been run.
+    folder: the run folder of the arm that asks. arm: the name of the other. Raises FileNotFoundError if it has not been
+    run.
     """
     path = folder.with_name(f"{arm}-seed{folder.name.rpartition('seed')[2]}")
     if not path.is_dir():
@@ -92,10 +94,10 @@ def run_beside(folder: Path, arm: str) -> Run:
 
 
 def text_folder(folder: Path, options: PlainDict) -> Path:
-    """Return the folder of the text that a checkpoint generates with these options for all runs of a study.
+    """Return the path of the folder for text that a checkpoint generates, one for all runs of a study at one scale.
 
-    folder: any run folder of the study. options: the options of the text by name, such as `tokens`; another option
-    gives another folder.
+    folder: any run folder of the study. options: the options by which the text is generated, by name, such as `tokens`;
+    other options give another folder.
     """
     return folder.with_name(f"text-{digest(options)}")
 

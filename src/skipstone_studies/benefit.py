@@ -185,10 +185,10 @@ class Regression:
 
     A unit is a group of blocks that are skipped together; its benefit is the number of nats by which these blocks lower
     the token's loss. Inputs are the residual stream, random rectified features of it, and the token's surprise. Calling
-    it with these inputs, [N, D] and [N], returns the predictions, fp32 [N]. stream_ND: fp32, the normalised stream of
-    the N tokens to fit. surprise_N: fp32, the loss of predicting the token itself, in nats. benefit_N: fp32, the
-    targets. generator: the source of the random features. Of several ridge strengths, it takes the one that, fitted to
-    the other tokens, predicts every fourth token best.
+    it with a stream [N, D] and surprises [N] returns the predicted benefits in nats, fp32 [N]. stream_ND: fp32, the
+    normalised stream of the N tokens to fit. surprise_N: fp32, the loss of predicting the token itself, in nats.
+    benefit_N: fp32, the targets. generator: the source of the random features. Of several ridge strengths, it takes the
+    one that, fitted to the other tokens, predicts every fourth token best.
     """
 
     def __init__(self, stream_ND: Tensor, surprise_N: Tensor, benefit_N: Tensor, generator: torch.Generator) -> None:

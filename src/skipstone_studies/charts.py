@@ -20,11 +20,11 @@ Label = Callable[[float], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """A measured point of a chart.
+    """A point of a chart.
 
     x, y: its coordinates in the data's units. hover: text shown by a browser when the mouse is over it. faint: whether
-    it is drawn small and pale, for one of several seeds. hollow: whether only its outline is drawn, for an interpolated
-    or fitted value.
+    it is drawn small and pale, for one of several seeds. hollow: whether only its outline is drawn, for a value that is
+    interpolated or fitted instead of measured.
     """
 
     x: float
@@ -63,7 +63,8 @@ class Level:
 def log_ticks(low: float, high: float) -> list[float]:
     """Return values within [low, high] as ticks of a logarithmic axis: round ones, finer if the range is narrow.
 
-    A range without four values of two digits gets its ends as ticks, [low, high]. low, high: positive.
+    If the range has fewer than four values of two significant digits, the ticks are its ends, [low, high]. low, high:
+    positive.
     """
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(i / 10 for i in range(10, 100))):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -96,8 +97,9 @@ def panel(
     """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
 
     drawn: the compared recipes (arms), with their points, curves and optima. x_title: name of the quantity on the x
-    axis. title: the picture's title, for screen readers. x_range, y_range: smallest and largest value; points outside
-    are cut off. level: a reference line, or None. label: a function that formats a value on the x axis.
+    axis. title: the picture's title, for screen readers. x_range, y_range: smallest and largest value of each axis;
+    points of curves outside `y_range` are left out. level: a reference line, or None. label: a function that formats a
+    value on the x axis.
     """
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)

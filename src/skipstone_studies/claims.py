@@ -1,6 +1,6 @@
 """Tables of a paper's figures beside ours, and verdicts on claims by their confidence intervals.
 
-A verdict is "yes", "no" or "inconclusive".
+A verdict is "yes", "no" or "inconclusive"; it is "no headroom" where more depth does not lower the loss.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from skipstone_studies.study import Column
 
 
 def draw(column: Column, values: Mapping[str, Sequence[float]], title: str) -> Drawn:
-    """Draw a column of a study's table: for each compared recipe a dot at its mean, a short line at every seed.
+    """Return a picture (SVG) of a column of a study's table, which also carries its numbers as a table.
 
-    values: for each recipe (arm) its values by seed, at least one. title: the picture's title, for screen readers. If
-    the column says whether low or high values are better, the best mean is drawn as a square. column: the column, with
-    its title and format.
+    Each compared recipe has a row with a dot at its mean and a short line at every seed's value. values: for each
+    recipe (arm) its values by seed, at least one. title: the picture's title, for screen readers. If the column says
+    whether low or high values are better, the best mean is drawn as a square. column: the column, with its title and
+    format.
     """
     means = {arm: statistics.fmean(found) for arm, found in values.items()}
     best = None if column.better is None else (min if column.better == "low" else max)(means.values())

@@ -1,8 +1,8 @@
 """Figures of models whose gates are trained soft and executed hard: savings that are claimed and that are realised.
 
-A soft gate only scales a block's update; a hard one keeps or skips it. A token-layer is one token in one block.
-`claimed` is the share of them that the paper's metric counts as saved, one minus the mean of soft gates (arXiv
-2605.05222). `skipped` is the share that the executed pass leaves out. Both are taken over all blocks, gated or not.
+A soft gate only scales a block's update; a hard one keeps or skips it. `claimed` is the share of all (token, block)
+pairs that the paper's metric counts as saved, one minus the mean of soft gates (arXiv 2605.05222). `skipped` is the
+share that the executed pass leaves out. Both are taken over all blocks, gated or not.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def variants(folder: Path) -> dict[str, float]:
 
     folder: its run folder. Keys: `gate` and `one`, passes that skip, in which a kept token's update has the weight of
     its gate or weight 1 (the paper's sparse mode); `random`, as `one`, but each block keeps random tokens, as many as
-    its gates keep; `constant`, a soft pass with each gate replaced by its block's mean, whose additional loss is what
-    the gates know about tokens. `at_start` is not a loss but the share of (token, block) pairs that the paper's metric
-    counts as saved before any training. The result is {} for other models.
+    its gates keep; `constant`, a soft pass with each gate replaced by its block's mean: by how much its loss exceeds
+    that of the soft pass shows what the gates' choice among tokens is worth. `at_start` is not a loss but the share of
+    (token, block) pairs that the paper's metric counts as saved before any training. The result is {} for other models.
     """
     loaded = load_run(folder)
     gates = [gate for gate in _found(loaded.model, TokenSelective) if gate.decision is None and gate.config.learn]
@@ -121,7 +121,7 @@ def exits(folder: Path, thresholds: Sequence[float] = EXITS) -> dict[str, Figure
 
 
 def exit_name(threshold: float) -> str:
-    """Return the key of an exit threshold among a run's figures: per cent without a dot, such as "50%"."""
+    """Return the key of an exit threshold among a run's figures: whole per cent, such as "50%" for 0.5."""
     return f"{threshold:.0%}"  # no dot: it is a step of a path into the figures
 
 

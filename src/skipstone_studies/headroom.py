@@ -1,7 +1,7 @@
 """Headroom: whether a deeper model has a lower loss, without which a router that skips blocks has nothing to win.
 
-Routing is judged only if the full model beats the best shallower one by `LEAST` nats. Otherwise the verdict is refused,
-whatever the losses of the routed arms (compared recipes).
+Routing is judged only if the full model's loss is at least 0.02 nats (`LEAST`) below the best shallower model's.
+Otherwise the verdict is refused, whatever the losses of the routed arms (compared recipes).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Interval:
         return "yes" if self.low > limit else "no" if self.high < limit else "inconclusive"
 
     def detectable(self, power: float = POWERS[0]) -> float:
-        """Return the smallest true difference that such an interval would find (exclude 0) with probability `power`."""
+        """Return the smallest true difference for which such an interval would exclude 0 with probability `power`."""
         return math.hypot(*(detectable_in_errors(power, degrees, self.confidence) * e for e, degrees in self.errors))
 
     def shown(self, form: str = "+.3f") -> str:

@@ -2,8 +2,8 @@
 
 A record is the stored result of one run of a study. Its FLOPs are the executed training FLOPs that it states (as
 studies at equal FLOPs do), else three times the executed forward FLOPs per token (one forward and two for backward)
-times the number of tokens. Gates that only scale updates in training compute everything there, so their training took
-more.
+times the number of tokens. Models whose gates only scale updates in training compute everything there, so their
+training took more than that.
 """
 
 from __future__ import annotations
@@ -154,10 +154,11 @@ def claims(out: Path) -> str:
 
 
 def claims_section(found: Iterable[Judged]) -> Section:
-    """Return a table with a row for each claim: verdicts by compared recipe, seeds, model size and FLOPs.
+    """Return a table of all claims of studies: a row has the verdicts on one claim and what they are based on.
 
-    The last column says what could change the verdict. found: the claims of all studies, one entry for each table of a
-    study.
+    Its columns are the study, the claim, the verdicts with the compared recipes that got them, the number of seeds, the
+    size of the largest model, the training FLOPs, and what could change the verdict. found: the claims of all studies,
+    one entry for each table of a study.
     """
     columns = ["study", "claim, by rule", "verdicts", "seeds", "largest model", "FLOPs", "what would change it"]
     return Section(title="Claims", columns=columns, rows=[[one.study, *row] for one in found for row in _rows(one)])

@@ -19,9 +19,10 @@ LONGEST = 34  # characters of a name
 
 
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
-    """Draw, for each study, a bar with the number of its claims about arms (compared recipes) by verdict.
+    """Return a picture (SVG) with a bar for each study, whose parts count its claims by verdict.
 
-    found: the claims by name of the study.
+    The picture also carries the numbers as a table. found: the claims about arms (compared recipes) by name of the
+    study.
     """
     counts = {study: Counter(claim.verdict for claim in claims) for study, claims in found.items()}
     across = AxisScale(0.0, max(map(len, found.values()), default=1), LEFT, WIDTH - RIGHT)
@@ -41,10 +42,10 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
 
 
 def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
-    """Draw a bar of the hours of each study, from one column of the table of costs.
+    """Return a picture (SVG) with a bar for the core hours of each study, which also carries them as a table.
 
-    rows: the table's cells as text, the study first; rows without a number in the column are left out. column: index of
-    the column.
+    rows: the cells of the table of costs as text, the study first; rows without a number in the column are left out.
+    column: index of the column of core hours.
     """
     known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
     across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
@@ -59,9 +60,10 @@ def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:
-    """Draw one claim with a row per compared recipe: the estimate with its confidence interval, and the limit.
+    """Return a picture (SVG) of a claim: for each compared recipe, the estimate with its interval, and the limit.
 
-    claims: claims of the same text about different recipes. title: the picture's title, for screen readers.
+    The picture also carries its numbers as a table. claims: claims of the same text about different recipes. title: the
+    picture's title, for screen readers.
     """
     limits = {claim.limit for claim in claims}
     ends = [end for claim in claims for end in claim.ends or ()]

@@ -1,4 +1,4 @@
-"""Measurements of training runs for studies: losses, FLOPs, speeds of several runs in turns, texts, and CPU use."""
+"""Measurements of training runs for studies: losses, FLOPs, speeds (several runs timed in turns), texts, CPU use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure_together(runs: Mapping[str, Path]) -> dict[str, PlainDict]:
 
     runs: the run folder of each arm (compared recipe). The result has for each arm: `training_speed`, a dict with
     `tokens_per_second` in training (the median), `spread` (half of the range divided by the median) and `rounds`;
-    `comparison`, the figures that `skipstone compare --json` writes of it.
+    `comparison`, the figures that `skipstone compare --json` writes of the arm.
     """
     speeds = training_speeds(runs)
     compared = compare(list(runs.values())).to_dict()["runs"]
@@ -62,8 +62,9 @@ def sample(folder: Path, prompt: str, *, seed: int = 0) -> PlainDict:
 class CoreUse:
     """How much of its processor cores a process used while it trained.
 
-    busy: CPU seconds of the process per second of wall time and thread; 1 means that no other process took time from
-    it. load: the machine's load average over the last minute; NaN where the system has none.
+    busy: CPU seconds of the process, divided by the seconds of wall time and by the number of its threads; 1 means that
+    no other process took time from it. load: the machine's load average over the last minute; NaN where the system has
+    none.
     """
 
     busy: float = 0.0

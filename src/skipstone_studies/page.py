@@ -56,7 +56,7 @@ def groups(study: Study, records: Sequence[Record], scale: str | None = None) ->
 
 
 def current_records(arms: Mapping[str, PlainMapping], records: Iterable[Record]) -> list[Record]:
-    """Return the records that belong to the arms' current recipes, in the order of arms (compared recipes) and seeds.
+    """Return the records that were made with the arms' current recipes, ordered by arm (compared recipe) and seed.
 
     A record is the stored result of one run. arms: the recipe of each arm, by name, without seeds. records: records of
     the study. Records that were converted from the output of earlier scripts have no recipe and are included.

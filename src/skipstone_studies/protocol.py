@@ -1,10 +1,10 @@
 """The protocol of studies that compare models at equal training FLOPs: planning, tuning, training and measuring.
 
 Every arm (compared recipe) gets the same training FLOPs, so an arm that skips takes more steps. The learning rate falls
-to 0, the weights of the last tenth of the steps are averaged, and a step has at least 8,192 tokens. All arms of a seed
-start from the same weights where they share parameters. The learning rate is tuned for each arm on runs of a quarter of
-the length, by the loss on validation text, until the best rate has two worse ones on either side. Figures come from the
-test split. A recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
+to 0, the weights of the last tenth of the steps are averaged, and a step has at least 8,192 tokens by default. All arms
+of a seed start from the same weights where they share parameters. The learning rate is tuned for each arm on runs of a
+quarter of the length, by the loss on validation text, until the best rate has two worse ones on either side. Figures
+come from the test split. A recipe has one more section than `skipstone train` reads, `protocol` (`ProtocolConfig`).
 """
 
 from __future__ import annotations
@@ -255,9 +255,9 @@ def rates_file(folder: Path, recipe: RecipeDict) -> Path:
 def tuned(recipe: RecipeDict, folder: Path, config: ProtocolConfig, blocks: int) -> dict[float, float]:
     """Tune the learning rate of a recipe; return {rate: validation loss in nats per token} of every rate tried.
 
-    Rates are tried until the best has two worse ones on either side; those not in the recipe's file (`rates_file`) on
-    short runs with seed 0. recipe: the recipe. folder: its run folder. config: its section `protocol`. blocks: blocks
-    of the model that provides initial weights. A rate at which training diverged has an infinite loss.
+    As `climb` does, rates are tried until the best has two worse ones on either side, on short runs with seed 0 or from
+    the recipe's file (`rates_file`). recipe: the recipe. folder: its run folder. config: its section `protocol`.
+    blocks: number of blocks of the model that gives initial weights. Where training diverged, the loss is infinite.
     """
     path = rates_file(folder, recipe)
     known = known_rates(path)
@@ -287,8 +287,8 @@ def known_rates(path: Path) -> dict[float, float]:
 def climb(loss_at: Callable[[float], float], first: float, factor: float, most: int) -> None:
     """Try learning rates, each `factor` times its neighbour, until the best has two worse ones on either side.
 
-    loss_at: trains at a rate and returns the loss. first: the rate to begin with. most: how many rates are tried at
-    most; if that ends the search, the best may be the smallest or largest one tried.
+    loss_at: trains at a rate, keeps the loss and returns it. first: the rate to begin with. most: how many rates are
+    tried at most; if that ends the search, the best may be the smallest or largest one tried.
     """
     losses = {0: loss_at(first)}
     while len(losses) < most:
@@ -338,7 +338,7 @@ def tuning_figures(losses: dict[float, float]) -> PlainDict:
 
 
 def untuned(rate: float) -> PlainDict:
-    """Return what `tuning_figures` returns, for a `rate` that was not tuned: no losses, and None as `inside`."""
+    """Return `tuning_figures` for a `rate` that was not tuned: {"losses": {}, "rate": rate, "inside": None}."""
     return {"losses": {}, "rate": rate, "inside": None}
 
 
@@ -348,9 +348,9 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
     of text; `predictions` and `test_bytes`, how many there are; `validation_loss`; `training_flops`, as `planned` and
     as `executed` with the capacities that were logged; `forward_flops`, counted per token; `forward_share`, these
-    divided by the dense model's; `capacity`, the share of tokens kept by block; `tuning` (`losses`, `rate`, `inside`);
-    `training`, its summary and the use of cores; `gflops_per_core_second`, executed training GFLOPs divided by CPU
-    seconds.
+    divided by the dense model's; `capacity`, by block of the model the share of tokens kept on the first block of text;
+    `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and use.json (use of cores);
+    `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()

@@ -28,10 +28,10 @@ COLUMNS_NOTE = (
 
 
 def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None:
-    """Return by how much the full model's test loss is below that of the best shallower model; None if one has not run.
+    """Return by how much the full model's test loss is below that of the best shallower model, or None.
 
-    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}. full: name of the full model.
-    rivals: names of the models with fewer blocks.
+    None means that they have no seed in common yet. figures: the figures of every run, {arm (compared recipe): {seed:
+    nested dict}}. full: name of the full model. rivals: names of the models with fewer blocks.
     """
     return headroom(figures, full, rivals, LOSS)
 
@@ -39,8 +39,9 @@ def room_of(figures: ByArm, full: str, rivals: Sequence[str]) -> Headroom | None
 def headroom_text(room: Headroom | None, full: str, rivals: Sequence[str]) -> str:
     """Return a sentence on the headroom: by how much the full model's loss is below the best shallower model's.
 
-    Without it, no verdict on routing is given. room: the headroom; if it is None, the sentence says which models have
-    not run. full: name of the full model. rivals: names of the models with fewer blocks.
+    No verdict on routing is given unless the headroom is known and large enough. room: the headroom; if it is None, the
+    sentence says which models have to run first. full: name of the full model. rivals: names of the models with fewer
+    blocks.
     """
     if room is not None:
         return room.sentence()
@@ -52,9 +53,9 @@ def differences(figures: ByArm, against: str, refused: bool) -> str:
     """Return a Markdown table of the arms' differences in test loss from one arm, paired by seed, with intervals.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes. against:
-    name of the arm that is subtracted. refused: whether the verdict in every row is "no headroom", because a deeper
-    model has no lower loss; otherwise it is "better", "worse", "not told apart", "one seed", or "other text" if the two
-    arms were measured on different test texts. The table is "" if `against` has not run.
+    name of the arm that is subtracted. refused: whether the verdicts are "no headroom", because a deeper model has no
+    lower loss; otherwise they are "better", "worse", "not told apart" or "one seed". In either case, it is "other text"
+    for an arm that was measured on another test text. The table is "" if `against` has not run.
     """
     rows = []
     for arm in figures:

@@ -53,8 +53,9 @@ def reproduce(
     NAME:begin -->` and `<!-- NAME:end -->`. render_only: whether to train and measure nothing. jobs: number of arms
     that run at a time, each in a process of its own, as several small models fit on one GPU. html: whether to write
     OUT/NAME.html as well, with pictures of the table and the claims. Recorded runs are not run again, and arms that
-    another process is running are left out with a message. Raises ValueError for unknown names, scales and arms, jobs
-    below 1, a timing with several jobs, and unreadable records; at the end, if arms have failed.
+    another process is running are left out with a message. Raises ValueError for unknown names, scales and arms, seeds
+    that are negative or given twice, jobs below 1, a timing with several jobs, unreadable records, and if there is no
+    record to show; at the end, if arms have failed.
     """
     study = choose("study", name, STUDIES)
     chosen = _seeds(study, scale, seeds)
@@ -118,9 +119,10 @@ def _run(
 
 
 def named_arms(words: Sequence[str], known: Container[str]) -> list[str]:
-    """Join words that were split at commas to names of arms (compared recipes), which may contain commas.
+    """Return the names of arms (compared recipes) in a comma-separated list; names may contain commas themselves.
 
-    words: the parts, in order. known: all names of arms. A part that belongs to no known name is returned by itself.
+    words: the list, split at every comma. known: all names of arms. A part that belongs to no known name is returned by
+    itself.
     """
     rest, found = list(words), []
     while rest:

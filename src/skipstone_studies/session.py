@@ -77,7 +77,7 @@ class Session:
         return sum(self.recorded(arm, seed) is not None for arm in self.arms for seed in seeds)
 
     def run(self, seeds: list[int]) -> None:
-        """Run all recipes (arms) with these seeds that have no stored result, and compare the arms of each seed.
+        """Run each recipe (arm) with each of these seeds, unless its result is stored, and compare the arms of a seed.
 
         seeds: the seeds. Arms that fail are noted in `failures` and passed over.
         """
@@ -87,9 +87,10 @@ class Session:
                 self.measure_together(seed)
 
     def run_arms(self, seeds: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Run the recipes (arms) with these seeds that have no stored result, without measurements that compare arms.
+        """Train and measure each recipe (arm) with each of these seeds, unless that run has a stored result already.
 
-        seeds: the seeds. then: seeds that will be run afterwards, which count for the estimate of the time left.
+        Measurements that compare arms are not taken. Arms that fail are noted in `failures` and passed over. seeds: the
+        seeds. then: seeds that will be run afterwards, which count for the estimate of the time left.
         """
         wanted = list(self.arms) if self.only is None else list(self.only)
         left = [(arm, seed) for seed in (*seeds, *then) for arm in wanted if self.recorded(arm, seed) is None]

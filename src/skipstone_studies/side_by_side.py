@@ -2,7 +2,8 @@
 
 This is for a GPU that one small model does not keep busy.
 
-Nothing is timed here: the parent process measures what compares arms when all have ended.
+The processes time nothing. Measurements that compare arms, such as speeds, are taken by the parent process when all
+have ended.
 """
 
 from __future__ import annotations

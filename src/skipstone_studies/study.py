@@ -38,9 +38,9 @@ class Column:
 
     key: dotted path of the figure in the nested figures of a run, such as "training.tokens". title: the heading.
     format: a format specification, as for Python's format(). unit: the number by which the figure is divided. better:
-    which end, "low" or "high", is shown in bold; None means neither. relative: whether to add each arm's ratio to the
-    first arm (compared recipe). spread: whether the figure is {median, min, max} of several measurements, all of which
-    are shown.
+    whether "low" or "high" values are better, of which the best mean is shown in bold; None means neither. relative:
+    whether to add each arm's ratio to the first arm (compared recipe). spread: whether the figure is a dict of the
+    median, min and max of several measurements, which are all shown.
     """
 
     key: str
@@ -108,7 +108,9 @@ class Study:
         return arms
 
     def variants(self, scale: str) -> list[dict[str, RecipeDict]]:
-        """Return the compared recipes at a scale, {name: recipe} for every corpus on which they may run.
+        """Return a list with the compared recipes at a scale, {name: recipe}, once for each corpus in `corpora`.
+
+        If `corpora` is empty, they are there once, with their own corpus.
 
         scale: name of a size of the study, such as "laptop".
         """

@@ -1,6 +1,6 @@
 """A study's page as HTML by the parts of `skipstone report`: the text and tables of its Markdown page, and pictures.
 
-Every column of the table is drawn by arm (compared recipe), and every claim as the intervals that decide it.
+Every column in which arms (compared recipes) differ is drawn, and every claim as the intervals that decide it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ByArm = Mapping[str, Mapping[int, PlainMapping]]
 
 
 def render(study: Study, records: Sequence[Record]) -> str:
-    """Return a study's page as HTML: the text and tables of its Markdown page, with pictures of every column and claim.
+    """Return a study's page as HTML: the text and tables of its Markdown page, with pictures of columns and claims.
 
-    study: the study. records: the stored results of its runs; results of configurations that it no longer has are left
-    out.
+    Columns are drawn in which compared recipes differ. study: the study. records: the stored results of its runs;
+    results of configurations that it no longer has are left out.
     """
     pages = environment()
     assert pages.loader is not None

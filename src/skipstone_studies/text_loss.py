@@ -35,10 +35,10 @@ def rows(data: PreparedData, indices: Sequence[int], size: int = BATCH) -> Itera
 def by_block(
     model: SkipstoneForCausalLM, data: PreparedData, count: int | None, blocks: int = BLOCKS
 ) -> list[LossResult]:
-    """Return the losses on evenly spaced validation rows, one result for each of at most `blocks` consecutive parts.
+    """Return the losses on evenly spaced validation rows, one result for each of at most `blocks` parts of these rows.
 
-    model: the model; tokens are skipped as in generation. data: prepared data, of which `validation` is read. count:
-    how many rows; None means all.
+    The rows of a part follow each other. model: the model; tokens are skipped as in generation. data: prepared data, of
+    which `validation` is read. count: how many rows; None means all.
     """
     chosen = spaced(len(data.validation), count)
     parts = min(blocks, len(chosen))

@@ -1,4 +1,4 @@
-"""Timing of training steps and forward passes of several models in turns, so that noise affects all equally."""
+"""Timing of training steps and forward passes of several models in turns, so that changes of speed affect all alike."""
 
 from __future__ import annotations
 

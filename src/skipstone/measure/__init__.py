@@ -4,7 +4,7 @@ A record is what a mechanism decided in one forward pass, as tensors (`core/reco
 
     passes.py        oracle, causal, executed, forced: the passes of a model; inputs, masks and targets of a batch
     summaries.py     figures of mechanisms by layer: one reader for each kind of record
-    record_meter.py  the same as numbers to log while training
+    record_meter.py  these figures as means over training passes, for the log
     router_health.py whether routers decide anything, for warnings while training
     losses.py        loss and accuracy of one pass over all rows, by difficulty and kind of token where they are known
     flops.py         FLOPs and host syncs, counted while a pass runs, and the cost model's prediction

@@ -4,10 +4,9 @@
 
 For one token in one block, `given` is 1 if it provides a key and value, `asked` if it has a query, and `asked_mlp` if
 the MLP computes it, by the recorded decisions, else 0. Capitals are the numbers of weights of the matrices. Attention
-scores are left out because they depend on the length of the row; embeddings, head and routers because they belong to no
-block and are never skipped. An MLP that mixes activations (PolyGLU) counts in full, an MLP of experts by the share of
-its choices that are not no-ops, one with neuron groups by the share that is on. A soft gate skips nothing. Shape
-letters: B rows, T tokens.
+scores are left out because they depend on the length of the row; embeddings, head and routers because they are never
+skipped. An MLP that mixes activations (PolyGLU) counts in full, an MLP of experts by the share of its choices that are
+not no-ops, one with neuron groups by the share that is on. A soft gate skips nothing. Shape letters: B rows, T tokens.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ class Decisions:
 
     layer: index of the block. mechanism: the mechanism's name within the block; None for a block without depth
     mechanisms, which updates every token. score_BT: fp32, the router's score, which is compared with a threshold; NaN
-    where the token did not reach the mechanism because another one skipped it. weight_BT: fp32, the factor on the
-    update that the mechanism wraps, 0 where the token skips it. kept_BT: bool, whether the token gets that update.
+    without a mechanism, and where the token did not reach it because another mechanism skipped it. weight_BT: fp32, the
+    factor on the update that the mechanism wraps, 0 where the token skips it, 1 without a mechanism. kept_BT: bool,
+    whether the token gets that update.
     """
 
     layer: int

@@ -70,11 +70,11 @@ def count_flops(fn: Callable[[], object]) -> FlopCount:
 
 
 def count_host_syncs(fn: Callable[[], object]) -> Counter[str]:
-    """Return how often the device held up the host while `fn()` ran, by name of the operation.
+    """Return how often the host had to wait for the device while `fn()` ran, by name of the operation.
 
     The host waits when it needs a value from the device, or a shape that depends on such a value. Keys are names such
-    as "aten.nonzero.default". fn: called once, without arguments. On a CPU nothing waits, but the same operations are
-    counted.
+    as "aten.nonzero.default". fn: called once, without arguments. On a CPU nothing waits, but operations with such
+    results are counted all the same.
     """
     with _Operations() as operations:
         fn()
@@ -124,8 +124,9 @@ def is_free(op: torch._ops.OpOverload) -> bool:
 def is_sync(op: torch._ops.OpOverload, args: tuple[Any, ...], out: Any) -> bool:
     """Return whether an operation makes the host wait for the device.
 
-    It does if its result is a value for the host or has a shape that depends on data, and if it copies data from the
-    device to the CPU. op: the operation as torch dispatches it. args: its positional arguments. out: its result.
+    It does if its result is a value for the host or has a shape that depends on data, if it indexes with a bool mask,
+    and if it copies data from the device to the CPU. op: the operation as torch dispatches it. args: its positional
+    arguments. out: its result.
     """
     if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
@@ -268,7 +269,7 @@ class FlopCheck:
 
     @property
     def agree(self) -> bool:
-        """Whether counted and predicted FLOPs differ by at most a billionth, and no operation was unknown."""
+        """Whether counted and predicted FLOPs differ by a share of at most 1e-9, and no operation was unknown."""
         return abs(self.counted - self.predicted) <= 1e-9 * max(self.counted, 1) and not self.unknown
 
     @property
@@ -282,8 +283,9 @@ def flop_check(model: SkipstoneForCausalLM, forward: Pass, batches: Iterable[Map
 
     forward: the kind of pass, which says how the model decides and executes. batches: dicts of input tensors with
     `input_ids` [B, T] (rows, tokens). Each batch is run twice, once to count FLOPs and host syncs (waits of the CPU for
-    the device) and once to record the decisions. FLOPs are means over all tokens, syncs the mean over batches. Returns
-    both figures per token and the names of unknown operations. Raises ValueError without any tokens.
+    the device) and once to record the decisions. FLOPs are means over all tokens, syncs the mean over batches. The
+    result has counted and predicted FLOPs per token and the names of operations that the counter does not know. Raises
+    ValueError without any tokens.
     """
     totals, passes = dict.fromkeys(("counted", "predicted", "needed", "dense", "tokens", "syncs"), 0.0), 0
     unknown: set[str] = set()

@@ -1,6 +1,7 @@
 """Loss and accuracy of one pass over all evaluation rows; on synthetic data also by difficulty and token kind.
 
-Difficulty is the number of operations on which a token depends; kinds are operations, fillers and text.
+Difficulty is the number of operations since the last reset of the task's state, on all of which a token depends; kinds
+of token are operations, fillers and text.
 
 Shape letters: B rows, T tokens, V vocabulary.
 """
@@ -43,7 +44,7 @@ class LossResult:
     "operations", "fillers" and "text" that occurs, "loss" in nats and "depth", the mean number of blocks that update a
     token. accuracy and kinds are None unless the data state each token's difficulty.
 
-    Raises ValueError without predictions, which have no mean loss.
+    Raises ValueError if there is no prediction, because then there is no mean loss.
     """
 
     nats: float
@@ -70,7 +71,7 @@ class LossResult:
     def bits_per_byte(self, num_bytes: int | None) -> float | None:
         """Return the loss in bits per byte of the text.
 
-        num_bytes: length of the text of all rows; for None or 0 (the rows are not text), the result is None.
+        num_bytes: length in bytes of the text of all rows; for None or 0 (the rows are not text), the result is None.
         """
         return None if not num_bytes else self.nats / math.log(2) / num_bytes
 
@@ -82,10 +83,11 @@ def measure_loss(
 
     model: should be in evaluation mode. forward: the kind of pass, which says how the model decides and executes.
     batches: dicts of tensors on the model's device, with `input_ids` and `labels` or `shift_labels`, and on synthetic
-    data `difficulty`, int64 [B, T], the number of operations on which a token depends. Apart from rounding, no figure
-    depends on how rows are batched. activations: whether the result has figures of mixed activation functions
-    (PolyGLU). Taking them costs about as much time as the pass itself, so they are taken from the first 64 rows only.
-    Raises ValueError for a model that is not a Skipstone model, and if no token has a label.
+    data `difficulty`, int64 [B, T], the number of operations since the last reset, negative for tokens that are no
+    operation. Apart from rounding, no figure depends on how rows are batched. activations: whether the result has
+    figures of mixed activation functions (PolyGLU). Taking them costs about as much time as the pass itself, so they
+    are taken from the first 64 rows only. Raises ValueError for a model that is not a Skipstone model, and if no token
+    has a label.
     """
     require_ours(model)
     nats, predictions, right = 0.0, 0, 0
@@ -175,11 +177,11 @@ def headroom_captured(learned: float, dense: float, forced: float) -> float:
 def headroom(learned: Mapping[str, float], dense: Mapping[str, float], forced: Mapping[str, float]) -> dict[str, float]:
     """Return (learned - dense) / (forced - dense) for each bin of difficulty.
 
-    Difficulty is the number of operations on which a token of a synthetic corpus depends. 1 means that the model's
-    router is as good as the corpus's marks, 0 that it gains nothing over a dense model, nan that dense and forced are
-    equal. learned: accuracies with the model's own router. dense: accuracies of a dense model. forced: accuracies if
-    blocks keep the tokens marked as operations. These three and the result are dicts with the keys "0-3", "4-7",
-    "8-15", "16+" and "all operations".
+    Difficulty is the number of operations since the last reset in a synthetic task. 1 means that the model's router is
+    as good as the corpus's marks, 0 that it gains nothing over a dense model, nan that dense and forced are equal.
+    learned: accuracies with the model's own router. dense: accuracies of a dense model. forced: accuracies if blocks
+    keep the tokens marked as operations. These three and the result are dicts with the keys "0-3", "4-7", "8-15", "16+"
+    and "all operations".
     """
     return {name: headroom_captured(learned[name], dense[name], forced[name]) for name in MEASURED}
 

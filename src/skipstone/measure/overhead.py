@@ -1,10 +1,10 @@
 """The overhead of routing: its share of the time of a training step.
 
 Routing is every operation inside a depth mechanism but outside the update that it wraps (router, decision, gathering,
-weighing, scattering), every operation in a block that gathers or scatters rows (an update of some tokens only does it
-inside), and the backward of all these. Ranges are opened by hooks that are removed after the measurement. The profiler
-makes each operation a little longer, small ones relatively most: the share is an upper bound. The activation mechanism,
-whose work is the mixing of functions, is counted separately.
+weighing, scattering), every operation in a block that gathers or scatters rows (attention and MLP do so themselves
+where they compute only some tokens), and the backward of all these. Ranges are opened by hooks that are removed after
+the measurement. The profiler makes each operation a little longer, small ones relatively most: the share is an upper
+bound. The activation mechanism, whose work is the mixing of functions, is counted separately.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The kinds of forward pass that measurements distinguish, and the inputs, masks and targets of a batch.
 
-oracle     decisions that look at the whole row, as in training, noise off; gates are soft
-causal     decisions that generation can make, computed for all tokens and masked: slow and plain
-executed   the same decisions, computed for kept tokens only: the very pass that skips
+oracle     decides as in training, looking at the whole row, but without noise; soft gates only scale updates
+causal     decides as in generation, looking at no later token; computes all tokens, discards updates of skipped ones
+executed   decides as causal, but computes only the tokens that a block keeps: the pass that really skips
 forced     every depth mechanism keeps exactly the tokens that a synthetic corpus marks as needing depth
 
 Shape letters: B rows, T tokens.
@@ -136,7 +136,7 @@ PASSES = {
 def passes_of(
     model: SkipstoneForCausalLM, corpus: str | None, was_forced: bool = False
 ) -> tuple[dict[str, Pass], dict[str, str]]:
-    """Return the passes that a model can run, and why others are missing, as two dicts by the names of passes.
+    """Return the kinds of forward pass that a model can run, and why others are missing, as two dicts by their names.
 
     The names are "oracle" (decisions as in training), "causal" (without later tokens), "executed" (the same, computing
     kept tokens only) and "forced" (keeping the tokens that a synthetic corpus marks as needing depth). The first dict

@@ -26,7 +26,8 @@ class RecordMeter:
     static_entropy: mean entropies of the mixes in nats at temperature 1, as in the PolyGLU paper, of all logits and of
     the neurons' learned preferences alone. no_op: share of all choices of experts that are no-ops. busiest: share of
     all choices that fall on the expert chosen most often in a pass. on: mean share of neuron groups that are on for a
-    token. changing: share of groups that are on for some tokens of a pass and off for others.
+    token. changing: share of groups that are on for some tokens of a pass and off for others. Figures of mixes of
+    activations are taken from the first row of a pass only.
     """
 
     def __init__(self) -> None:
@@ -37,8 +38,8 @@ class RecordMeter:
         """Add the figures of one forward pass.
 
         mechanisms: the model's mechanisms. records: decisions of the pass, a dict by mechanism name for each block.
-        counts: whether the pass counts. False adds only the names of its figures, which processes that sum their meters
-        need to agree on.
+        counts: whether the pass enters the means. False adds only the names of its figures, because processes that sum
+        their meters need to have the same names.
         """
         for mechanism in mechanisms:
             placement = mechanism.placement

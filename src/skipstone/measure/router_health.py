@@ -1,5 +1,8 @@
 """Checks, on training passes, of whether routers decide anything: which are dead, constant or saturated.
 
+Dead: it never chooses something (a token, or an expert). Constant: it chooses the same for every token. Saturated: its
+scores are so large, or its probabilities so close to 1, that hardly any gradient reaches it.
+
 Shape letters: B rows, T tokens, X experts, G groups of neurons.
 """
 
@@ -40,7 +43,7 @@ def bad_scores(records: Iterable[Records]) -> dict[str, Tensor]:
 
 
 class RouterHealth:
-    """Collects what every router decided in training passes; `read` names the routers whose decisions do not vary.
+    """Collects what every router decided in training passes; `read` names those that are dead, constant or saturated.
 
     Adding a pass costs a few sums over [B, T] (rows, tokens) for each router, and the host does not wait.
     """
@@ -65,12 +68,14 @@ class RouterHealth:
             self._sums[name] = (module, judge, sums if before is None else before[2] + sums)
 
     def read(self, summed: Callable[[Tensor], Tensor], late: bool) -> dict[str, str]:
-        """Return the routers that are dead (nothing chosen), constant or saturated, and empty the collection.
+        """Return the routers that are dead, constant or saturated, and empty the collection.
 
         Keys are `block L NAME`, with the index of the block and the mechanism's name in it; values say in words what is
-        wrong. Healthy routers are left out. summed: sums a tensor over the processes that train together, all of which
-        have to call this method. late: whether at least half of the training is over; some faults are reported only
-        then, because routers that start by keeping everything need time to begin to choose.
+        wrong: a block or an expert that gets no token (dead), the same choice for every token (constant), or scores so
+        large that the router hardly learns (saturated). Healthy routers are left out. summed: sums a tensor over the
+        processes that train together, all of which have to call this method. late: whether at least half of the
+        training is over; some faults are reported only then, because routers that start by keeping everything need time
+        to begin to choose.
         """
         names, found = list(self._sums), {}
         if names:

@@ -1,7 +1,7 @@
-"""Decisions of passes that look at no later token, and their FLOPs as a share of the dense model's.
+"""The decisions of forward passes in which no decision looks at a later token, and the FLOPs that they need.
 
-FLOPs are those of one row at a time; in a batch, rows that keep fewer tokens are padded to the fullest. Shape letters:
-N tokens that reached a block.
+FLOPs are those of rows that are computed one at a time, without the padding that a batch gives to rows that keep fewer
+tokens. Shape letters: N tokens that reached a block.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ScoreReader(Protocol):
     def scores(self, records: Sequence[Records]) -> Tensor:
         """Return the scores of a pass that this threshold is compared with, fp32 [N].
 
-        For each block that the threshold belongs to, N counts the tokens that reached it; scores are ordered by block.
-        records: decisions of the pass, a dict by mechanism name for each block.
+        N is the number of tokens that reached the threshold's blocks, summed over these blocks; scores are ordered by
+        block. records: decisions of the pass, a dict by mechanism name for each block.
         """
 
 

@@ -94,8 +94,8 @@ def take_turns(tasks: Mapping[K, Task], rounds: int) -> dict[K, Rate]:
 def prefill_task(model: SkipstoneForCausalLM, ids_BP: Tensor) -> Task:
     """Return a function without arguments that times 4 prefills of a prompt, each up to the first new token.
 
-    Each call returns a `Lap` that counts the prompt tokens. ids_BP: token ids of the prompts, int64 [B, P] (rows,
-    prompt tokens), on the model's device.
+    Each call returns a `Lap` that counts the prompt tokens of all rows and all 4 prefills. ids_BP: token ids of the
+    prompts, int64 [B, P] (rows, prompt tokens), on the model's device.
     """
     meter = find_meter(model.device)
 

@@ -21,10 +21,11 @@ FORMAT = 3  # of a view's plain values; others are made anew
 class ActivationSummary:
     """The mix of activation functions in the MLP neurons of one layer.
 
-    shares: mean share of each function. entropy: mean entropy of a mix, divided by the largest possible one. strongest:
-    for each neuron, the index of the function that is strongest if the logits of all tokens are averaged. by_category:
-    the mean shares over the tokens of each category ("letters", "digits", "signs", "white space") that occurs. Lists of
-    shares have the order of the field `activation_names` of `TokenTrace`.
+    shares: share of each function in the mix, mean over tokens and neurons. entropy: mean entropy of a neuron's mix,
+    divided by the largest possible one. strongest: for each neuron, the index of the function that is strongest if the
+    logits of all tokens are averaged. by_category: the mean shares over the tokens of each category ("letters",
+    "digits", "signs", "white space") that occurs. Lists of shares have the order of the field `activation_names` of
+    `TokenTrace`.
     """
 
     shares: list[float]
@@ -44,9 +45,9 @@ class ActivationSummary:
 class TokenGroup:
     """A group of tokens of a trace.
 
-    name: the group's name as shown. tokens: number of tokens. compute: the mean over its tokens of the executed share
-    of the blocks' computation, in [0, 1]. loss: mean loss of predicting the next token, in nats; None where there is
-    nothing to predict.
+    name: the group's name as shown. tokens: number of tokens. compute: the share of all blocks' attentions and MLPs
+    that were computed for a token, mean over its tokens, in [0, 1]. loss: mean loss of predicting the next token, in
+    nats; None where there is nothing to predict.
     """
 
     name: str
@@ -61,10 +62,11 @@ class Allocation:
 
     by_kind, by_frequency, by_position: groups of tokens by kind of text (empty if it is unknown), by frequency of the
     token id, and by position in the row. correlation: Pearson's correlation over tokens between the token's loss and
-    the executed share of the blocks' computation for it. without_position: the same after subtracting from both
-    variables the mean of the token's group of positions. without_token: the same after subtracting the mean of the
-    token's id. without_both: the same after subtracting both means; what is left of the correlation is explained by
-    neither. Each is None if one of its variables is constant or there are fewer than 3 tokens.
+    its compute, the share of all blocks' attentions and MLPs that were computed for it. without_position: the same
+    correlation after subtracting from both variables their means over the token's group of positions. without_token:
+    after subtracting their means over all tokens of the same id. without_both: after subtracting both; what is left of
+    the correlation is explained by neither. Each is None if one of its variables is constant or there are fewer than 3
+    tokens.
     """
 
     by_kind: list[TokenGroup]
@@ -89,17 +91,18 @@ class Allocation:
 class TokenTrace:
     """A model's decisions for a sample of text, by layer and token.
 
-    L is the number of layers, T the number of tokens of the first row that are shown. tokens: the texts of these
-    tokens. weight_LT: factor on the block's update, the mean of attention and MLP, 0 where both are skipped. kept_LT:
-    whether the attention or the MLP was computed. depth_T: for each token, the computed share of all attentions and
-    MLPs. depth: the mean of that share over all tokens of all rows. routing: "causal" (decisions look at no later
-    token), "oracle" (they look at the whole row, for models that cannot do otherwise), "forced" (imposed) or "unknown".
-    routed: indices of the blocks with a depth mechanism. capacity: kept share of the tokens that reached a mechanism,
-    {layer: {mechanism: share}}, over all rows. activations: for each layer that mixes activation functions, by index, a
-    summary with shares in the order of `activation_names`. experts: for each layer with experts, by index, the shares
-    in all choices of the "most chosen expert", the "least chosen expert" and "no-ops". allocation: how compute was
-    distributed, over all rows; None if the batch has no labels. flops, dense_flops: forward FLOPs per token by
-    formulas, with the decisions (each row by itself) and without mechanisms; None unless routing is "causal".
+    L is the number of layers, T the number of tokens of the first row that are shown; _LT marks a list of L lists of T
+    values. tokens: the texts of these tokens. weight_LT: factor on the block's update, the mean of attention and MLP, 0
+    where both are skipped. kept_LT: whether the attention or the MLP was computed. depth_T: for each token, the
+    computed share of all attentions and MLPs. depth: the mean of that share over all tokens of all rows. routing:
+    "causal" (decisions look at no later token), "oracle" (they look at the whole row, for models that cannot do
+    otherwise), "forced" (imposed) or "unknown". routed: indices of the blocks with a depth mechanism. capacity: kept
+    share of the tokens that reached a mechanism, {layer: {mechanism: share}}, over all rows. activations: for each
+    layer that mixes activation functions, by index, a summary with shares in the order of `activation_names`. experts:
+    for each layer with experts, by index, the shares in all choices of the "most chosen expert", the "least chosen
+    expert" and "no-ops". allocation: how compute was distributed, over all rows; None if the batch has no labels.
+    flops, dense_flops: forward FLOPs per token by formulas, with the decisions (each row by itself) and without
+    mechanisms; None unless routing is "causal".
     """
 
     tokens: list[str]
@@ -119,9 +122,9 @@ class TokenTrace:
 
     @property
     def strongest(self) -> float:
-        """The largest absolute factor on an update of any block with a depth mechanism; 0 without one.
+        """The largest absolute value in `weight_LT` of any block with a depth mechanism; 0 without such a block.
 
-        A depth mechanism chooses the tokens that a block updates, and may scale their updates by a factor.
+        A depth mechanism chooses the tokens that a block updates, and may scale their updates by a factor (the weight).
         """
         return max((abs(w) for layer in self.routed for w in self.weight_LT[layer]), default=0.0)
 

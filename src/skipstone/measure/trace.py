@@ -139,7 +139,8 @@ def _experts(blocks: Sequence[Any], all_records: Sequence[Records]) -> dict[int,
 def category_of(token: str) -> int:
     """Return the category of a token's text as an index in `CATEGORIES`: letters, digits, signs or white space.
 
-    One letter suffices for letters, and without letters one digit for digits.
+    A text with a letter belongs to letters, else one with a digit to digits, else one with any character other than
+    white space to signs, else to white space.
     """
     for category, belongs in enumerate((str.isalpha, str.isdigit)):
         if any(map(belongs, token)):

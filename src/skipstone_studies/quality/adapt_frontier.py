@@ -1,9 +1,10 @@
 """The loss of a pretrained model that is adapted to compute less, by four methods at equal FLOPs.
 
-The methods are Mixture-of-Depths, random skipping, fewer blocks, and neurons by magnitude, at the FLOPs of the
-checkpoint (the source) without six of its 30 blocks. All arms (compared recipes) are trained on the same rows, with
-cross-entropy and distillation from the source, or with distillation alone, and are evaluated by the executed pass on
-the first rows of three texts, two of which no arm is trained on.
+The methods are Mixture-of-Depths, random skipping of tokens, fewer blocks, and MLPs that compute only some neurons for
+each token, chosen by magnitude (neurons by magnitude), at the FLOPs of the checkpoint (the source) without six of its
+30 blocks. All arms (compared recipes) are trained on the same rows, with cross-entropy and distillation from the
+source, or with distillation alone, and are evaluated by the executed pass on the first rows of three texts, two of
+which no arm is trained on.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def arms(
 
 
 def moved(kind: str, budget: float) -> str:
-    """Return the name of an adapted model whose thresholds are set to another budget than it was adapted for.
+    """Return the name of an adapted model that is set to another budget than it was adapted for, without training.
 
     kind: the name of the method, such as "mixture of depths". budget: the new one, as a share of the FLOPs of the
     source, the checkpoint before it is adapted.
@@ -126,8 +127,8 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
     """Make the run folder of a compared model: adapt the checkpoint, or save another model with other thresholds.
 
     recipe: the model's recipe; if it has the key `at_budget`, a share of the checkpoint's FLOPs, the model of the
-    recipe that `source` names is saved with the thresholds of this budget. folder: the run folder. resume: whether to
-    continue an interrupted training. callbacks: further callbacks of the trainer.
+    recipe that `source` names is saved with the thresholds (or shares of neurons) of this budget. folder: the run
+    folder. resume: whether to continue an interrupted training. callbacks: further callbacks of the trainer.
     """
     if "at_budget" not in recipe:
         adapt_run(recipe, folder, resume, callbacks)
@@ -259,7 +260,7 @@ def _judged(of_arm: Figures, base: Figures, source: Figures) -> Figures:
 def columns(over: str) -> Iterator[Column]:
     """Yield the columns of the study's table.
 
-    over: the name of the model by whose perplexity others are divided.
+    over: what headings call the model with whose perplexity the others are compared, such as "source".
     """
     yield Column(key="tokens", title="training tokens", format=",d")
     for text in TEXTS:

@@ -80,7 +80,7 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: `nats`, the loss in nats per character; `own_flops`, the forward FLOPs of a row times
     the run's steps, which are proportional to its training FLOPs; for PolyGLU also `apart`, the share of neurons whose
-    strongest activation is not the most common one of their layer, as a mean over layers and the tokens of the first
+    strongest activation is not the most common one of their layer, as a mean over layers and the tokens of the first 32
     rows.
     """
     loaded = load_run(folder, "validation")

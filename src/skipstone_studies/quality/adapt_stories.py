@@ -26,7 +26,7 @@ LEAST = {"score": "block_influence"}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: the source, the source trained further, without a block, and models that skip.
+    """Return the recipes by name: the source, the same trained further, one without a block, and models that skip.
 
     Each is a dict of settings that makes one of the compared models. The source is the checkpoint before it is adapted.
     scale: not used.
@@ -85,7 +85,7 @@ def measured(folder: Path) -> Figures:
 
 
 def derive(figures: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return for each arm `share`, its FLOPs divided by those of the arm "source", and `perplexity`, on the stories.
+    """Return for each arm `share`, its FLOPs divided by those of the arm "source", and its `perplexity` on the stories.
 
     The FLOPs are forward FLOPs per token of stories, as counted by `measured`. figures: what `measured` returned for
     each arm (compared recipe) with one seed, by arm. The result is {} without the arm "source", which is the model

@@ -57,8 +57,8 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
     """Return the recipes by name, with equal training FLOPs: dense models of 8 and 5 blocks, and models that skip.
 
     Each is a dict of settings that makes one of the compared models. Models that skip choose tokens by boundaries of
-    words, at random, by learned routers or not at all (layer dropout). scale: "laptop", "paper" or "quick". corpus:
-    name of the text, as in data.corpus.
+    words, at random or by learned routers; one chooses no tokens, but leaves out whole blocks in training (layer
+    dropout). scale: "laptop", "paper" or "quick". corpus: name of the text, as in data.corpus.
     """
     recipe = partial(arm, scale, corpus)
     routed = {name: recipe(BLOCKS, [mechanism]) for name, mechanism in ROUTED.items()}
@@ -157,8 +157,8 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
     The claims are that the loss is at least .02 nats per byte below that of the dense model of 8 blocks, and below that
     of the model that keeps random tokens. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm
-    is one of the compared recipes. The verdict is "no headroom" if the dense model of 8 blocks is not better than the
-    dense model of 5 blocks, because then depth does not pay.
+    is one of the compared recipes. The verdict is "no headroom" if the loss of the dense model of 8 blocks is not at
+    least .02 nats below that of the dense model of 5 blocks, because then depth does not pay.
     """
     return pages.claims(figures, pages.room_of(figures, FULL, [RIVAL]), (FULL, CHANCE))
 

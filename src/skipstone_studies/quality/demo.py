@@ -172,10 +172,10 @@ LARGER = (
 
 
 def closing(scale: str, figures: Mapping[str, Mapping[int, Figures]]) -> str:
-    """Return the text printed below the table: samples, arms faster than dense, and results of a larger scale.
+    """Return the text printed below the table: samples, arms faster or slower than dense, and a note on larger models.
 
-    scale: the scale of the runs. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of
-    the compared recipes.
+    scale: the scale of the runs; at "quick", the note tells the speeds that were measured at scale "laptop". figures:
+    the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
     faster = {"training": "training_speed", "decoding": "comparison.speed.decode 1"}
     lines = [samples(figures).replace("### Samples", "Samples")]

@@ -64,10 +64,10 @@ def arm(
 ) -> RecipeDict:
     """Return the recipe of one arm: a byte model with this study's training protocol, whose heads have 32 channels.
 
-    scale: "laptop" or "quick". corpus: name of the text. blocks, width: number of blocks and width of the model.
-    budget: training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense. in_full: whether the
-    learning rate is tuned by runs of a quarter of the training's length, however long that is; otherwise these runs
-    have at most 7.5e11 FLOPs.
+    scale: "laptop" or "quick". corpus: name of the text. blocks, width: number of blocks and width of the model (one
+    head if below 64). budget: training FLOPs. mechanisms: entries of the model's `mechanisms`; None means dense.
+    in_full: whether the learning rate is tuned by runs of a quarter of the training's length, however long that is;
+    then at most 4 rates are tried; otherwise these runs have at most 7.5e11 FLOPs each.
     """
     size = COMMON[scale]
     return protocol.planned(

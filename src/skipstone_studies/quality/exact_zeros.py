@@ -1,6 +1,7 @@
-"""A study of exact zeros after ReLU: the loss of models that read fewer bytes of their MLPs, without error.
+"""A study of MLP neurons whose activation is exactly 0: how many bytes decoding then reads, and at what loss.
 
-To decode a token, the weights of a neuron whose activation is exactly 0 need not be read.
+To decode a token, the weights of a neuron whose activation is exactly 0 (as ReLU makes it) need not be read; the output
+stays the same.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def samples(figures: ByArm) -> str:
 
 
 def pictures(figures: ByArm) -> dict[str, str]:
-    """Return {name of the text: SVG text}, a chart of loss by FLOPs for each evaluated text.
+    """Return {name of the evaluated text: chart as SVG}, where a chart shows loss by FLOPs on that text.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
@@ -47,11 +47,12 @@ def pictures(figures: ByArm) -> dict[str, str]:
 
 
 def picture(figures: ByArm, text: str) -> str:
-    """Return an SVG chart of the loss on one text by share of executed FLOPs, with a line for each method.
+    """Return an SVG chart of the loss on one text by executed FLOPs (share of the source's), a line for each method.
 
-    Lines begin at the source (the checkpoint before it is adapted) trained further, or at the source itself if no arm
-    trains it further. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the
-    compared recipes. text: name of the text, a key of `TEXTS`.
+    The source is the checkpoint before it is adapted. Lines begin at the source trained further, or at the source
+    itself if no arm trains it further. FLOPs of neurons by magnitude are those of decoding, the only ones that they
+    save. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
+    text: name of the text, a key of `TEXTS`.
     """
     start = TUNED if TUNED in figures else "source"
     kinds: dict[str, list[tuple[float, float]]] = {}

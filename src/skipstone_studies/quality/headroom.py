@@ -67,8 +67,9 @@ def measured(folder: Path) -> Figures:
 def units_of(blocks: int) -> list[Unit]:
     """Return the sets of blocks that are skipped to measure how much they lower each token's loss.
 
-    They are the middle half of the blocks together, unless it is a single block, then each block alone. A set is a
-    tuple of indices. blocks: number of blocks of the model.
+    The first set is the middle half of the blocks, which are skipped together; it is left out if it is a single block.
+    The others are single blocks: every one, or in a model of 12 blocks or more every (blocks // 6)-th. A set is a tuple
+    of indices. blocks: number of blocks of the model.
     """
     quarter = max(1, blocks // 4)
     middle = tuple(range(quarter, blocks - quarter))
@@ -80,10 +81,11 @@ def on_rows(model: SkipstoneForCausalLM, data: PreparedData, count: int) -> Plai
 
     model: a dense model. data: prepared text, whose `validation` is read. count: number of rows. A regression that
     predicts the benefit is fitted to every second row and judged on the others. Keys of the result: `loss` in nats per
-    prediction; `predictions` and `fit_predictions`, numbers of labels; `repeats`, over how many random halves of
-    the tokens a benefit is averaged; `units`, for each set of blocks a dict of `blocks`, `removed` (the loss without
-    them), `mean_benefit`, `explained` and `correlation`, which tell how well the regression predicts the benefit, and
-    `kept`, the losses when only the tokens with the best scores keep the blocks.
+    prediction; `predictions` and `fit_predictions`, numbers of labels; `repeats`, over how many random halves of the
+    tokens a benefit is averaged; `units`, for each set of blocks a dict of `blocks`, `removed` (the loss without them),
+    `mean_benefit` in nats, `explained` (the share of the benefit's variance that the regression predicts),
+    `correlation` (of each score of tokens with the benefit) and `kept`, the losses if the blocks update only the tokens
+    with the highest scores.
     """
     rows = data.validation.__getitems__(spaced(len(data.validation), count))
     return oracle(model, rows[::2], rows[1::2], units_of(model.config.num_hidden_layers))

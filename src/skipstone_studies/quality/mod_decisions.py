@@ -39,10 +39,11 @@ ROUTED: dict[str, PlainDict] = {
 
 
 def arms(scale: str, corpus: str = "tiny-shakespeare") -> dict[str, RecipeDict]:
-    """Return the recipes by name: a dense model, one of half its depth, and one routed model per decision.
+    """Return the recipes by name: a dense model, one of half its depth, and eight models with Mixture-of-Depths.
 
-    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus: name of the
-    text.
+    Those with Mixture-of-Depths differ in the rule that chooses the tokens to keep (`decision`) and in what the router
+    learns from. Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper". corpus:
+    name of the text.
     """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY}
     return {
@@ -78,10 +79,10 @@ def measured(folder: Path) -> Figures:
 
     folder: the run folder. Keys: `training` and `evaluation`, the content of result.json and of `skipstone eval
     --json`; `gap`, the executed loss divided by the loss with the decisions of training, minus 1; and for routed
-    models: `capacity`, the share of its tokens that each routed block keeps; `overshoot`, the 99th percentile over rows
-    of the kept share, divided by the configured capacity, minus 1, largest over blocks; `precision`, `recall` and `f1`,
-    which compare the tokens kept in the executed pass with those of each row that have the highest scores, as means
-    over routed blocks.
+    models: `capacity`, the share of its tokens that each routed block keeps, by its number among the routed blocks,
+    from 0; `overshoot`, the 99th percentile over rows of the kept share, divided by the configured capacity, minus 1,
+    largest over blocks; `precision`, `recall` and `f1`, which compare the tokens kept in the executed pass with those
+    of each row that have the highest scores, as means over routed blocks.
     """
     figures = measure.standard(folder)
     ways = figures["evaluation"]["ways"]
@@ -131,7 +132,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
 
 
 def details(figures: ByArm) -> str:
-    """Return the Markdown below the table: whether depth pays, comparisons with a dense model and with random tokens.
+    """Return the Markdown below the table: what depth gains, comparisons with a dense model and with random tokens.
 
     figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared recipes.
     """
@@ -144,7 +145,7 @@ def details(figures: ByArm) -> str:
 
 
 def on(corpus: str, name: str) -> Study:
-    """Build the study that compares all ways in which Mixture-of-Depths decides which tokens to keep, on one corpus.
+    """Build the study that compares the rules by which Mixture-of-Depths chooses the tokens to keep, on one corpus.
 
     corpus: name of the corpus. name: name of the study.
     """

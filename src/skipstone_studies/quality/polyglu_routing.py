@@ -1,6 +1,6 @@
 """A study of how PolyGLU's neurons choose among activation functions: entropies and diversity of the mixes.
 
-Also by how much the loss rises if each neuron gets a single activation function.
+It also measures by how much the loss rises if each neuron gets a single activation function.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def measured(folder: Path) -> Figures:
     `dynamic_entropy` and `static_entropy`, mean entropies in nats of a neuron's softmax over activations, with all
     logits and with its learned preferences alone; these are means over layers. `hardened`: by how many nats the loss
     rises if each neuron keeps one activation, chosen on training rows. `neurons`: for each layer, the share of neurons
-    whose strongest activation is each of the functions. `course`: the first three figures during training, {percentage
-    of the steps: {name: value}}.
+    whose strongest activation is each of the functions. `course`: diversity and both entropies during training,
+    {percentage of the steps: {name: value}}.
     """
     figures = measure.standard(folder)
     ways, main = figures["evaluation"]["ways"], figures["evaluation"]["main"]
@@ -131,7 +131,7 @@ DETERMINISTIC, UNUSED, REACHED, LOST = 1e-3, 0.01, 0.05, 0.01
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:
-    """Yield five claims for each arm with their verdicts, of which the first two are those of the PolyGLU paper.
+    """Yield five claims for each PolyGLU arm with their verdicts; the first two are those of the PolyGLU paper.
 
     They are: routing is nearly deterministic (dynamic entropy at most .1 % of ln 4); static entropy stays within 1 % of
     ln 4; at least 5 % of a layer's neurons differ from its most common activation; fixing one activation per neuron

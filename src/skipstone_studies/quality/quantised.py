@@ -64,7 +64,8 @@ def make(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[Tra
     """Save another study's model in `folder` with quantised weights, and check that it loads as it was saved.
 
     recipe: an entry of `arms` with a seed, which names the run and the format of the weights. folder: the folder to
-    write. resume, callbacks: not used. Raises FileNotFoundError if the other run does not exist.
+    write. resume, callbacks: not used. Raises FileNotFoundError if the other run does not exist, and ValueError if the
+    saved model gives other logits.
     """
     named, seed = recipe["run"], recipe["seed"]
     source = folder.parents[2] / named["study"] / folder.parent.name / f"{named['arm']}-seed{seed}"
@@ -169,11 +170,11 @@ def derive(figures: Mapping[str, Figures], first: str) -> dict[str, Figures]:
 def quantised(
     name: str, purpose: str, about: str, runs: tuple[tuple[str, str], ...], rows: int, **options: Any
 ) -> Study:
-    """Build the study of quantised weights of one family of models.
+    """Build a study that measures finished runs of other studies with their own weights, in int8 and in int4.
 
     name, purpose, about: name, purpose and description of the study. runs: pairs (study, arm (compared recipe)) of the
-    measured runs, the first of a dense model. rows: number of evaluated rows. options: `text` and `group`, arguments of
-    `arms`.
+    measured runs, the first of a dense model. rows: number of evaluated rows. options: `text` (selects the evaluated
+    text) and `group` (weights that share an int4 scale), as for `arms`.
     """
     return Study(
         name=name,

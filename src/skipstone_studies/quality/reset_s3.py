@@ -1,7 +1,7 @@
 """A study of whether a learned router finds the tokens that need depth, on Reset-S3, a task where they are known.
 
-The first two blocks of the routed models are dense (`ROUTED`), because tokens differ only after some mixing. Tokens of
-the task are operations and fillers; the more operations since the last reset, the more difficult a token is.
+The first two blocks of the routed models are dense, because tokens differ only after some mixing. Tokens of the task
+are operations and fillers; the more operations since the last reset, the more difficult a token is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SEEDS = {"laptop": (3, 4, 5), "paper": (3, 4, 5, 6, 7)}  # without seed 0, on wh
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: dense models of several depths, and models routed by different decisions and routers.
+    """Return the recipes by name: dense models of several depths, and models that skip tokens, by various routers.
 
     Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """
@@ -73,8 +73,8 @@ def mixture(**options: Any) -> PlainDict:
 def gate(**options: Any) -> PlainDict:
     """Return a `mechanisms` entry of Token-Selective Attention on all blocks but the first two.
 
-    Its gates scale updates in training and skip tokens in generation. options: further options of the entry, such as
-    `decision`.
+    Its gates scale updates in training and skip tokens in generation, unless `options` say otherwise. options: further
+    options of the entry, such as `decision`.
     """
     return tsa.gate(**{"layers": ROUTED, "execution": "hard", **options})
 
@@ -86,11 +86,11 @@ def recipe(
     corpus: str = "reset-s3",
     **train: Any,
 ) -> RecipeDict:
-    """Return the recipe of a model that is trained on a synthetic task and compared with others.
+    """Return the recipe (dict of settings) of one model that is trained on a synthetic task.
 
     size: hidden_size, num_attention_heads, steps, batch_size and rate (the learning rate). blocks: number of blocks.
-    mechanisms: entries of the model's `mechanisms`; None means dense. corpus: name of the task. train: further training
-    options, by name.
+    mechanisms: entries of the model's `mechanisms`; None means dense. corpus: name of the task. train: options of the
+    recipe's section `train` that replace the usual ones, by name.
     """
     steps = size["steps"]
     return {

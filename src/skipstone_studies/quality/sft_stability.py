@@ -170,10 +170,10 @@ class Routing:
 
 
 class Watch(TrainerCallback):
-    """A trainer callback that measures how PolyGLU's neurons choose their activations every `every` steps.
+    """A trainer callback that measures every `every` steps how PolyGLU's neurons choose their activations.
 
-    routing: the model with the rows on which it is measured. path: file to which each measurement is appended as a line
-    of JSON.
+    It also measures before the first step and after the last. routing: the model with the rows on which it is measured.
+    path: file to which each measurement is appended as a line of JSON.
     """
 
     def __init__(self, routing: Routing, every: int, path: Path) -> None:
@@ -212,8 +212,8 @@ def measured(folder: Path) -> Figures:
 
     Keys: `losses` and `course`, what was logged; `drift`, relative change of the dynamic entropy (of a neuron's softmax
     over activations); `flips`, share of neurons with another strongest activation; `stable`, 1 if both are small, else
-    0; and the others that `figures` describes. An interrupted tuning is resumed. Raises ValueError if TRL is not
-    installed or if the temperature tau has changed.
+    0; and those that the function `figures` adds. folder: the run folder. An interrupted tuning is resumed. Raises
+    ValueError if TRL is not installed or if the temperature tau has changed.
     """
     try:
         from datasets import Dataset

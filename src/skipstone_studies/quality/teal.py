@@ -52,7 +52,7 @@ class Site:
         return (x.masked_fill(small, 0.0),)
 
     def settle(self, sparsity: float) -> None:
-        """Set the threshold so that the share `sparsity` of the collected magnitudes lies at or below it."""
+        """Set the threshold so that the share `sparsity` of the inputs that were collected has |x| at or below it."""
         ordered = torch.cat(self.magnitudes).sort().values
         self.threshold = float(ordered[min(int(sparsity * len(ordered)), len(ordered) - 1)])
         self.magnitudes = []
@@ -73,12 +73,13 @@ class Thresholded:
 def measure_teal(
     model: SkipstoneForCausalLM, forward: Pass, calibration: Batches, batches: Batches, sparsity: float
 ) -> Thresholded:
-    """Return the loss of a model with small inputs of its MLP matrices set to 0, without training.
+    """Return the loss of a model with small inputs of its MLP matrices set to 0, and the share that became 0.
 
-    The method is TEAL (arXiv 2408.14690). forward: the way to run the forward pass, such as `PASSES["executed"]`.
-    calibration: batches from which thresholds are taken, as quantiles of |x|. batches: the batches on which the loss is
-    measured. sparsity: share of each matrix's inputs that is to be set to 0, in [0, 1). Everything is computed, so no
-    time is saved. Raises ValueError for a sparsity outside of this range, and for a model without gated MLPs.
+    The method is TEAL (arXiv 2408.14690), which needs no training. forward: the way to run the forward pass, such as
+    `PASSES["executed"]`. calibration: batches from which thresholds are taken, as quantiles of |x|. batches: the
+    batches on which the loss is measured. sparsity: share of each matrix's inputs that is to be set to 0, in [0, 1).
+    Everything is computed, so no time is saved. Raises ValueError for a sparsity outside of this range, and for a model
+    without gated MLPs.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")

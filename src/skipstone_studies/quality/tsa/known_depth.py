@@ -30,11 +30,11 @@ SEEDS = {"laptop": (0, 1, 2), "paper": (0, 1, 2)}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: dense models, and gates that differ in training and decision.
+    """Return the recipes by name: dense models, and models with gates that are trained or choose tokens differently.
 
     Each is a dict of settings that makes one of the compared models. Gates are trained soft (scaling updates) or hard
-    (skipping tokens), keep the tokens that the corpus marks as needing depth, or random ones. scale: "laptop" or
-    "paper".
+    (skipping tokens); two controls keep random tokens, or exactly those that the corpus marks as needing depth. scale:
+    "laptop" or "paper".
     """
     make = partial(reset_s3.recipe, SIZES[scale], corpus="switched-s3")
     quarter = {"capacity": reset_s3.CAPACITY}

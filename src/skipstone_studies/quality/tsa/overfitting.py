@@ -72,9 +72,7 @@ def _losses(folder: Path, split: str, corpus: str | None = None, context: int | 
 
 
 def random_batches(loaded: LoadedRun) -> PlainDict:
-    """Return the loss over 20 batches of 64 windows at random places of the validation split.
-
-    The paper on Token-Selective Attention (arXiv 2605.05222) measures it so.
+    """Return the loss over 20 batches of 64 windows at random places of the validation split, as arXiv 2605.05222 does.
 
     loaded: the run. The windows are the same for all runs of a text. The result is {"loss": with the decisions of
     training, mean over batches, "deviation": standard deviation of the batches' losses}, in nats per token.

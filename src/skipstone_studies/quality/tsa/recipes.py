@@ -1,7 +1,7 @@
-"""The model and training of the paper on Token-Selective Attention, at its sizes and at a laptop's.
+"""The model and training of the paper on Token-Selective Attention (arXiv 2605.05222), at its sizes and smaller ones.
 
-Comments mark choices that its code leaves open. One difference at either scale: its AdamW does not decay embeddings,
-while ours decays them like every matrix.
+Comments mark choices that the paper's code leaves open. One difference at either scale: the paper's AdamW does not
+decay embeddings, while ours decays them like every matrix.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def random(capacity: float) -> Mechanisms:
 
 
 def shallower(scale: str, data: PlainDict) -> dict[str, RecipeDict]:
-    """Return the recipes by name of dense models with fewer blocks than the model of the scale, from 2 on.
+    """Return the recipes by name of dense models with fewer blocks than the model of the scale: one each with 2, 3, ...
 
     scale: "laptop" or "paper". data: the recipe's section `data`.
     """

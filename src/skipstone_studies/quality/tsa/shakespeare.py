@@ -20,7 +20,7 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
     """Return the recipes by name: the paper's table and sweep over lambda, early exit, random tokens, and fewer blocks.
 
     Each is a dict of settings that makes one of the compared models. Lambda is the coefficient of the penalty on open
-    gates. scale: "laptop" or "paper".
+    gates. scale: "laptop" or "paper"; the latter adds gates that skip tokens in training.
     """
     data = SHAKESPEARE
     return {
@@ -35,9 +35,10 @@ def claims_arms(scale: str) -> dict[str, RecipeDict]:
 
 
 def control_arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes of controls by name: gates with other start biases, frozen or constant gates, random tokens.
+    """Return the recipes by name: gates as in the paper, with other start biases, frozen or constant; random tokens.
 
-    Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
+    Each is a dict of settings that makes one of the compared models. Frozen gates are never trained; a constant gate is
+    one learned factor per block. scale: "laptop" or "paper".
     """
     data = SHAKESPEARE
     return {
