@@ -2,10 +2,10 @@
 
     share_k(u) = b_k u / (b_k u + (1 - b_k)(1 - u))         u in [0, 1]
 
-is the share of tokens that threshold k keeps: the trained share b_k for u = 1/2, none for u = 0 and all for u = 1. All
-thresholds move by the same log odds, so that blocks keep their order. A threshold is the quantile of the scores that
-keeps this share. Scores depend on what earlier blocks skip, so thresholds are set and observed again until nothing
-changes.
+is the share of tokens that threshold k keeps: the trained share b_k for u = 1/2, none for u = 0 and all for u = 1. The
+log odds of all shares change by the same amount, so that a block which keeps more tokens than another does so at every
+u. A threshold is the quantile of the scores that keeps this share. Scores depend on what earlier blocks skip, so
+thresholds are set and observed again until nothing changes.
 
 Shape letters: N tokens that reached a block.
 """
@@ -138,10 +138,10 @@ def _between(
 
 
 def quantile(score_N: Tensor, share: float) -> float:
-    """Return a threshold with this share of the scores at or below it.
+    """Return a threshold with the share `share` of the scores at or below it.
 
-    score_N: scores of N tokens, at least one. share: a share from 0 to 1; for 0 and 1 the threshold lies well outside
-    of the scores.
+    score_N: scores of N tokens, at least one. share: from 0 to 1; for 0 and 1 the threshold lies well below and above
+    all scores.
     """
     ordered = score_N.double().sort().values
     at = round(share * len(ordered))

@@ -38,7 +38,7 @@ class ThresholdHandle:
 
     @property
     def saved(self) -> bool:
-        """Whether saving the model afterwards stores a threshold that `set` has changed."""
+        """Whether a threshold that `set` has changed is stored when the model is saved."""
         return self._thresholds[0].saved
 
     @property
@@ -76,7 +76,7 @@ class ThresholdHandle:
         return value
 
     def scores(self, records: Sequence[Records]) -> Tensor:
-        """Return the scores of a pass that this threshold decides on, fp32 [N].
+        """Return the scores of a pass that this threshold decides on, fp32 [N], or fp64 for early exit.
 
         A token has one score for each block of this threshold that it reached. Scores are in the order of blocks, then
         of rows and tokens. records: the decisions of the pass, a dict by mechanism name for each block.
@@ -90,10 +90,10 @@ class ThresholdHandle:
 
 
 def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
-    """Return a handle for every threshold on router scores (tokens above it are kept) in a model, which can set it.
+    """Return a handle for every threshold on router scores (tokens above it are kept) in a model.
 
-    They are in the order of `config.mechanisms` (outermost first), then of blocks; the list is empty if no score
-    decides.
+    A handle reads and sets its threshold. Handles are in the order of `config.mechanisms` (outermost first), then of
+    blocks; the list is empty if no score decides.
     """
     handles: list[ThresholdHandle] = []
     for index, entry in enumerate(model.config.mechanism_entries):
@@ -111,7 +111,7 @@ def find_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
 def require_handles(model: SkipstoneForCausalLM) -> list[ThresholdHandle]:
     """Return a handle for every threshold on router scores (tokens above it are kept) in a model, at least one.
 
-    A handle reads and sets its threshold. They are in the order of `config.mechanisms` (outermost first), then of
+    A handle reads and sets its threshold. Handles are in the order of `config.mechanisms` (outermost first), then of
     blocks. Raises ValueError if there is none, naming the model's mechanisms, if decisions need later tokens, and if
     the model is not a Skipstone model.
     """

@@ -79,7 +79,7 @@ def _measured(
 def budget_section(points: Sequence[AtBudget], budget_table: str) -> Section:
     """Tabulate share of FLOPs, FLOPs per token and loss at each budget.
 
-    points: the rows of the table. budget_table: a description of the thresholds' source, for the note below.
+    points: the rows of the table. budget_table: a description of the thresholds' source, for the note below the table.
     """
     return Section(
         title="loss by budget, executed",
@@ -176,9 +176,9 @@ def _calibrated(loaded: LoadedRun, split: str, count: int) -> BudgetTable:
 def spread(loaded: LoadedRun, split: str, count: int) -> Iterator[Row]:
     """Yield batches of up to 8 rows, which are spread evenly over a split of a run's data.
 
-    A batch holds int64 tensors [rows, tokens] by name. The last row of the split is left out, as it may be short.
-    loaded: the run. split: "train" or "validation". count: number of rows in all; if the split has fewer, all of them
-    are read.
+    A batch is a dict of int64 tensors [rows, tokens] by name, such as "input_ids". The last row of the split is left
+    out, as it may be short. loaded: the run. split: "train" or "validation". count: number of rows in all; if the split
+    has fewer, all of them are read.
     """
     assert loaded.data is not None
     config = replace(loaded.data.config, validation_rows=None)

@@ -67,9 +67,10 @@ class Comparison:
     def to_dict(self) -> PlainDict:
         """Return plain values for JSON: "machine", "runs", "twins" and "headroom_captured".
 
-        "runs" is a list of each run's figures; "twins" has the figures of the reference runs "dense" and "forced", if
-        named; "headroom_captured" is the property `captured`. FLOPs and bytes are per token, shares in [0, 1], energy
-        in joules.
+        "runs" is a list of each run's figures. "twins" has those of the two reference runs, if they were named: "dense"
+        (without routing) and "forced" (keeps the tokens marked as needing depth). "headroom_captured" says which share
+        of the gap between their accuracies each run closes (property `captured`). FLOPs and bytes are per token, shares
+        in [0, 1], energy in joules.
         """
         twins = {"dense": self.dense, "forced": self.forced}
         return plain(

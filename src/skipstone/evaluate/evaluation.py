@@ -1,4 +1,8 @@
-"""`evaluate`: measure losses, accuracy, mechanisms and FLOPs of a trained model in every pass that it supports."""
+"""`evaluate`: measure losses, accuracy, mechanisms and FLOPs of a trained model.
+
+It is measured in each kind of forward pass that it supports, such as one that decides as in training, and one that
+really skips tokens.
+"""
 
 from __future__ import annotations
 

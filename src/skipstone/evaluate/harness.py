@@ -39,7 +39,7 @@ class Score:
 class TaskEvaluation(OneTable):
     """The scores of a run on tasks of lm-evaluation-harness, in the harness's order.
 
-    name: the run's name. scores: one per task and metric.
+    name: the run's name. scores: one `Score` (value and standard error) per task and metric.
     """
 
     name: str

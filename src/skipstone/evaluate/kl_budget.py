@@ -79,7 +79,8 @@ class KlBudget(OneTable):
     def to_dict(self) -> PlainDict:
         """Return plain values for JSON: "limit", "settings", "chosen", "written" and "text".
 
-        "settings" is a list of dicts with the keys "setting", "bytes", "flops" and "kl".
+        They are the fields. "settings" is a list of dicts with the keys "setting" (its name), "bytes" (of weights that
+        decoding a token reads), "flops" (of a token) and "kl" (nats per token); "chosen" lists names of settings.
         """
         return plain({**vars(self), "settings": [vars(s) for s in self.settings]})
 

@@ -20,10 +20,10 @@ from skipstone.runs import Run
 class LoadedRun:
     """A run or saved model on its device, with data to measure it on.
 
-    run: the run or saved model. model: its model, in evaluation mode. data: rows of one split; None for a saved model
-    without a named corpus. passes: the kinds of forward pass that the model supports, by name: "oracle" (decides as in
-    training), "causal" (without later tokens), "executed" (the same, skipping) and "forced" (keeps the tokens marked as
-    needing depth). unavailable: why others are missing, by name.
+    run: the `Run`, which reads its folder. model: its model, in evaluation mode. data: rows of one split; None for a
+    saved model without a named corpus. passes: the kinds of forward pass that the model supports, by name: "oracle"
+    (decides as in training), "causal" (without later tokens), "executed" (the same, skipping) and "forced" (keeps the
+    tokens marked as needing depth). unavailable: why others are missing, by name.
     """
 
     run: Run
@@ -108,8 +108,8 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the rows of `data.validation` in order, as batches on `device`.
 
-    A batch is a dict of int64 tensors [rows, tokens] by name. batch_size: rows of a batch. rows: read only the first
-    `rows` rows; None means all of them.
+    A batch is a dict of int64 tensors [rows, tokens] by name, such as "input_ids". batch_size: rows of a batch. rows:
+    read only the first `rows` rows; None means all of them.
     """
     total = len(data.validation) if rows is None else min(rows, len(data.validation))
     for start in range(0, total, batch_size):

@@ -86,9 +86,9 @@ class RunMetrics:
 def sample_ids(loaded: LoadedRun, rows: int, length: int, others: LoadedRun | None = None) -> Tensor:
     """Return token ids for timing, int64 [rows, length].
 
-    They are the first tokens of the first rows of data of `loaded`, or, if it has no data, of `others`. Rows shorter
-    than `length` are left out, and rows are repeated if there are too few. Random ids are returned if neither has data
-    that fit the vocabulary of the model of `loaded`.
+    They are the first tokens of the first rows of data of `loaded`, or of `others` if `loaded` has no usable rows: rows
+    of at least `length` tokens whose ids fit the model of `loaded`. Rows are repeated if there are too few. Random ids
+    are returned if neither has any.
     """
     vocabulary = loaded.model.config.vocab_size
     for source in (loaded, others):

@@ -119,7 +119,10 @@ def amount(value: float | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with nan and infinity, which JSON does not have, as None in nested dicts, lists and tuples."""
+    """Return `value` for JSON: nan and infinity become None, also in nested dicts, lists and tuples.
+
+    Keys of dicts become strings, and tuples become lists.
+    """
     if isinstance(value, dict):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,9 +131,11 @@ def plain(value: Any) -> Any:
 
 
 def layer_sections(layers: Sequence[Mapping[str, PlainMapping]], pass_name: str) -> list[Section]:
-    """Tabulate the figures of the mechanisms of each block, one section for each kind of table.
+    """Tabulate the figures of the mechanisms of each block, with a row for each block and mechanism.
 
-    layers: for each block a dict {mechanism name: {figure: value}}. pass_name: the measured pass, shown in titles.
+    Mechanisms of one kind, such as depth mechanisms or experts, share a section (in some cases two); kinds that the
+    model does not have are left out. layers: for each block a dict {mechanism name: {figure: value}}. pass_name: the
+    measured pass, shown in titles.
     """
     from skipstone.measure.summaries import READERS
 

@@ -71,7 +71,7 @@ def write_trace(
 def check_suffix(out: Path) -> None:
     """Raise ValueError if `write_trace` cannot write the file `out`.
 
-    It cannot if the suffix is not known, or if it is .parquet and pyarrow is missing.
+    It can if the suffix is .csv or .jsonl, or .parquet and pyarrow is installed.
     """
     if out.suffix not in WRITERS:
         raise ValueError(unknown("suffix of the file", out.suffix, WRITERS))

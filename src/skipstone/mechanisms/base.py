@@ -1,4 +1,4 @@
-"""`DepthMechanism`: the base class of our depth mechanisms, with what they share.
+"""`DepthMechanism`: the base class of the mechanisms that decide which tokens get a block's update.
 
 Shape letters: B rows, T tokens, D width.
 """

@@ -1,8 +1,8 @@
 """Contexts that the routers of PolyGLU and of neuron groups read: means of projected tokens over the row or the past.
 
 The router's first layer is linear, so projecting and then averaging equals averaging and then projecting. The cache
-then keeps 32 sums per token instead of the whole width, and cropping and reordering it stay exact. Only tokens that
-reach the router are counted: means leave out padding and tokens that an outer mechanism skips.
+then keeps R sums per token (32 by default) instead of the whole width, and cropping and reordering it stay exact. Only
+tokens that reach the router are counted: means leave out padding and tokens that an outer mechanism skips.
 
 All means are fp32 [B, T, R]; `sequence_mean` is [B, 1, R] if each row is one document. The last entry of a sum is its
 number of tokens (with decay, their sum of weights).

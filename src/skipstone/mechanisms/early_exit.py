@@ -67,10 +67,10 @@ class SurvivalThreshold(OptionThreshold):
         self._state = mechanism.state_name
 
     def scores(self, record: DepthRecord) -> Tensor:
-        """Return what early exit compares with its threshold for each token, fp64 [B, T]: the logit of its survival.
+        """Return the logit of each token's survival, fp64 [B, T], which early exit compares with its threshold.
 
-        Survival is the product of a token's gates so far. record: what an `EarlyExit` decided in a call. NaN for all
-        tokens if none reached it in this call.
+        Survival is the product of sigmoid(w . x + b) over the blocks up to this one. record: what the `EarlyExit` of
+        this block decided in a call. NaN for all tokens if no token reached the block in that call.
         """
         return torch.logit(record.carry.get(self._state, record.score_BT).double(), eps=EPSILON)
 

@@ -1,4 +1,7 @@
-"""Code that gates share: a factor on the update, soft in training; in hard execution tokens are skipped.
+"""What all gate mechanisms use, those that multiply a block's update for each token by a factor, the gate.
+
+In soft passes, such as those of training, every token is computed and scaled. In hard passes, tokens with low gates are
+skipped.
 
 Shape letters: B rows, T tokens, D width.
 """

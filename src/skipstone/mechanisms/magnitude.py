@@ -146,15 +146,17 @@ class MagnitudeGroups(ScheduledGroups, ActivationGroupRouter):
         """Return scores of the G neuron groups, fp32 [B, T, G], and which groups are tried, bool [B, T, G].
 
         a_BTF: activations act(W_gate x) of all F neurons. A score is the mean over a group's neurons of |a| *
-        typical_F. The groups with the highest scores are tried: only for these is the up projection multiplied.
+        typical_F. The groups with the highest scores are tried, as many as the property `tried` says: only for these is
+        the up projection multiplied.
         """
         score_BTG = sizes(a_BTF, self.config.group_size, self.typical_F)
         return score_BTG, largest(score_BTG, self.tried)
 
     def worth_keeping(self, h_BTF: Tensor) -> Tensor:
-        """Return which of G neuron groups are kept, those with the largest mean |h|, bool [B, T, G].
+        """Return which of a token's G neuron groups are kept, bool [B, T, G].
 
-        h_BTF: products of activation and up projection, 0 for neurons of groups that are not tried.
+        These are the groups whose mean of |h| over their neurons is largest, as many as the property `kept` says.
+        h_BTF: products of activation and up projection, 0 for groups for which the up projection was not multiplied.
         """
         return largest(sizes(h_BTF, self.config.group_size), self.kept)
 

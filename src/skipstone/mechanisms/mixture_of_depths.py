@@ -1,15 +1,15 @@
 """Mixture-of-Depths (Raposo et al. 2024, arXiv 2404.02258).
 
-    x_i <- x_i + w(r_i) * Delta_i(X_kept)   if token i is kept        r_i = w . x_i
+    x_i <- x_i + w(r_i) * Delta_i(X_kept)   if token i is kept        r_i = router(x_i)
     x_i <- x_i                              otherwise
 
-Kept tokens attend to kept tokens only. Delta is the block's update, so that capacity 1 with w = 1 is the dense model.
-Differences from the paper: k = floor(capacity * length) of each document, padding excluded; `decisions` has the causal
-decisions. Options from later papers, each in its file: `tanh` weights and a capacity that falls over depth (p-MoD,
-arXiv 2412.04449), a threshold in place of top-k (MoDification, arXiv 2410.14268), keys and values of skipped tokens
-(`kv: full`, FlexiDepth, arXiv 2503.23798, without its adapter for skipped tokens), a low-rank update for skipped tokens
-(Informed Routing, arXiv 2510.13831), a z-loss and a warm-up of the capacity (Mixture-of-Recursions, arXiv 2507.10524;
-with a single logit the z-loss is score^2). The option `on` routes attention or MLP alone.
+Kept tokens attend to kept tokens only. Delta is the block's update, w the option `weight`; capacity 1 with w = 1 is the
+dense model. Differences from the paper: k = floor(capacity * length) of each document, padding excluded; `decisions`
+has the causal decisions. Options from later papers, each in its file: `tanh` weights and a capacity that falls over
+depth (p-MoD, arXiv 2412.04449), a threshold in place of top-k (MoDification, arXiv 2410.14268), keys and values of
+skipped tokens (`kv: full`, FlexiDepth, arXiv 2503.23798, without its adapter for skipped tokens), a low-rank update for
+skipped tokens (Informed Routing, arXiv 2510.13831), a z-loss and a warm-up of the capacity (Mixture-of-Recursions,
+arXiv 2507.10524; with a single logit the z-loss is score^2). The option `on` routes attention or MLP alone.
 
 Shape letters: B rows, T tokens, K kept tokens, D width.
 """
@@ -189,10 +189,10 @@ class MixtureOfDepths(DepthMechanism):
     def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Return the tokens to keep, bool [B, T]; padding may be among them, so callers have to exclude it.
 
-        score_BT: router scores, fp32. seen_BTD: the hidden states as the router reads them, for decisions by another
-        network. tokens: the tokens of this call; their `mode.routing` and `forced_BT` say how to decide: looking at the
-        whole row ("oracle" routing), without later tokens ("causal"), or as the caller imposes (`forced_BT`). Raises
-        ValueError in a causal pass if the decision needs later tokens.
+        score_BT: router scores, fp32. seen_BTD: the hidden states as the router reads them, for decisions that a
+        network of their own makes. tokens: the tokens of this call; their `mode.routing` and `forced_BT` say how to
+        decide: looking at the whole row ("oracle" routing), without later tokens ("causal"), or as the caller imposes
+        (`forced_BT`). Raises ValueError in a causal pass if the decision needs later tokens.
         """
         if tokens.forced_BT is not None:
             return tokens.forced_BT.expand_as(score_BT)
@@ -278,7 +278,7 @@ class MixtureOfDepths(DepthMechanism):
         return torch.where(reached_BT, sum(terms), 0.0) if terms else None  # type: ignore[arg-type]
 
     def oracle_mask(self, record: DepthRecord) -> Tensor | None:
-        """Return each document's top `capacity` share of tokens by recorded score, bool [B, T].
+        """Return the top `capacity` share, by recorded score, of each row's tokens that reached the block, bool [B, T].
 
         It is None if decisions do not depend on scores. record: the mechanism's record of a pass.
         """

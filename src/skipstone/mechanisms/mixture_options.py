@@ -1,4 +1,4 @@
-"""The options of Mixture-of-Depths, and the functions that turn scores into weights."""
+"""The options of Mixture-of-Depths, and the functions of the score that scale the updates of kept tokens."""
 
 from __future__ import annotations
 

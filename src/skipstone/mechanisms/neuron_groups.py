@@ -13,8 +13,8 @@ serve decoding: during a chunk, every step reads the same part of the weights.
 
 The method is ours. Related are GRIFFIN (arXiv 2404.01365, training-free), which uses the neurons of a prompt for the
 text that follows, and mixtures of many small experts, of which this is one with a decision per chunk and the storage of
-a dense MLP. Balancing without a loss follows arXiv 2408.15664: a bias on the ranking alone, moved by u sign(mean -
-share of tokens) per step.
+a dense MLP. Balancing without a loss follows arXiv 2408.15664: a bias on the ranking alone, moved in each step by
+balance_rate * sign(mean - share), where share is the share of tokens for which a group is on.
 
 Shape letters: B rows, T tokens, D width, R projected width, G groups, K kept groups.
 """
@@ -75,10 +75,10 @@ class NeuronGroupsConfig(GroupingConfig):
 class NeuronGroups(ScheduledGroups, InputGroupRouter):
     """A router that chooses for each chunk of tokens which groups of an MLP's neurons are multiplied (on).
 
-    It scores G groups from an exponential mean of the tokens up to the chunk's first one, keeps the floor(capacity * G)
-    best, and multiplies their output by 2 sigmoid(score), through which it learns. hidden_size: width of the MLP's
-    input. neurons: MLP neurons before pruning. placement: the block in which it is used; None outside of a model.
-    config: the options, or pass its fields as keyword arguments.
+    It scores the groups from an exponential mean of the tokens up to the chunk's first one, keeps the best ones, as
+    many as the share `capacity` of the groups before pruning, and multiplies their output by 2 sigmoid(score), through
+    which it learns. hidden_size: width of the MLP's input. neurons: MLP neurons before pruning. placement: the block in
+    which it is used; None outside of a model. config: the options, or pass its fields as keyword arguments.
     """
 
     Config: ClassVar[type[NeuronGroupsConfig]] = NeuronGroupsConfig
@@ -211,6 +211,7 @@ class NeuronGroups(ScheduledGroups, InputGroupRouter):
     def cache_bytes(self, tokens: float) -> float:
         """Return how many bytes the router caches for a row of `tokens` tokens.
 
-        For each token it stores sums of the projected inputs so far, fp32, and the token's index, int64.
+        For each token it stores running sums of the projected inputs and the context of the token's chunk, 2 R + 2 fp32
+        numbers for the router's hidden width R, and the token's index, int64. A random control stores nothing.
         """
         return tokens * (4 * (2 * self.config.router_width + 2) + 8) if self.learns else 0

@@ -269,7 +269,10 @@ class PolyGLU(MixFigures, Activation):
         self.tau.fill_(start + (end - start) * min(max(progress, 0.0), 1.0))
 
     def moving(self) -> dict[str, Tensor]:
-        """Return the temperature as {"tau": fp32 []}, one name for all blocks, because they share the schedule."""
+        """Return what changes during training, for logs: the temperature, as {"tau": fp32 []}.
+
+        All blocks use the same name, because their temperatures are equal.
+        """
         return {"tau": self.tau}
 
     def decay_kind(self, name: str) -> str | None:
@@ -310,7 +313,7 @@ class PolyGLU(MixFigures, Activation):
         """Return how many bytes the router caches, besides keys and values, for a row of `tokens` tokens.
 
         For each token it stores sums of the projected inputs so far and their count, fp32, and the token's index,
-        int64; nothing if the router reads each token alone (option `context`).
+        int64; nothing with the option `context` "token" (the token alone) or "sequence" (which has no cache).
         """
         sums = SUMS.get(self.config.context, 0)
         return tokens * (4 * sums * (self.config.router_width + 1) + 8) if sums else 0

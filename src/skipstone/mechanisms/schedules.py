@@ -23,7 +23,8 @@ UNIT = 1_000_000  # progress is stored as an integer, which casting a model does
 def between(start: float, end: float, share: float, shape: Shape) -> float:
     """Return the value between `start`, reached at share 0 and below, and `end`, at share 1 and above.
 
-    shape: "linear", or "cosine" for half a cosine wave, which begins and ends flat.
+    share: how far the way from `start` to `end` is. shape: "linear", or "cosine" for half a cosine wave, which begins
+    and ends flat.
     """
     share = min(max(share, 0.0), 1.0)
     if shape == "cosine":
@@ -84,9 +85,10 @@ def capacity_at(capacity: float | list[float] | Ramp, placement: Placement) -> f
 class Progress(nn.Module):
     """The progress of a schedule that ends at the share `until` of the training, in (0, 1].
 
-    millionths: the progress in millionths, int64 [], a buffer that checkpoints contain. The host reads a Python number
-    instead. Once the schedule has ended, the Python values do not change any more, so that torch.compile, which treats
-    them as constants, need not recompile.
+    millionths: the progress in millionths, int64 [], a buffer that checkpoints contain. The property `share` and the
+    attribute `over` (True if the schedule is known to have ended) give it to the host as Python values. Once the
+    schedule has ended, these do not change any more, so that torch.compile, which treats them as constants, need not
+    recompile.
     """
 
     millionths: Tensor
@@ -112,7 +114,10 @@ class Progress(nn.Module):
         return self._known / UNIT
 
     def advance(self, progress: float) -> None:
-        """Set the progress of the training, from 0 to 1; it is rounded to millionths, as checkpoints store it."""
+        """Set the progress of the schedule to progress / `until`, at most 1 and rounded to millionths.
+
+        progress: the fraction of training completed, from 0 to 1.
+        """
         self._know(round(min(max(progress / self.until, 0.0), 1.0) * UNIT))
         self.millionths.fill_(self._known)  # type: ignore[arg-type]
 
@@ -157,11 +162,14 @@ class Capacity(nn.Module):
         return self.progress is not None and self.progress.share < 1
 
     def pin(self, capacity: float) -> None:
-        """Replace `final` by the share `capacity`; a running warm-up then falls towards the new value."""
+        """Set `final`, the share after the warm-up, to `capacity`; a running warm-up then falls towards it."""
         self.final = capacity
 
     def advance(self, progress: float) -> None:
-        """Update the warm-up, if there is one. progress: the fraction of training completed, from 0 to 1."""
+        """Move the warm-up on, if there is one, which changes the current share `now`.
+
+        progress: the fraction of training completed, from 0 to 1.
+        """
         if self.progress is not None:
             self.progress.advance(progress)
 

@@ -1,14 +1,14 @@
 """Mixture-of-Depths around a segment: one decision for several neighbouring blocks.
 
-    x_i <- x_i + w(r_i) * (Stack(x)_i - x_i)     if token i is kept        r_i = w . x_i, once for the whole stack
+    x_i <- x_i + w(r_i) * (Stack(x)_i - x_i)     if token i is kept        r_i = router(x_i), once for the whole stack
     x_i <- x_i                                   otherwise
 
-A segment has one router, one threshold and one gather. Kept tokens pass all of its blocks together and attend to each
-other there, so the stack sees a shorter sequence; a skipped token is computed exactly as in the model without these
-blocks. With `kv: full`, the other tokens give keys and values to every block of the stack, from the stream as it enters
-it. All options are those of `mixture_of_depths`. The middle of the model as one stack on few positions is what
-SpaceByte (arXiv 2404.14408, with `decision: boundary`) and H-Net (arXiv 2507.07955) do; Mixture-of-Depths (arXiv
-2404.02258) routes single blocks.
+Stack(x) is the stream after all blocks of the segment, w the option `weight`. A segment has one router, one threshold
+and one gather. Kept tokens pass all of its blocks together and attend to each other there, so the stack sees a shorter
+sequence; a skipped token is computed exactly as in the model without these blocks. With `kv: full`, the other tokens
+give keys and values to every block of the stack, from the stream as it enters it. All options are those of
+`mixture_of_depths`. The middle of the model as one stack on few positions is what SpaceByte (arXiv 2404.14408, with
+`decision: boundary`) and H-Net (arXiv 2507.07955) do; Mixture-of-Depths (arXiv 2404.02258) routes single blocks.
 """
 
 from __future__ import annotations

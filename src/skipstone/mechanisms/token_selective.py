@@ -208,8 +208,8 @@ class TokenSelective(DepthMechanism):
         update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
         that enter the block. tokens: the tokens of this call. The factor is on the updates of attention and MLP
         separately; with `hard_gain: one` it is 1 in passes that skip tokens. The records hold the decisions by
-        mechanism name. A pass that computes every token records all tokens as kept; those that straight-through
-        training treats as skipped have weight 0.
+        mechanism name; a recorded score is the logit of 1 - p. A pass that computes every token records all tokens as
+        kept; those that straight-through training treats as skipped have weight 0.
         """
         score_BT = self._score(x_BTD)
         open_BT, reached_BT = score_BT.sigmoid(), real_mask(tokens, score_BT)

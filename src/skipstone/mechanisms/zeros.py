@@ -81,7 +81,11 @@ class ZeroNeurons(ActivationGroupRouter):
         self.register_buffer("typical_F", torch.ones(neurons), persistent=False)
 
     def reset_parameters(self) -> None:
-        """Set `typical_F`, a factor on each neuron's magnitude that checkpoints do not store, to 1."""
+        """Set `typical_F`, fp32 [F], to 1.
+
+        Routers that choose by activations have this factor on the magnitude of each neuron; this one does not need it,
+        and checkpoints do not store it.
+        """
         init.ones_(self.typical_F)
 
     @property

@@ -112,10 +112,10 @@ class Attention(nn.Module):
         cache: SkipstoneCacheLayer | None = None,
         queries: Tokens | None = None,
     ) -> Tensor:
-        """Return the attention's output for the query tokens, [B, K, D], or for the N of all rows in a line, [1, N, D].
+        """Return the attention's output for the query tokens, [B, K, D], or [1, N, D] if padding is removed.
 
         x_BTD: normalised residual stream of all T tokens. tokens: their slots (indices in the row), padding, documents
-        and rotary angles, which K of them are queries (get an update), and whether padding is removed, so that the
+        and rotary angles, which K of them are queries (get an update), and whether padding is removed, so that the N
         query tokens of all rows follow each other. cache: stores keys and values of all T tokens, and supplies those of
         earlier calls; with None, only this call's keys are attended to. queries: the K query tokens, if the caller has
         selected them from `tokens` already; None means that they are selected here.
@@ -142,9 +142,9 @@ class Attention(nn.Module):
 
     @property
     def halves(self) -> bool:
-        """Whether caches are to hold keys and values that are wider than 16 bits in fp16.
+        """Whether caches are to hold keys and values in fp16 if they are wider than 16 bits.
 
-        Raises ValueError for a configuration that was given another format than these.
+        True for `config.cache_format` "float16", False for "float"; any other value raises ValueError.
         """
         if (kind := self.config.cache_format) not in HALVES:
             raise ValueError(unknown("cache_format", kind, HALVES))

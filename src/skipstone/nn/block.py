@@ -54,10 +54,11 @@ class Block(GradientCheckpointingLayer):
 
     attention, mlp: its sub-layers. residual: their norms and scale. mechanisms: its depth mechanisms by name. sites:
     what they wrap, as lists of their names, outermost first, under the keys "segment" (several neighbouring blocks),
-    "block", "attention" and "mlp"; those around a segment are in `mechanisms` of the segment's first block only.
-    span: number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to
-    which this block belongs; None if there is no segment or this is its first block. turned_by: the name of the rotary
-    angles of its queries and keys; a block keeps them when blocks are removed, copied or exchanged.
+    "block", "attention" and "mlp"; those around a segment are in `mechanisms` of the segment's first block only. span:
+    number of blocks in the segment that begins here, 1 without one. around: the first block of the segment to which
+    this block belongs; None if there is no segment or this is its first block. turned_by: which rotary angles its
+    queries and keys get: "row", "window" (those of blocks with an attention window) or "none"; a block keeps them when
+    blocks are removed, copied or exchanged.
     """
 
     def __init__(

@@ -225,7 +225,10 @@ class Watched:
         self.any = bool(modules)
 
     def unchanged(self) -> bool:
-        """Return whether every value is the same object as in the snapshot; False if there are no modules."""
+        """Return whether the modules hold the very objects of the snapshot, and no others; False without modules.
+
+        Compared are their attributes, parameters and buffers, by identity.
+        """
         return (
             self.any
             and all(map(operator.is_, map(dict.get, self.dicts, self.names), self.values))

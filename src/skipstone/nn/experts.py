@@ -13,8 +13,8 @@ equations 4 to 6) for k choices plus the z-loss of ST-MoE (arXiv 2202.08906, equ
 
     a X sum_e f_e p_te + b logsumexp(W x_t)^2      X experts and no-ops, f_e: share of e in the choices of this call
 
-Balancing without a loss (arXiv 2408.15664) adds to p, for choosing only, a bias that moves by u sign(mean - f_e) per
-step.
+Balancing without a loss (arXiv 2408.15664) adds to p, for choosing only, a bias that moves by rate * sign(mean - f_e)
+in each step, rate being the option `balance_rate`.
 
 Shape letters: B rows, T tokens, C choices of a token, X experts and no-ops, D width, F neurons of an expert.
 """
@@ -261,7 +261,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return self.usage(record) if self.config.balance_rate else None
 
     def advance(self, progress: float, statistics: Tensor | None) -> None:
-        """Raise the balancing bias of experts that are chosen too rarely by `balance_rate`, and lower that of others.
+        """Raise the balancing bias of experts chosen less often than the average by `balance_rate`; lower the others'.
 
         progress: not used. statistics: each expert's share of the choices of the last optimizer step, fp32 [X] for X
         experts and no-ops, as `self.statistics` returns it for a pass; None changes nothing.
@@ -281,7 +281,7 @@ class ExpertsMLP(FeedForward, RoutingModule):
         return ExpertsRecord(nan_BTX, nan_BTX > 0, x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.bool))
 
     def set_identity(self) -> None:
-        """Do nothing, because the MLP is part of the decoder, not a mechanism around it."""
+        """Do nothing: mechanisms added to a model are switched off by this, but experts are the model's own MLP."""
 
     def flops(self, tokens: float, routing: str) -> float:
         """Return the FLOPs of the router's matrix product for `tokens` tokens of a row.

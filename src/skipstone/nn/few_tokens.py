@@ -22,8 +22,9 @@ LARGE = 2**20  # weights: a smaller matrix lies in the caches, and calling the k
 def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x), computed by the kernel that reads each weight once where that is faster.
 
-    That is so for 2 to 8 tokens in fp32, on a CPU with numba, without gradients, and for a plain linear layer whose
-    inputs are a multiple of 32. The results are equal up to the order of sums. x: [..., I] for I inputs.
+    That is so for 2 to 8 tokens in fp32, on a CPU with numba, without gradients, and for a plain linear layer of at
+    least 2^20 weights whose number of inputs I is a multiple of 32; others are called as usual. The results are equal
+    up to the order of sums. x: [..., I].
     """
     weight = getattr(layer, "weight", None)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -27,7 +27,7 @@ class Format:
     name: "int8", "int4", "bfloat16" or "float16". group: number of inputs that share a scale of an int8 weight; None
     means one scale per output. left: with int4, the paths below the decoder of matrices that are int8 nevertheless. So
     are the token embedding, the head, and layers whose number of inputs is not a multiple of 64. With the 16-bit
-    formats, the matrices that an MLP reads for some neurons only stay in floating point.
+    formats, the up and down projection of a `MagnitudeMLP`, which reads them for some neurons only, stay nn.Linear.
     """
 
     name: str
@@ -35,10 +35,10 @@ class Format:
     left: Collection[str] = ()
 
     def linear(self, inputs: int, outputs: int, bias: bool, path: str | None = None) -> StoredLinear:
-        """Build a linear layer of this format.
+        """Build a linear layer of this format with placeholder weights, to be filled in by loading.
 
         inputs, outputs: its numbers of inputs and outputs. bias: whether it has a bias. path: its path below the
-        decoder; None for the head.
+        decoder, which `left` may name; None for the head.
         """
         if self.name in FORMATS:
             return Float16Linear(inputs, outputs, bias, FORMATS[self.name])
@@ -47,7 +47,10 @@ class Format:
         return Int8Linear(inputs, outputs, bias, self.group)
 
     def embedding(self, given: nn.Embedding) -> StoredWeights:
-        """Build a token embedding of this format with the sizes of the embedding `given`."""
+        """Build a token embedding of this format with placeholder weights, to be filled in by loading.
+
+        given: the embedding whose sizes, padding id and constant factor (if it has one) it takes over.
+        """
         factor = given.scale if isinstance(given, ScaledEmbedding) else 1.0
         places = given.num_embeddings, given.embedding_dim, given.padding_idx, factor
         if self.name in FORMATS:

@@ -1,4 +1,4 @@
-"""MLPs and fixed activations with the interface of `core/width.py`.
+"""The gated and the plain MLP of a block, and activations whose functions are fixed, not chosen by a router.
 
 Tokens are unpadded, [1, N, D] instead of [B, T, D], if `tokens.unpadding` is set.
 
@@ -85,8 +85,8 @@ class FixedMixConfig:
 
     groups: numbers of neurons by function, `{silu: 96, gelu: 32}`, or shares, `{silu: 0.75, gelu: 0.25}`; a list has
     one such mapping for each layer. Neurons of one function are adjacent, and functions are in alphabetical order.
-    Raises ValueError for unknown functions, and for shares that do not add up to 1. That numbers add up to the neurons
-    of the MLP is checked by `require`.
+    Raises ValueError for unknown functions, negative numbers, and shares that do not add up to 1. That numbers add up
+    to the neurons of the MLP is checked by `require`.
     """
 
     groups: Groups | list[Groups]

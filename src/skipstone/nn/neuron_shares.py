@@ -21,8 +21,8 @@ class NeuronShares:
     """A count of the neurons that decoding steps need in each MLP, which decides whether the others are left out.
 
     Leaving them out is slower if most are needed, because single neurons are read more slowly than a whole matrix. It
-    is then switched off: `MagnitudeMLP.skips` is False, and the MLP computes all neurons until it is trained or built
-    again. blocks: the blocks whose MLPs are watched.
+    is then switched off: `MagnitudeMLP.skips` becomes False, and compiled decoding steps compute all neurons of the MLP
+    until it is trained or built again. blocks: the blocks whose MLPs are watched.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:

@@ -159,7 +159,8 @@ def arguments_of(index_BK: Tensor | None, shape: torch.Size, value: Any, valid_B
 
     index_BK: int64, the K tokens of each row; None means all of them, and `value` is returned unchanged. shape: [B, T]
     of all tokens. value: a tensor, or a tuple, list or dict of them; anything else is returned as it is. valid_BK:
-    bool, False for tokens that only fill up a row and that pair masks hide as keys; None means that all are valid.
+    bool, False for tokens that only fill up a row with fewer than K; gathered masks of query and key pairs hide them as
+    keys. None means that all are valid.
     """
     if index_BK is None:
         return value

@@ -57,7 +57,7 @@ class Places:
         return type(None), ()
 
     def holds(self, count: int) -> bool:
-        """Return whether all entries still lie at the recorded addresses, with room for `count` more tokens."""
+        """Return whether all entries still lie at the recorded addresses, with room for `count` more tokens per row."""
         return (
             all(map(operator.is_, [store.entries for store in self.stores], self.dicts))
             and all(map(operator.is_, map(dict.get, self.entries, self.keys), self.values))
@@ -87,7 +87,7 @@ class Places:
 
         stored: for each block, the numbers that the compiled call returned (`decode_frame.OUTCOMES` lists them), among
         them the count of tokens whose keys and values were appended, the count of those whose running sums (of the
-        activation mechanism) were, and the rows of both as bits.
+        activation mechanism) were, and for each count the rows of these tokens: bit b of a number is set for row b.
         """
         for store, more, said in zip(self.kv, self.sums, stored, strict=True):
             self._grow(store, said[GIVEN_KEYS], said[KEYS_OF])

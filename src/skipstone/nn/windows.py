@@ -53,9 +53,9 @@ def closes(window: int | None, tokens: Tokens) -> bool:
 def pairs(length: float, window: int | None) -> float:
     """Return the number of attention scores per head that are computed for a row attending to itself.
 
-    length: tokens of the row. window: number of slots (indices in the row) that a query sees; None means all of them.
-    The smaller number of two ways to compute counts: all pairs, or chunks of `window` queries with 2 `window` keys
-    each.
+    It is the smaller of two numbers: that of all pairs of a query and a key, masked ones included, and that of chunks
+    of `window` queries with 2 `window` keys each. length: tokens of the row. window: number of slots (indices in the
+    row) that a query sees; None means all of them.
     """
     whole = length * length
     return whole if window is None else min(whole, -(-length // window) * 2 * window * window)
@@ -66,7 +66,8 @@ def in_bands(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, window: 
 
     query: [B, H, T, E], all tokens; key, value: the same with key/value heads. tokens: their slots (indices in the
     row), padding and documents. window: W. Returns queries [B N, H, W, E], keys and values [B N, H, 2 W, E], for N
-    chunks of a row, and the mask, bool [B N, 1, W, 2 W]. The last chunk is filled up with padding, which sees itself.
+    chunks of a row, and the mask, bool [B N, 1, W, 2 W]. The last chunk is filled up with padding, whose queries see
+    every key.
     """
     B, T = query.shape[0], query.shape[2]
     chunks = -(-T // window)

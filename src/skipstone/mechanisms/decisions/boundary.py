@@ -170,9 +170,9 @@ class Boundary(Decision):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill `table_V`, which says of each token id whether it is a boundary.
+        """Fill the lookup table `table_V`, bool [V]: whether each token id is a boundary.
 
-        Checkpoints do not contain it; transformers calls this after loading one.
+        Checkpoints do not contain the table; transformers calls this after loading one.
         """
         self.table_V.zero_()
         self.table_V[self._ids] = True

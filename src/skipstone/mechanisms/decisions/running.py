@@ -1,4 +1,4 @@
-"""A decision by a threshold that follows the scores.
+"""A decision by a threshold that follows the scores of training: a running average of their (1 - capacity) quantile.
 
 Shape letters: B rows, T tokens, D width.
 """
