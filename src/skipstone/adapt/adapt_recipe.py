@@ -141,9 +141,10 @@ class AdaptRecipe(Recipe):
     """The definition of a whole adaptation of a dense checkpoint: a training recipe with the section `adapt`.
 
     model: may only set mechanisms, activation, neuron_groups and drop_layers; everything else is taken from the source.
-    In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the stream
-    least. `drop_layers` accepts the same forms as `layers` and removes whole blocks, which is a baseline that routing
-    has to beat. adapt: budget of FLOPs, stages, losses and initial routers.
+    In `mechanisms`, `layers` may also be `{score: block_influence, count: N}`: the N blocks that change the residual
+    stream least. `drop_layers` accepts the same forms as `layers` and removes whole blocks, which is a baseline that
+    routing has to beat. adapt: budget of FLOPs, stages, losses and initial routers. Raises ValueError for other keys of
+    `model`, for neuron groups chosen by a router, and for train.routing or train.no_decay other than the default.
     """
 
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

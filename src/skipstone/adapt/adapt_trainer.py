@@ -29,8 +29,9 @@ from skipstone.train.trainer import RunTrainer
 class Unfreeze(TrainerCallback):
     """A callback that enables gradients only for the parameters that the current stage trains.
 
-    It acts at the first step of each stage, a part of the training with its own trained parameters. stages: in order,
-    with every field filled in. now: the current stage; None before the first step.
+    It acts at the first step of each stage, a part of the training with its own trained parameters. stages: all of
+    them in order, without fields that are None (`read_recipe` replaces these). now: the current stage; None before the
+    first step.
     """
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -90,11 +91,13 @@ class AdaptTrainer(RunTrainer):
         return super().compute_loss(model, {**inputs, **more}, return_outputs, **kwargs)
 
     def objective(self, loss: Tensor, outputs: CausalLMOutput, inputs: PlainDict, items: Tensor | int | None) -> Tensor:
-        """Return the weighted sum of the loss terms; all but the cross-entropy are logged as auxiliary loss.
+        """Return the weighted sum of the loss terms, a scalar tensor.
 
-        The result is a scalar tensor. loss: the model's own loss. outputs: the model's output, with logits, losses and
-        records (decisions of mechanisms). inputs: the micro-batch, by name. items: number of predicted tokens in the
-        whole optimizer step, by which sums are divided; None means the number in this micro-batch.
+        loss: the model's own loss as Trainer scaled it; the sum is scaled by the same factor. outputs: the model's
+        output, with logits, losses and records (decisions of mechanisms); its `auxiliary_loss`, which is logged, is
+        replaced by the sum minus the unweighted cross-entropy. inputs: the micro-batch, by name. items: number of
+        predicted tokens in the whole optimizer step, by which sums are divided; None means the number in this
+        micro-batch.
         """
         wanted, token_loss = self.adapt.loss, outputs["token_loss"]
         theirs, self.theirs = self.theirs, None  # logits of a whole micro-batch must not outlive it

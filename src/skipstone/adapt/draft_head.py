@@ -243,10 +243,11 @@ class _Learner:
 
 
 def new_head(model: SkipstoneForCausalLM, shortlist: int) -> DraftHead:
-    """Return an untrained draft head, a block that guesses next tokens from a model's last hidden states.
+    """Return an untrained draft head, a block that guesses the token after next from a hidden state and the next token.
 
-    Its block is a copy of the model's last block if a head supports all parts of that block. At first, guesses depend
-    on hidden states and hardly on the next token. shortlist: number of tokens among which it guesses.
+    The hidden state is the last one of `model`. The block starts with the weights of the model's last block, if a head
+    supports all parts of that block, and reads almost only the hidden state: the weights of the next token's embedding
+    are small. shortlist: number of tokens among which it guesses.
     """
     head = DraftHead(model.config, shortlist)
     with torch.no_grad():

@@ -71,9 +71,9 @@ def _export_dense(ours: SkipstoneForCausalLM, folder: Path, out: Path) -> None:
 
 
 def losses(model: SkipstoneForCausalLM) -> list[str]:
-    """Return a sentence for each kind of depth mechanism, and one for leaving out neurons, that a dense export lacks.
+    """Return sentences that say what a dense export of `model` loses, one for each kind of mechanism left out.
 
-    It says what the export loses. The list is empty if the export computes the same as `model`.
+    The kinds are those of depth mechanisms, and neuron groups. The list is empty if the export computes the same.
     """
     layers: dict[str, list[int]] = {}
     for i, block in enumerate(model.decoder.layers):
@@ -92,7 +92,7 @@ def losses(model: SkipstoneForCausalLM) -> list[str]:
 def dense_activation(model: SkipstoneForCausalLM) -> str:
     """Return the name of the activation function that all neurons of the model use.
 
-    Raises ValueError if neurons mix several functions, or if they differ.
+    Raises ValueError if a neuron mixes several functions, or if not all neurons have the same one.
     """
     if isinstance(model.config.activation, str):
         return str(model.config.activation)

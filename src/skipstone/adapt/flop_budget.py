@@ -60,7 +60,7 @@ def depth_mechanisms(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
-    """Return the gates that, when executed, skip tokens whose score is below a configured threshold.
+    """Return the gates of `model` that skip tokens whose score is below a configured threshold, except in training.
 
     In training they do not skip, but scale the updates. The list is empty if the model has no such mechanisms.
     """
@@ -69,9 +69,9 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End the initial state in which mechanisms compute exactly what the dense model does.
+    """End the initial state in which mechanisms compute exactly what the dense model does; from then on they skip.
 
-    Returns whether any mechanism was still in that state.
+    Returns whether any mechanism was in that state before the call.
     """
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)

@@ -38,7 +38,7 @@ def export_hardened(
     The strongest activation of each neuron is measured on training rows. folder: the folder of the run or saved model.
     dtype: dtype of the written weights; None keeps the dtype as loaded. corpus: name of the corpus to measure on, such
     as "enwik8"; None means the run's own (a saved model has none). Raises ValueError for a model without PolyGLU or
-    without a corpus, and FileExistsError if `out` is not empty.
+    with neuron groups, and without a corpus, and FileExistsError if `out` is not empty.
     """
     return export_calibrated.export(
         folder,

@@ -52,9 +52,9 @@ def site_streams(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> Iterator[l
 
 
 def token_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
-    """Return 1 - cos(x, y) for each token, fp32 [N]: how far a block turns its residual stream from x to y.
+    """Return 1 - cos(x, y) for each token, fp32 [N]: by how much a block changes the direction of its residual stream.
 
-    x_ND, y_ND: the stream of N tokens before and after the block.
+    x_ND, y_ND: the residual stream of N tokens before and after the block.
     """
     return 1 - F.cosine_similarity(x_ND.float(), y_ND.float(), dim=-1)
 
@@ -98,10 +98,10 @@ def choose_layers(layers: PlainMapping, scores: Sequence[float], where: str) -> 
 
 
 def table(scores: Sequence[float], chosen: Mapping[str, Sequence[int]]) -> str:
-    """Return a table of the blocks as text, ordered by influence (how much each changes the stream), the largest first.
+    """Return a table of the blocks as text, ordered by influence on the residual stream, the largest first.
 
-    scores: the influence of each block. chosen: for each purpose, the indices of the blocks chosen for it; the last
-    column shows the purposes.
+    scores: the influence of each block. chosen: {purpose: indices of the blocks chosen for it}, such as {"drop_layers":
+    [3, 5]}; the last column shows the purposes of a block.
     """
     lines = ["block  influence  chosen for"]
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):

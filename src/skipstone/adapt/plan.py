@@ -32,12 +32,12 @@ NEUTRAL_ROWS = 4
 class AdaptPlan:
     """A prepared adaptation: models, data and what the run folder records about them.
 
-    recipe: the recipe, with completed stages. teacher: the frozen model to distil from; None without a distillation
-    term. model: the student, routed, with the weights of the source (the dense checkpoint that is adapted). data: rows
-    for training and validation. rows: the calibration rows, each as a batch of one row. dense: the source's forward
-    FLOPs per token. passing: the share of tokens that gates should let pass to meet the budget; None if no gate has a
-    budget. record: the content of adaptation.json: the source with its FLOPs, the mechanisms, how much each block
-    changes the stream, what the budget led to, and how far the first logits are from the source's.
+    recipe: the recipe, whose stages have no field that is None. teacher: the frozen model to distil from; None if no
+    loss term needs one. model: the student, routed, with the weights of the source (the dense checkpoint that is
+    adapted). data: rows for training and validation. rows: the calibration rows, each as a batch of one row. dense: the
+    source's forward FLOPs per token. passing: the share of tokens that gates should let pass to meet the budget; None
+    if no gate has a budget. record: the content of adaptation.json: the source with its FLOPs, the mechanisms, how much
+    each block changes the residual stream, what the budget led to, and how far the first logits are from the source's.
     """
 
     recipe: AdaptRecipe
@@ -51,9 +51,9 @@ class AdaptPlan:
 
 
 def check_early(recipe: AdaptRecipe) -> None:
-    """Raise ValueError for mistakes in the mechanisms or loggers of a recipe, and for packages that they lack.
+    """Raise ValueError for mistakes in a recipe's mechanisms, and if a package that it needs is not installed.
 
-    recipe: the recipe of an adaptation. Called before any weights are read.
+    recipe: the recipe of an adaptation; its loggers and adapters may need packages. No weights are read.
     """
     early.check_loggers(recipe.train)
     stages.check_packages(recipe.adapt.stages)
@@ -65,7 +65,7 @@ def prepare_plan(source: str, recipe: AdaptRecipe, run: Run | None = None) -> Ad
 
     source: folder or Hub name of the dense checkpoint. recipe: the adaptation's recipe. run: the run that is resumed,
     whose tokenizer is used; None means a new run. Measurements are printed to stderr. Returns what the training needs:
-    models, rows, stages and budget (`AdaptPlan`). Raises ValueError if the source, the data or the FLOP budget do not
+    recipe, models, rows and budget (`AdaptPlan`). Raises ValueError if the source, the data or the FLOP budget do not
     fit the recipe, or if the largest difference of logits, divided by the source's largest, exceeds adapt.tolerance;
     FileNotFoundError for a source or corpus that does not exist.
     """

@@ -65,7 +65,7 @@ def same_tokens(theirs: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, n
 
 
 def load_teacher(name: str, student: SkipstoneForCausalLM, tokenizer: PreTrainedTokenizerBase) -> SkipstoneForCausalLM:
-    """Load another dense model to distil from, in evaluation mode with frozen weights.
+    """Load a dense model from which the student will be distilled, in evaluation mode with frozen weights.
 
     name: folder or Hub name of its checkpoint. student: the model to be trained. tokenizer: the student's. Raises
     FileNotFoundError or ValueError for a checkpoint that cannot be read, and ValueError if it is not dense or if

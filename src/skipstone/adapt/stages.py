@@ -114,8 +114,8 @@ def check(model: SkipstoneForCausalLM, stages: Sequence[Stage], together: bool) 
     """Raise ValueError if stages train nothing, or train different weights where that is not possible.
 
     stages: the adaptation's phases in order, each with its own trained weights and learning rates. together: whether
-    several processes train the model, or it is sharded; all stages must then train the same weights. Stages that all
-    train routers need a model with mechanisms.
+    several processes train the model, or it is sharded; all stages must then train the same weights. Nothing is trained
+    if every stage trains routers only and the model has no mechanism.
     """
     if all(stage.train_only == "routers" for stage in stages) and not any(model.routing_modules()):
         raise ValueError("train_only 'routers' trains nothing: the recipe's model has no mechanism")

@@ -1,8 +1,9 @@
 """Least-squares start of routers and skip paths, from the dense checkpoint's behaviour on calibration rows.
 
-At step 0 every token is kept, so the model's first outputs are the checkpoint's whatever is fitted; only the order in
-which tokens are skipped later, and their replacement, are. The two depend on each other: a skip path is fitted on the
-skipped tokens, and the best tokens to skip are those that the skip path approximates best. So they are fitted in turns.
+At step 0 every token is kept, so the model's first outputs are the checkpoint's whatever the fit. The fit sets only the
+order in which routers skip tokens later, and what the skip path puts in place of a skipped token's update. Each depends
+on the other: a skip path is fitted on the skipped tokens, and the best tokens to skip are those that it approximates
+best. So the two are fitted in turns.
 
 Shape letters: N tokens of all rows, D width, R rank of a skip path.
 """

@@ -99,7 +99,7 @@ class NeutralStart:
 def with_defaults(mechanisms: Sequence[PlainMapping]) -> list[PlainDict]:
     """Return copies of entries of `mechanisms` in which missing options have their defaults for adaptation.
 
-    The defaults are each mechanism's `adapt_defaults`.
+    The defaults are the class attribute `adapt_defaults` of the mechanism that an entry names.
     """
     defaults = {name: mechanism.adapt_defaults for name, mechanism in DEPTH.items()}
     return [{**defaults.get(entry.get("name", ""), {}), **entry} for entry in mechanisms]
@@ -148,8 +148,8 @@ def route(source: SkipstoneForCausalLM, config: SkipstoneConfig, seed: int) -> S
     """Build a model with the source's weights and new mechanisms that initially leave its outputs unchanged.
 
     source: the dense model. config: the source's configuration with mechanisms added. seed: seed of the mechanisms'
-    initial weights. Gates start open, PolyGLU prefers SiLU, and Mixture-of-Depths and neuron groups start at capacity 1
-    by their schedules.
+    initial weights. Gates start open, PolyGLU prefers SiLU, and Mixture-of-Depths and the routers of neuron groups
+    (sets of MLP neurons) start at capacity 1, which keeps everything, because their schedules start there.
     """
     set_seed(seed)
     model = SkipstoneForCausalLM(config)

@@ -23,7 +23,7 @@ SOURCE_STREAM = 1 << 20  # far from the streams from which windows are drawn
 
 
 def check_sources(blend: Blend, known: Sequence[str]) -> None:
-    """Raise ValueError if the blend gives a share to a source whose name is not in `known`.
+    """Raise ValueError if the blend names a source that is not in `known`.
 
     The message names the nearest known source. A source is a folder of tokenised text. blend: the shares of training
     rows by source, to be checked. known: the names of the sources that exist.
@@ -68,7 +68,8 @@ class BlendedWindows(_Joined):
     because the shares depend on the progress i / rows. sources: the windows of each source. names: the names of the
     sources, in the order of `sources`. blend: the share of the rows that each source has. seed: the seed by which the
     source of each row is drawn. once: whether to raise ValueError if `rows` rows would read some window twice; if
-    False, they may. A row is a dict of int64 tensors (T,), as `WindowsOnce` gives it.
+    False, they may. A row is a dict of int64 tensors (T,): input_ids and labels, and for packed sources document_ids
+    and position_ids.
     """
 
     sources: tuple[WindowsOnce, ...] = field(repr=False)
@@ -121,7 +122,7 @@ class InTurn(_Joined):
 
     @cached_property
     def plan(self) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """From which part each of N rows comes, as an index, and the row's index in it: two int arrays [N]."""
+        """For each of N rows, the index of its part in `parts` and the row's index in that part: two int arrays [N]."""
         part_N = np.concatenate([np.full(len(part), i) for i, part in enumerate(self.parts)])
         place_N = np.concatenate([np.arange(len(part)) for part in self.parts])
         order_N = np.lexsort((part_N, place_N))[: self.rows]

@@ -1,7 +1,7 @@
 """Encode documents as token ids, in one compact array.
 
 Where a tokenizer maps each character or byte to an id, a table in NumPy gives the same ids about ten times as fast and
-in little memory; tests hold both equal.
+in little memory; tests require that these ids equal the tokenizer's own.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def locate(source: SourceFile) -> Path:
     """Return the path of the file `source` on this machine, downloading it to the cache folder if it is not there yet.
 
     Raises FileNotFoundError if the file is not on this machine and cannot be downloaded, and ValueError if a file at
-    one of its places, or the downloaded one, has another size or hash (a file that was there is left unchanged).
+    a path where it is looked for (`places`), or the downloaded file, has another size or hash than `source` says; a
+    file that was there is left unchanged.
     """
     looked = places(source)
     for path in looked:

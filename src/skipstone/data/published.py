@@ -58,8 +58,8 @@ GCIDE = SourceFile(
 def tiny_shakespeare(argument: str, source: SourceFile = SHAKESPEARE) -> Corpus:
     """Return the corpus tiny-shakespeare, one continuous text, cut into 90 % train and 10 % validation by default.
 
-    argument: another division in per cent, such as "80-10-10"; "" means the default. Raises ValueError if it is not
-    such a division. source: the file to read.
+    argument: another division in per cent, "80-20" for train and validation or "80-10-10" for train, validation and
+    test; "" means the default. Raises ValueError if it is not such a division. source: the file to read.
     """
     percent = parse_percent(argument or "90-10", "corpus tiny-shakespeare")
     return Corpus(

@@ -26,10 +26,11 @@ class RowDataset(Dataset[Row]):
     """A map-style dataset of `rows` rows, whose row i depends on the fields of the dataset and on i alone.
 
     A row of T tokens is a dict of int64 tensors [T]: `input_ids` and `labels`, and in some datasets `shift_labels`,
-    `document_ids`, `position_ids` or `difficulty` (the depth that a token needs). `dataclasses.replace(dataset,
-    rows=n)` gives the same rows, more or fewer, and a trainer that reads rows 0, 1, 2, ... in order can resume at the
-    row where it stopped. Subclasses implement `batch`, which builds several rows at once. Raises ValueError for `rows`
-    below 1, and IndexError for an index that is negative or at least `rows`.
+    `document_ids`, `position_ids` or `difficulty` (the depth that a token needs). A trainer that reads rows 0, 1, 2,
+    ... in order can resume at the row where it stopped. `dataclasses.replace(dataset, rows=n)` changes only how many
+    rows there are, except in `BlendedWindows`, whose shares depend on `rows`. Subclasses implement `batch`, which
+    builds several rows at once. Raises ValueError for `rows` below 1, and IndexError for an index that is negative or
+    at least `rows`.
     """
 
     rows: int

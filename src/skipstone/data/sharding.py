@@ -62,9 +62,10 @@ def write_shards(
     """Tokenise a corpus of any size into files of token ids in the folder `out`; an interrupted call can be repeated.
 
     source: `jsonl:PATH`, `hf:NAME` for a dataset of the Hugging Face hub (both read as streams), or the name of any
-    other text corpus. tokenizer: `char`, `byte`, `bpe:SIZE` or `pretrained:NAME_OR_PATH`. field: the field of a JSON
-    object or row that contains the text; None means "text". split: per cent of the documents for train, validation and
-    test, by hash of their text, for sources without splits of their own; None means "98-1-1". shard_tokens: a shard
+    other text corpus. tokenizer: `byte`, `pretrained:NAME_OR_PATH` or, for sources with their own splits, `char` or
+    `bpe:SIZE`. field: the field of a JSON object or row that contains the text; None means "text", or the only column
+    of strings of a dataset without "text". split: per cent of the documents for train, validation and test, by hash of
+    their text, only for sources without splits of their own; None means "98-1-1". shard_tokens: a shard
     ends with the document that reaches this number of tokens. report: called after each shard with the name of its
     split and the numbers of documents and tokens of that split so far. Returns the manifest; if the same call has
     finished before, nothing is changed. Raises ValueError or FileNotFoundError for a source that cannot be read,

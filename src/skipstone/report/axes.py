@@ -113,7 +113,7 @@ class Frame:
     def x_axis(self, title: str, marks: Iterable[tuple[float, str]]) -> list[Markup]:
         """Draw the x axis as SVG elements: the base line, marks and a title.
 
-        marks: the pixel and the label of each.
+        title: the text below the axis. marks: pairs of an x coordinate in pixels and the label written there.
         """
         labels = [svg.text(x, self.floor + 17, label, "tick", text_anchor="middle") for x, label in marks]
         middle = (self.left + self.width - self.right) / 2

@@ -23,7 +23,7 @@ class Drawn(Markup):
 
     @classmethod
     def of(cls, picture: Markup, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Drawn:
-        """Return `picture` with a table of the numbers that it shows; of long tables, only every k-th row is kept.
+        """Return `picture` with a table of the numbers that it shows; long tables keep every k-th row and the last.
 
         picture: the SVG. heads: the table's column names. rows: its cells as text.
         """

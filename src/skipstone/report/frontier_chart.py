@@ -66,7 +66,7 @@ def chart(runs: Sequence[RunView], budgets: Mapping[str, Points]) -> Drawn | Non
 def frontier(places: Sequence[Place]) -> list[Place]:
     """Return those of the points `places` that are on the Pareto frontier, in order of FLOPs.
 
-    A point is left out if another one has at most its FLOPs and at most its loss.
+    A point is left out if another one has at most its FLOPs and at most its loss; of equal points, one is returned.
     """
     best: list[Place] = []
     for place in sorted(places, key=lambda p: (p.flops, p.loss)):

@@ -1,4 +1,4 @@
-"""Pictures of how PolyGLU's neurons mix activations: by layer, neuron, category of token (as digits), and over time."""
+"""Pictures of how PolyGLU's neurons mix activation functions: by layer, neuron, kind of token and training step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def card(run: RunView) -> PlainDict:
 
 
 def names_of(run: RunView) -> Sequence[str]:
-    """Return the names of the activations that a run mixes, in the order of their shares in its trace."""
+    """Return the names of the activation functions that a run mixes, in the order of the shares in its trace."""
     return () if run.trace is None else run.trace.activation_names
 
 
@@ -117,8 +117,9 @@ def _every(activations: Mapping[int, ActivationSummary]) -> int:
 def neuron_map(activations: Mapping[int, ActivationSummary], names: Sequence[str], title: str) -> Drawn:
     """Draw neurons across and blocks upwards, each neuron in the colour of its strongest activation.
 
-    activations: summaries of the mixes by the block's index. names: names of the activations. title: text for screen
-    readers. In large blocks, only every k-th neuron is drawn; equal neighbours share one bar.
+    A neuron of PolyGLU mixes several activation functions; its strongest is the one with the largest weight.
+    activations: {index of a block: summary of its neurons' mixes}. names: names of the activation functions. title:
+    text for screen readers. In large blocks, only every k-th neuron is drawn; equal neighbours share one bar.
     """
     every, layers = _every(activations), max(activations) + 1
     cell = MAP_WIDTH / -(-max(len(one.strongest) for one in activations.values()) // every)

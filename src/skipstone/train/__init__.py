@@ -5,7 +5,7 @@ early.py        checks of a recipe that do not load torch
 decay.py        the parameters that weight decay leaves out, and the learning rate of routers
 training.py     `train`: trains a recipe into a run folder
 estimate.py     estimates FLOPs, memory and hours on a named GPU
-plan.py         the same for many GPUs, with the bytes sent between them
+plan.py         estimates all that for many GPUs, with the bytes sent between them
 setup.py        builds model configuration, model and Trainer's arguments from a recipe
 folder.py       writes run folders
 environment.py  versions, commit, machine

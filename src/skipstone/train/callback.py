@@ -56,7 +56,7 @@ class RoutingCallback(TrainerCallback):
                 self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def forget(self) -> None:
-        """Discard the statistics of the current optimizer step, because the step is skipped."""
+        """Discard the statistics of the current optimizer step, for a step that is skipped as not finite."""
         self._sums = {}
 
     def on_train_begin(

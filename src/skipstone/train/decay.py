@@ -30,9 +30,9 @@ def decaying(model: nn.Module, names: Iterable[str], spared: Collection[str] | N
 def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float) -> list[PlainDict]:
     """Return optimizer groups in which the parameters of depth mechanisms have their own learning rate.
 
-    groups: torch's parameter groups, each with `params`. model: the model that owns the parameters. rate: the learning
-    rate of its depth mechanisms' parameters. Each group is split in two, with its other options copied. The groups of
-    depth mechanisms come last, and groups without parameters are left out.
+    Depth mechanisms let tokens skip blocks. groups: torch's parameter groups, each with `params`. model: the model that
+    owns the parameters. rate: the learning rate of its depth mechanisms' parameters. Each group is split in two, with
+    its other options copied. The groups of depth mechanisms come last, and groups without parameters are left out.
     """
     own = {id(p) for module in model.modules() if isinstance(module, DepthModule) for p in module.parameters()}
     found: tuple[list[PlainDict], list[PlainDict]] = ([], [])
@@ -45,7 +45,7 @@ def with_router_rate(groups: Iterable[PlainDict], model: nn.Module, rate: float)
 
 
 def kinds_of(model: nn.Module) -> dict[str, str | None]:
-    """Return the kind of each parameter of a model, by parameter name, which says whether weight decay can be left out.
+    """Return the kind of each parameter of a model, by parameter name; a recipe leaves out weight decay by kind.
 
     Kinds are "biases", "norms", "embeddings", and those that mechanisms declare ("preferences", "routers"). The kind is
     None for parameters that always decay: the matrices of attention and MLP and an untied output head.

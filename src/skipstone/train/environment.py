@@ -20,8 +20,8 @@ def describe(seed: int) -> PlainDict:
     """Return the contents of a run's environment.json: versions, commit, machine, seed, command and processes.
 
     Keys: `skipstone`, `torch`, `transformers` and `python` (their versions); `git_commit` and `git_dirty` (whether the
-    checkout has uncommitted changes), both None if the package is not in a git checkout; `machine` (a dict with `cpu`,
-    `cores`, `threads`, `gpu`); `seed`; `started` (UTC, ISO 8601), `command` and `processes`. seed: the seed of the run.
+    checkout has uncommitted changes), both None if the package is not in a git checkout; `machine` (the dict that
+    `machine()` returns); `seed`; `started` (UTC, ISO 8601), `command` and `processes`. seed: the seed of the run.
     """
     import torch
     import transformers

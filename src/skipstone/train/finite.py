@@ -88,11 +88,11 @@ class FiniteGuard:
             self._flags[-1][1] = ~torch.as_tensor(norm).isfinite().to(self._flags[-1].device)
 
     def settle(self, may_skip: bool = False) -> bool:
-        """Return whether the current step must be skipped; all processes call it together.
+        """Return whether the current step must be skipped because its loss, gradient or router scores are not finite.
 
-        The answer is the same in all processes. may_skip: True if the optimizer has not yet applied the step, so that
-        it can still be skipped. Raises `NotFinite` if something was not finite and the step can no longer be skipped,
-        or if `allowed` steps were skipped before.
+        All processes call it together and get the same answer. may_skip: True if the optimizer has not yet applied the
+        step, so that it can still be skipped. Raises `NotFinite` if something was not finite and the step can no longer
+        be skipped, or if `allowed` steps were skipped before.
         """
         if not self._flags:
             return False

@@ -21,11 +21,11 @@ SKIPPED = ("skipped", "total_skipped")  # absent in checkpoints of earlier relea
 class LogWindow:
     """Sums of losses, tokens and seconds for the next log line; the CPU never waits for the device to add to them.
 
-    device: where the losses are summed. sums: fp32 [2], the sums over the window's steps of this process's part of the
-    token loss and of the auxiliary loss. began: the step after which the current window began. tokens: tokens of the
-    window over all processes. skipped: steps of the window that were skipped because their numbers were not finite.
-    seconds: time of the window without evaluation and saving. total_tokens, total_skipped, total_seconds: the same over
-    the whole training.
+    The steps since the last log line are called the window. device: where the losses are summed. sums: fp32 [2], the
+    sums over the window's steps of this process's part of the token loss and of the auxiliary loss. began: the step
+    after which the window began. tokens: tokens of the window over all processes. skipped: steps of the window that
+    were skipped because their numbers were not finite. seconds: time of the window without evaluation and saving.
+    total_tokens, total_skipped, total_seconds: these three over the whole training.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,23 +52,26 @@ class LogWindow:
         self._before = (self.sums.clone(), self.tokens, self.total_tokens)
 
     def skip_step(self) -> None:
-        """Remove the current step from the sums and count it as skipped, because its numbers are not finite."""
+        """Remove the current step from the sums and count it as skipped, because it is not finite (`FiniteGuard`)."""
         sums, self.tokens, self.total_tokens = self._before
         self.sums.copy_(sums)
         self.skipped += 1
         self.total_skipped += 1
 
     def only_skipped(self, step: int) -> bool:
-        """Return whether all steps of this window up to and including `step` were skipped."""
+        """Return whether every step since the last log line was skipped because its numbers were not finite.
+
+        step: index of the latest optimizer step, counted from 1. False if there was no step since the log line.
+        """
         return 0 < self.skipped == step - self.began
 
     def start(self) -> None:
-        """Start measuring the time of the window, in seconds."""
+        """Start the clock that measures the seconds since the last log line."""
         self._since = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause the time measurement during a `with` block.
+        """Stop the clock of the training's seconds during a `with` block, such as one that evaluates or saves.
 
         On an accelerator, the caller synchronises the device first.
         """
@@ -83,7 +86,7 @@ class LogWindow:
             self.start()
 
     def clear(self, step: int) -> None:
-        """Begin a new window after step `step`; the totals over the training are kept."""
+        """Set the sums since the last log line to zero after step `step`; the totals over the training are kept."""
         self.sums.zero_()
         self.began, self.tokens, self.seconds, self.skipped = step, 0, 0.0, 0
 

@@ -46,7 +46,7 @@ class RoutingMixin:
         """Return the trainer's loss of a micro-batch, plus the routers' auxiliary losses if the trainer omits them.
 
         The result is a scalar tensor, or (loss, outputs of the model) if `return_outputs` is True. The records of the
-        pass (what mechanisms decided) are shown to the routing callback, which moves thresholds. model: the model,
+        pass (what mechanisms decided) are passed to the routing callback, which moves thresholds. model: the model,
         wrapped or not. inputs: the micro-batch, by name. kwargs: further arguments of `Trainer.compute_loss`, such as
         `num_items_in_batch`.
         """
@@ -145,7 +145,7 @@ class RoutingTrainer(RoutingMixin, Trainer):
     """
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of a micro-batch, a scalar tensor, and show what mechanisms decided to the routing callback.
+        """Return the loss of a micro-batch, a scalar tensor, and pass mechanisms' decisions to the routing callback.
 
         With `return_outputs`, the result is (loss, outputs of the model), and the outputs have `records`. model: the
         model, wrapped or not. inputs: the micro-batch, by name. kwargs: further arguments of `Trainer.compute_loss`.

@@ -84,7 +84,8 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: SkipstoneForCausalLM, device: torch.device) -> None:
     """Move the model to `device` and shard its parameters over all processes with FSDP2, in place.
 
-    Each block is one FSDP group, and all other parameters form another. Parameters are gathered in fp32, so that
+    Each block is one FSDP group (and so is a mechanism that skips several blocks at once); all other parameters form
+    another. Parameters are gathered in fp32, so that
     routers and norms compute as in one process; autocast then rounds the matrices for the products. Scalar parameters
     cannot be sharded and stay replicated. If torch.distributed is not initialised, this process becomes a process group
     of one. model: may be on any device before. device: the device of this process. Raises ValueError if a parameter

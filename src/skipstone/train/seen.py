@@ -1,7 +1,7 @@
 """The records (decisions of mechanisms) of the passes of a training step, collected by hooks.
 
 Trainers of other libraries call the decoder and the head themselves (TRL), so that the model's own `forward`, which
-returns records and adds auxiliary losses, never runs. The decoder does, and hooks on it see every pass, once.
+returns records and adds auxiliary losses, never runs. But the decoder runs, and hooks on it see every pass, once.
 """
 
 from __future__ import annotations

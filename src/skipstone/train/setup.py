@@ -55,7 +55,8 @@ def data_defaults(data: PreparedData) -> PlainDict:
     """Return the model options that follow from prepared data: vocabulary size and special tokens.
 
     Keys: `vocab_size`; if the data have a tokenizer also `eos_token_id`, `bos_token_id`, `pad_token_id` (each may be
-    None) and `tokenizer`, the tokenizer itself, which is no option of a model: `model_config` uses and removes it.
+    None; a pad token that is also eos or bos gives None) and `tokenizer`, the tokenizer itself, which is no option of a
+    model: `model_config` uses and removes it.
     """
     found: PlainDict = {"vocab_size": data.vocab_size}
     if data.tokenizer is not None:

@@ -115,7 +115,7 @@ class RunTrainer(RoutingTrainer):
         return 0
 
     def compute_loss(self, model: nn.Module, inputs: PlainDict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of the micro-batch `inputs`, or (loss, outputs), and add it to the sums of the log line."""
+        """Return the loss of the micro-batch `inputs` by `model`, with `return_outputs` (loss, outputs), and log it."""
         routing = {} if self.recipe.routing == "learned" else {"routing": self._forced(inputs)}
         asked = {"loss_chunk": self.loss_chunk, **inputs, **routing}
         with self._noise_of_step(len(inputs["input_ids"])):
@@ -244,6 +244,7 @@ class RunTrainer(RoutingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log Trainer's figures with exact training losses: means since the last log line, also across a resumption.
 
+        Nothing is logged for Trainer's closing summary, or for losses if every step since that line was skipped.
         logs: figures by name; the losses among them are replaced. start_time: passed on to `Trainer.log`.
         """
         if "train_runtime" in logs:
@@ -288,8 +289,9 @@ class RunTrainer(RoutingTrainer):
         """Return the validation losses in nats per token, without torch.compile.
 
         `eval_oracle_loss` is measured with the routing of training, which may look at later tokens of a row. If the
-        model can also decide without them, as in generation, `eval_causal_loss` is the loss of such a pass, and further
-        entries such as `eval_capacity/L/NAME` report the shares of tokens kept in it. Arguments are ignored.
+        model can also decide without them, as in generation, `eval_causal_loss` is the loss of such a pass, and entries
+        such as `eval_capacity/3/mod` are the shares of tokens kept in that pass, here by the mechanism `mod` of block
+        3. Arguments are ignored.
         """
         model: Any = self.alone or self.model
         was_training = model.training

@@ -174,11 +174,11 @@ def fit(
 ) -> Path:
     """Train to the end, from the folder's last checkpoint if there is one, call `finish`, and return the folder.
 
-    recipe: the recipe of the run. arguments: Trainer's. folder: the run folder. progress: show a progress bar.
-    trainer_of: a function that builds the trainer from a list of callbacks. finish: called in the first process with
-    the trainer, to save the model and the summary. save_minutes: minutes after which a checkpoint is saved at the
-    latest if the recipe sets none; None means that steps alone decide. Raises `Interrupted` after a stop signal, and
-    ValueError for a damaged checkpoint.
+    recipe: the recipe of the run. arguments: the arguments for Trainer. folder: the run folder. progress: show a
+    progress bar. trainer_of: a function that builds the trainer from a list of callbacks. finish: called in the first
+    process with the trainer, to save the model and the summary. save_minutes: minutes after which a checkpoint is saved
+    at the latest if the recipe sets none; None means that steps alone decide. Raises `Interrupted` after a stop signal,
+    and ValueError for a damaged checkpoint.
     """
     checkpoint = last_checkpoint(folder)
     step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -1,4 +1,4 @@
-"""Validation during training: losses as routed in training (oracle), and decided without later tokens (causal)."""
+"""Validation during training: the loss with routing as in training (oracle) and without later tokens (causal)."""
 
 from __future__ import annotations
 
