@@ -152,8 +152,8 @@ def check_writable(path: Path) -> None:
 def sync(folder: Path) -> None:
     """Flush a file, or a folder and everything below it, to disk (fsync), passing over what cannot be opened.
 
-    folder: the file or folder. Files that only their owner may read also get the mode that the umask gives to new
-    files, because safetensors ignores the umask.
+    folder: the file or folder. Files of mode 600 also get the mode that the umask gives to new files, because
+    safetensors writes that mode whatever the umask.
     """
     for path in (*folder.rglob("*"), folder):
         with suppress(OSError):  # some systems cannot open folders
@@ -194,9 +194,9 @@ def sync_names(folder: Path) -> None:
 def new_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create `folder` with everything that `fill` writes into it, or not at all.
 
-    fill: called with a temporary folder, which is renamed to `folder` after it returns and deleted if it raises. An
-    empty folder at this path is replaced. Raises FileExistsError for anything else there, `WriteError` (a
-    ValueError) if the disk is full or fails, and whatever `fill` raises.
+    fill: called with a temporary folder, which is renamed to `folder` after it returns and deleted if it raises. If
+    `folder` exists already, it is replaced if it is empty. Raises FileExistsError for anything else there, `WriteError`
+    (a ValueError) if the disk is full or fails, and whatever `fill` raises.
     """
     partial = partial_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         """Append this call's keys `key_BHTE` and values `value_BHTE`, [B, H, T, E], leaving out padding.
 
         slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding; None means no padding.
-        rows: the rows that the tokens continue, one token each; None means all. document_BT: int64, the tokens'
-        documents; None means one document per row. Raises ValueError if some calls give documents and others do not.
+        rows: the rows that the tokens continue, one token each; None means all. document_BT: int64, index of each
+        token's document in its row; None means one document per row. Raises ValueError if some calls give documents and
+        others do not.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_BHTE, value_BHTE)
@@ -119,9 +120,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
 
         key_states, value_states: [B, H, T, E]; what is returned has their dtype, and shares the cache's memory if this
         is the dtype of the cache. slot_BT: int64, the tokens' indices in their rows. real_BT: bool, False for padding;
-        None means no padding. document_BT: int64, the tokens' documents; None means one per row. rows: the rows that
-        the tokens continue, one token each; None means all. Other arguments are ignored. Raises ValueError if some
-        calls give documents and others do not.
+        None means no padding. document_BT: int64, index of each token's document in its row; None means one document
+        per row. rows: the rows that the tokens continue, one token each; None means all. Other arguments are ignored.
+        Raises ValueError if some calls give documents and others do not.
         """
         self.append(key_states, value_states, slot_BT, real_BT, document_BT, rows)
         key, value = (self.kv.view(name).transpose(1, 2) for name in ("key", "value"))
@@ -138,9 +139,9 @@ class SkipstoneCacheLayer(CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the length of a row, this call's `query_length` and skipped tokens included, and 0, where it begins.
+        """Return the number of tokens in a row, and 0, the index of the first; transformers makes masks from these.
 
-        transformers makes attention masks from these two numbers.
+        Skipped tokens count, and so do the tokens of this call. query_length: number of the latter per row.
         """
         return self.cumulative_length + query_length, 0
 

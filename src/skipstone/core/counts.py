@@ -25,8 +25,8 @@ class TokenCounts:
     def restricted_to(self, kept: TokenCounts | float) -> TokenCounts:
         """Return the counts of the tokens that a mechanism keeps, out of the tokens that this object counts.
 
-        kept: the new counts, returned as they are, or the number of kept tokens per row, of which the same share are
-        query tokens as in this object.
+        kept: the counts, which are returned as they are, or the number of kept tokens per row; the same share of these
+        are query tokens (tokens whose update is computed) as of the tokens of this object.
         """
         if isinstance(kept, TokenCounts):
             return kept
@@ -45,8 +45,8 @@ Amount: TypeAlias = TokenCounts | float | Fraction  # Fraction: an exact mean ov
 def number(amount: Amount) -> float | Fraction:
     """Return the number of tokens per row that an amount stands for.
 
-    amount: a number, returned as it is, or `TokenCounts`, whose query tokens are returned as a mean over all rows of
-    the batch.
+    amount: a number, returned as it is, or `TokenCounts`, of which `query_tokens` (tokens whose update is computed) is
+    returned, as a mean over all rows of the batch.
     """
     if not isinstance(amount, TokenCounts):
         return amount

@@ -37,11 +37,14 @@ class DepthModule(RoutingModule):
 
     @property
     def capacity(self) -> float | None:
-        """The largest share of a row's tokens that a pass keeps after any warm-up; None if there is no such limit."""
+        """The share of a document's tokens that the mechanism is set to keep, after any warm-up; None if it has none.
+
+        Decisions by a threshold keep this share on average only.
+        """
         return None
 
     def set_capacity(self, capacity: float) -> None:
-        """Set `capacity`, the share of a row's tokens to keep, in (0, 1].
+        """Set `capacity`, the share of a document's tokens to keep, in (0, 1].
 
         Mechanisms whose `budget_by` is not "capacity" raise NotImplementedError.
         """
@@ -126,8 +129,9 @@ class DepthModule(RoutingModule):
         """Return how many tokens per row the wrapped block works on, given how many reach the mechanism.
 
         counts: the tokens that reach the mechanism. kept: the tokens that it kept in a measured pass, as counts or as a
-        mean number per row; None means the number that its configuration guarantees. oracle: True for a pass that
-        decides as in training, where it may look at whole rows; False for causal decisions, as in generation.
+        mean number per row; None means the number that its configuration sets, or all tokens if it sets none. oracle:
+        True for a pass that decides as in training, where it may look at whole rows, and `kept` may not be used; False
+        for causal decisions, as in generation.
         """
         raise NotImplementedError
 

@@ -19,9 +19,9 @@ def require_hub(name: str) -> None:
 def why_unreachable(name: str, kind: str = "model") -> str | None:
     """Return why the hub cannot be asked for a repository; None if it can, or if a snapshot is in the local cache.
 
-    name: a hub name, such as owner/name. kind: "model" or "dataset". With HF_HUB_OFFLINE set, no request is made;
-    otherwise one, which takes at most some seconds and is not repeated. Whatever the hub answers, even that there is no
-    such repository, means that it can be asked.
+    name: a hub name, such as owner/name; for a text that cannot be one, the result is None. kind: "model" or "dataset".
+    With HF_HUB_OFFLINE set, no request is made; otherwise one, which takes at most some seconds and is not repeated.
+    Whatever the hub answers, even that there is no such repository, means that it can be asked.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
     from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, HFValidationError

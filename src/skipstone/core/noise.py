@@ -4,8 +4,8 @@
 
 The decoder draws one seed per forward pass from torch's generator (`Tokens.noise_seed`). A token then gets the same
 numbers whatever else is drawn: in both executors (computing kept tokens only, or all tokens), whether or not a block
-keeps any token, and when activation checkpointing recomputes a block. The host never waits. The hash has 32 bits and
-two rounds of multiplication by odd constants between shifts; a test checks means, quantiles and correlations.
+keeps any token, and when activation checkpointing recomputes a block. The CPU never waits for the GPU. The hash has 32
+bits and two rounds of multiplication by odd constants between shifts; a test checks means, quantiles and correlations.
 
 Shape letters: B rows, T tokens.
 """

@@ -44,9 +44,9 @@ def checked_lightly(module: str, function: str, *arguments: object) -> list[str]
 def placeholders() -> Iterator[None]:
     """Replace heavy libraries (torch, transformers, ...) by empty placeholders in imports within a `with` block.
 
-    Modules imported inside the block are removed from `sys.modules` at its end, so that their next import is a real
-    one. If any heavy library is loaded already, nothing is replaced. Use it in single-threaded processes only: imports
-    of other threads would get placeholders too.
+    Modules of this package and placeholders that were imported inside the block are removed from `sys.modules` at its
+    end, so that their next import is a real one. If any heavy library is loaded already, nothing is replaced. Use it in
+    single-threaded processes only: imports of other threads would get placeholders too.
     """
     if any(name in sys.modules for name in HEAVY):
         yield

@@ -11,7 +11,7 @@ from skipstone.core.strict import PlainDict
 
 # Numbers to base 60, such as 1:30, or 8, such as 010: what YAML 1.1 makes of them is hardly ever meant.
 DISGUISED = re.compile(r"[-+]?(?:\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?|0[0-7_]*[0-7])")
-LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # bytes of a file; values in it once its aliases are unfolded
+LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # characters of a file; values in it once its aliases are unfolded
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -67,10 +67,10 @@ def read_object(path: Path) -> PlainDict:
 def check_yaml(text: str) -> None:
     """Raise ValueError for a YAML text that is too large to be a recipe, or that holds numbers in disguise.
 
-    A recipe describes a model and its training. The limits are 4 MiB of characters, and 200,000 values once aliases are
-    expanded: a few lines of aliases of aliases can stand for billions. Numbers in disguise are those that YAML 1.1
-    reads to base 60 or 8: a range of blocks without quotes, 2:6, would be 126, and 010 would be 8. Text that is not
-    valid YAML passes, because the parser reports it later.
+    A recipe describes a model and its training. The limits are 2^22 characters and, in a text with aliases, 200,000
+    values once these are expanded: a few lines of aliases of aliases can stand for billions. An alias that contains
+    itself is refused too. Numbers in disguise are those that YAML 1.1 reads in base 60 or 8: a range of blocks without
+    quotes, 2:6, would be 126, and 010 would be 8. Text that is not valid YAML passes: the parser reports it later.
     """
     import yaml
 

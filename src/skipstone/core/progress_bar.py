@@ -89,7 +89,10 @@ class ProgressBar:
             self.console.print(self.said(), highlight=False, markup=False, soft_wrap=True)
 
     def said(self) -> str:
-        """Return the current progress as text: finished units, the latest note and the time left."""
+        """Return the current progress as text: finished units, the latest note and the time left.
+
+        For a bar of stages (`stages`), it is the number and the name of the current stage.
+        """
         if self.unit == STAGES:
             return "done" if self.finished else f"stage {self.done + 1} of {self.total}: {self.note or 'beginning'}"
         of = "" if self.total is None else f" of {self.total:,}"
@@ -171,8 +174,8 @@ def work(total: int | None, unit: str, *, alive: bool = True) -> Iterator[None]:
 def advance(unit: str, count: int = 1, note: str | None = None) -> None:
     """Report that `count` more units of the innermost `work` block are done, so that its progress bar moves.
 
-    unit: what is counted, as `work` calls it; the report is ignored if the block counts something else. note: the
-    latest figures to show beside the bar; None keeps the figures of the last call.
+    unit: what is counted; the report is ignored unless `work` was given the same unit. note: the latest figures to show
+    beside the bar; None keeps the figures of the last call.
     """
     if _begun and _begun[-1].unit == unit and (bar := _begun[-1].bar) is not None:
         _begun[-1].done += count

@@ -81,7 +81,7 @@ class ActivationRecord(NamedTuple):
 
 
 class ExpertsRecord(NamedTuple):
-    """The decisions of a mixture of X experts (no-op experts included, which come last) in one block.
+    """The decisions of a mixture of X experts in one block; no-op experts, which compute nothing, are the last of them.
 
     logits_BTX: fp32 router logits, NaN for tokens that did not reach the MLP. chosen_BTX: bool, the experts that a
     token chose, no-ops among them. reached_BT: bool, tokens that reached the MLP. loss_BT: fp32 auxiliary loss of each

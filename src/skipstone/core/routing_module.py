@@ -99,8 +99,9 @@ class RoutingModule(nn.Module):
     def decay_kind(self, name: str) -> str | None:
         """Return the category by which recipes exempt a parameter from weight decay; None if they cannot exempt it.
 
-        name: the name of one of this module's parameters. Recipes list categories in `train.no_decay`. Names that
-        contain "bias" or "norm" are "biases" or "norms"; all others are "routers".
+        name: the name of one of this module's parameters. Recipes list categories in `train.no_decay`. By default, the
+        category is "biases" or "norms" if the name contains "bias" or "norm", else "routers"; subclasses may return
+        others, or None (as for the weights of experts).
         """
         return next((kind for kind, word in (("biases", "bias"), ("norms", "norm")) if word in name), "routers")
 

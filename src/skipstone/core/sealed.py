@@ -1,8 +1,8 @@
 """Small text files that state their own SHA-256 or CRC-32, so that damage is noticed when they are read.
 
 A JSON object states its hash under the key `sha256`, a YAML file in a comment at its beginning, and each line of a
-JSON-lines file under the key `crc32`. Files of earlier releases, and files from which an editor of the text has removed
-the hash, are read unchecked.
+JSON-lines file under the key `crc32`. Files of earlier releases have no hash; these, and files from which somebody who
+edited them has removed it, are read unchecked.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from skipstone.ops import reference as ops
 class Selection:
     """Some tokens of each row, in order, with gather and scatter operations; subclasses define the layout in memory.
 
-    B rows, T tokens of the call, K columns of the selection. is_all: whether every token is selected, known without
-    waiting for the GPU. real_first: whether the selected tokens fill each row from the left, so that causal attention
-    over them needs no mask. valid_BK: bool, which columns hold a selected token; None means that all do. unpadding:
-    indices of the selected tokens of all rows, set if enough columns are padding; None means that per-token layers
-    compute the padding too.
+    B rows, T tokens of the call, K columns of the selection. is_all: whether every token is known to be selected,
+    without waiting for the GPU. real_first: whether the selected tokens are known to fill each row from the left, so
+    that causal attention over them needs no mask. valid_BK: bool, which columns hold a selected token; None means that
+    all do. unpadding: indices of the selected tokens of all rows, set if enough columns are padding; None means that
+    per-token layers compute the padding too.
     """
 
     is_all = False
@@ -35,16 +35,19 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """The number of columns K, as many as the row with the most selected tokens needs."""
+        """The number of columns, K: at least as many as the row with the most selected tokens needs."""
         raise NotImplementedError
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token is selected at all, known without waiting for the GPU."""
+        """Whether it is known, without waiting for the GPU, that no token is selected; False if it is not known."""
         return self.width == 0
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the selected tokens, [B, K, ...], of x_BTD [B, T, ...]."""
+        """Return the selected tokens, [B, K, ...], of x_BTD [B, T, ...].
+
+        Columns in which `valid_BK` is False get the values of other tokens.
+        """
         raise NotImplementedError
 
     def scatter(self, y_BKD: Tensor, fill: float = 0.0) -> Tensor:
@@ -75,7 +78,7 @@ class Selection:
         return kept_BT & self.mask()
 
     def merge(self, new_BKD: Tensor, old_BTD: Tensor) -> Tensor:
-        """Return a copy of `old_BTD` [B, T, ...] with `new_BKD` [B, K, ...] at the selected tokens.
+        """Return a copy of `old_BTD`, one value per token [B, T], with `new_BKD` [B, K] at the selected tokens.
 
         For `Everyone`, the selection of all tokens, the result is `new_BKD` itself.
         """
@@ -196,8 +199,8 @@ class Unpadded(Padded):
 class WholeRows(Selection):
     """A selection that leaves out whole rows: some rows, and within these the tokens of another selection.
 
-    rows: the rows that remain. length: T. inner: the selection within the remaining rows; the default selects all their
-    tokens.
+    rows: the R rows that remain. length: T. inner: the selection within the remaining rows; the default selects all
+    their tokens. What is gathered has R rows in place of B.
     """
 
     rows: RowSubset

@@ -1,11 +1,11 @@
 """Descriptions of mechanisms as data (weights, thresholds), by which a compiled decoding step decides in their place.
 
 A step that runs all blocks in one compiled call (`nn/compiled_blocks.py`) does not call mechanisms. It knows how to
-compute what these values describe, and nothing else: a mechanism whose decision about a token in generation is a
-function of the stream describes it (`DepthModule.stream_gate`), and so does an activation whose result is a function of
-its pre-activations and of the tokens so far (`Activation.stream_mix`), and what chooses neurons from an MLP's own
-results (`ActivationGroupRouter.stream_choice`). Others return None and are called as usual. Descriptions hold the
-tensors themselves, not copies, and are asked for in every step.
+compute what these values describe, and nothing else. Three kinds of modules can be described: a mechanism that decides
+about a token by its hidden state (`DepthModule.stream_gate`); an activation whose result follows from its
+pre-activations and the tokens so far (`Activation.stream_mix`); and a router that chooses neurons by an MLP's own
+activations and products (`ActivationGroupRouter.stream_choice`). Modules that compute something else return None and
+are called as usual. Descriptions hold the tensors themselves, not copies, and are asked for in every step.
 
 Shape letters: D width, R hidden width of a router, F neurons, A activations.
 """
@@ -102,11 +102,12 @@ class Mixture(NamedTuple):
         logits = scale * (mix_weight relu(mean + context_bias) + mix_bias)
         share  = softmax((preference_scale * preference + logits) / tau)
 
-    There are A functions, `ops.reference.ACTIVATIONS`; x is the MLP's input, of width D; R is a hidden width. mean: the
-    mean of context_weight x over the tokens so far, in which a token n tokens back has the weight decay^n; with decay
-    None, of the current token alone. name: the name under which the decisions are returned and the running sums are
-    cached. context_weight: [R, D]. context_bias: [R]. mix_weight: [A, R]. mix_bias, scale: [A]. preference: [F, A], the
-    neurons' learned logits, and preference_scale, a constant factor on them. tau: scalar tensor, the temperature.
+    A neuron's result is the sum of its A functions (`ops.reference.ACTIVATIONS`), each times its share. x is the MLP's
+    input, of width D; R is a hidden width. mean: the mean of context_weight x over the tokens so far, in which a token
+    n tokens back has the weight decay^n; with decay None, of the current token alone. name: the name under which the
+    decisions are returned and the running sums are cached. context_weight: [R, D]. context_bias: [R]. mix_bias,
+    scale: [A]. mix_weight: [A, R]. preference: [F, A], the neurons' learned logits, and preference_scale, a constant factor
+    on them. tau: scalar tensor, the temperature.
     """
 
     name: str

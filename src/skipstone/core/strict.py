@@ -246,5 +246,8 @@ def _convert_plain(hint: Any, origin: Any, value: Any, where: str) -> Any:
 
 
 def is_folder_name(name: object) -> bool:
-    """Return whether `name` can name a file or folder: 1 to 200 characters, no separators, not "." or ".."."""
+    """Return whether `name` is a string of 1 to 200 characters that can name a file or folder.
+
+    It must hold no slash, backslash, NUL or line feed, and not be "." or "..".
+    """
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n") and len(name) <= 200

@@ -105,7 +105,7 @@ class Tokens:
 
     @property
     def no_queries(self) -> bool:
-        """Whether no token's update is to be computed, known without waiting for the GPU."""
+        """Whether it is known, without waiting for the GPU, that no token's update is to be computed."""
         return self.queries.is_empty
 
     def replace(self, **changes: Any) -> Tokens:
@@ -135,11 +135,11 @@ class Tokens:
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
         """Turn a bool mask of kept tokens into a selection, whose tokens are gathered or marked in place.
 
-        They are marked in place if `PassMode.executor` is "masked", which computes all tokens. kept_BT: never True for
-        padding. width: the number of columns to gather; None means the largest number that a row keeps; finding it
-        makes the CPU wait for the GPU once. exact: whether every row keeps exactly `width` tokens; if False, rows may
-        keep fewer, and padding follows. With width None, calls of one token per row may leave out whole rows
-        (`PassMode.per_row_gather`).
+        They are marked in place if `PassMode.executor` is "masked", which computes all tokens, and in calls of one
+        token per row that gather one column. kept_BT: never True for padding. width: the number of columns to gather;
+        None means the largest number that a row keeps; finding it makes the CPU wait for the GPU once. exact: whether
+        every row keeps exactly `width` tokens; if False, rows may keep fewer, and padding follows. With width None,
+        calls of one token per row may leave out whole rows (`PassMode.per_row_gather`).
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)
@@ -170,8 +170,8 @@ class Tokens:
         """Turn a bool mask of kept tokens into a selection that leaves out rows without kept tokens entirely.
 
         `select_kept` gathers as many columns of every row as the fullest one keeps, so an empty row would still cost as
-        much as that one. kept_BT: never True for padding. The CPU waits for the GPU once, and once more if the
-        remaining rows do not keep all of their tokens. Rows stay if the pass cannot do without them
+        much as that one. kept_BT: never True for padding. The CPU waits for the GPU up to twice: for the rows, and for
+        the largest number of tokens that one of them keeps. Rows stay if the pass cannot do without them
         (`PassMode.whole_rows` is False), and if `PassMode.executor` is "masked". Mechanisms that call this declare
         `selects_rows`.
         """
@@ -216,13 +216,13 @@ class Tokens:
         return self if self.queries.is_all else self.select(self.queries)
 
     def unpad(self, x_BTD: Tensor) -> Tensor:
-        """Return x_BTD [B, T, ...] without padding, [1, N, ...]; if the field `unpadding` is None, x_BTD itself."""
+        """Return the N real tokens of x_BTD [B, T, ...] as [1, N, ...]; if the field `unpadding` is None, x_BTD."""
         return x_BTD if self.unpadding is None else self.unpadding.unpad(x_BTD)
 
     def pad(self, y: Tensor) -> Tensor:
-        """Return [B, T, ...] for y [1, N, ...], with 0 for padding; if the field `unpadding` is None, y itself.
+        """Return [B, T, ...] with the N real tokens y [1, N, ...] at their places, and 0 for padding.
 
-        This is the inverse of `unpad`.
+        This is the inverse of `unpad`; if the field `unpadding` is None, y itself is returned.
         """
         return y if self.unpadding is None else self.unpadding.pad(y)
 
@@ -246,11 +246,12 @@ class Tokens:
     ) -> Tokens:
         """Return a copy in which only some tokens get an update; the others still provide keys and values.
 
-        kept_BT: bool, tokens to update, never True for padding; restrictions by outer mechanisms still apply. width:
-        the number of columns to gather; None means the largest number that a row keeps, for which the CPU waits for the
-        GPU. exact: whether every row keeps exactly `width` tokens. share: long-run share of kept tokens, from 0 to 1;
-        None means that 0.5 is assumed. In calls of one token per row on a GPU, all rows are computed if, at this share,
-        steps in which no row keeps its token are too rare for skipping to save time (`rows_pay`).
+        kept_BT: bool, tokens to update, never True for padding; restrictions by outer mechanisms still apply, in which
+        case width and exact are not used. width: the number of columns to gather; None means the largest number that a
+        row keeps, for which the CPU waits for the GPU. exact: whether every row keeps exactly `width` tokens. share:
+        long-run share of kept tokens, from 0 to 1; None means that 0.5 is assumed. In calls of one token per row on a
+        GPU, all rows are computed if, at this share, steps in which no row keeps its token are too rare for skipping to
+        save time (`rows_pay`).
         """
         if not self.queries.is_all:
             kept_BT = self.queries.and_mask(kept_BT)

@@ -49,8 +49,8 @@ class Activation(nn.Module):
 
         gate_BTF: pre-activations of the MLP's F neurons. x_BTD: the MLP's input. tokens: the tokens of this call.
         cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: which neuron
-        groups are on for which tokens (`ops/neurons.py`); None means that all are. If given, gate_BTF holds the neurons
-        of these groups only, and x_BTD stays padded.
+        groups are on for which tokens (`ops/neurons.py`); None means that all are. If given, the last axis of gate_BTF
+        has only the neurons that are on for each token, in their order, and x_BTD stays padded even if gate_BTF is not.
         """
         raise NotImplementedError
 
@@ -134,9 +134,9 @@ class ActivationGroupRouter(GroupRouter):
 
     @property
     def tried(self) -> int:
-        """The number of neuron groups for which the up projection is currently multiplied, for each token.
+        """The number of neuron groups that the up projection currently multiplies, per token.
 
-        It is the most of them if tokens differ. The number may change during training.
+        If tokens differ, it is the largest number of any token. It may change during training.
         """
         raise NotImplementedError
 
@@ -229,10 +229,10 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def dense_passes(self, tokens: float) -> float:
-        """Return how many passes `tokens` tokens would need if no neuron group were off and no choice a no-op expert.
+        """Return how many passes `tokens` tokens would need with every neuron group on and without no-op experts.
 
         A pass is one token through the MLP's matrices, or through those of one expert; top-2 experts need two per
-        token.
+        token, of which none is saved here by choosing a no-op expert, one that computes nothing.
         """
         return tokens
 
@@ -256,7 +256,7 @@ class FeedForward(nn.Module):
         return {}
 
     def token_passes(self, records: Records) -> Tensor:
-        """Return the passes that each token makes through the MLP, [B, T] on the CPU; [1, 1] if all are equal.
+        """Return the number of passes of each token through the MLP, [B, T] on the CPU; [1, 1] if all are equal.
 
         A pass is one token through the MLP's matrices, or through those of one expert; it counts in part if only a
         share of the weights is multiplied. records: the decisions recorded in the forward pass, by name. Tokens whose

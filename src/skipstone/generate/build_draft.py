@@ -27,7 +27,7 @@ def build_draft(kind: Drafted, model: SkipstoneForCausalLM, table: BudgetTable |
     another model; or a draft head. model: the model that is to be sped up. table: its thresholds for every FLOP budget;
     None means those in its folder. budget: share of the dense FLOPs at which the model itself runs, which must exceed
     SHARE; None means as trained. Raises ValueError, with a message of one line, for other names and drafts that are
-    impossible for the model, and FileNotFoundError for "head" without a head in the folder.
+    impossible for the model, and FileNotFoundError for a head or a needed table that is not in the folder.
     """
     if isinstance(kind, PreTrainedModel):
         return OtherModel(kind, model)

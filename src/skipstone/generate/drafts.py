@@ -79,7 +79,8 @@ class Lookup(Draft):
     """Prompt lookup: guesses the tokens that followed an earlier occurrence of the last tokens (arXiv 2304.04487).
 
     The longest match of up to 3 last tokens counts, and of equally long ones the latest; the kind of a guess is the
-    length of the match. If fewer tokens follow the occurrence than are requested, they are repeated.
+    length of the match, the shortest of all rows. If fewer tokens follow the occurrence than are requested, they are
+    repeated.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,8 @@ class OwnDraft(Draft):
     """The base class of drafts by the model itself in a cheaper form, which uses the model's own cache.
 
     Entries of the guessed tokens are removed from the cache before the model checks the guesses. model: the model that
-    is to be sped up. cost: an estimate of the time of one guess, divided by the time of a decoding step.
+    makes the guesses: the one that is to be sped up, or a copy of it. cost: an estimate of the time of one guess,
+    divided by the time of a decoding step.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, cost: float) -> None:

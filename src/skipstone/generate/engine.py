@@ -162,7 +162,7 @@ def drafting_of(
     decode: the decoder that is to be sped up. draft: the draft's name, another model or a draft head. length: number of
     guesses at a time, 1 to 32; None means that measured times decide. budget, table: the model's own budget (None: as
     trained) and its thresholds for budgets (None: those in its folder). Raises ValueError for an impossible draft, a
-    length without a draft, and a static cache; FileNotFoundError for "head" without a draft head.
+    length without a draft, and a static cache; FileNotFoundError for a missing head or table.
     """
     if draft is None:
         if length is not None:
@@ -199,7 +199,7 @@ class Decoder:
 
     input_ids: int64 [B, T]. attention_mask: 0 for left padding; None: no padding. pad_token_id, eos_token_id: the id
     that fills ended rows, ids that end a text; None: generation_config's. cache: "dynamic" or "static" (allocated
-    once). Raises ValueError for invalid ones. drafting: the source of guesses and its `Length`; None: no guesses.
+    once). Raises ValueError for invalid ones. drafting: source of guesses and rule for their number; None: no guesses.
     """
 
     def __init__(

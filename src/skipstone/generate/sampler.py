@@ -21,7 +21,8 @@ class Sampler:
     another token, so that the result has the same distribution. temperature: 0 chooses the most probable token; above
     0, tokens are drawn from softmax(logits / temperature). top_k: draw among this many of the most probable tokens;
     None means all of them. seed: seed of the draws; None means a random seed. device: the logits' device. Raises
-    ValueError for values out of range, and when called with logits that are not finite.
+    ValueError for values out of range, and when called with a row of logits that holds NaN or +inf, or nothing but
+    -inf.
     """
 
     def __init__(self, temperature: float, top_k: int | None, seed: int | None, device: torch.device) -> None:
@@ -42,8 +43,8 @@ class Sampler:
         """Return one token for each row, int64 [B], drawn from its logits.
 
         logits_BV: the logits. guess_B: int64, a drafted token for each row; it is returned exactly as often as it would
-        be drawn without a draft. None means no draft. Raises ValueError for logits that are not finite, as those of
-        damaged or diverged weights.
+        be drawn without a draft. None means no draft. Raises ValueError for a row that holds NaN or +inf, or nothing
+        but -inf, as from damaged or diverged weights.
         """
         if self.temperature == 0:
             best_B1 = logits_BV.argmax(-1, keepdim=True)

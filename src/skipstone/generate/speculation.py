@@ -52,10 +52,10 @@ class Length:
     """Chooses the number of tokens to draft from measured times and from the share of guesses that were right.
 
     fixed: a constant number; None means that it is chosen. cost: time of one guess, divided by the time of a decoding
-    step; used until it is measured. seconds: the least time in seconds that a guess takes, however small the model.
-    least: the least time in seconds that checking a guess takes. hoped: the share of guesses that are expected to be
-    right, as far as there is no evidence. Time lost by drafts is bounded, so that decoding takes
-    at most about 2 % longer than without drafts.
+    step; used until it is measured. seconds: the least time in seconds that a guess takes, even by a tiny model. least:
+    the least time in seconds that checking a guess takes. hoped: the share of guesses that are expected to be right, as
+    far as there is no evidence. Unless `fixed` is set, time lost by drafts is bounded, so that decoding takes at most
+    about 2 % longer than without drafts.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Length:
         return known[low] + max(slope, 0.0) * (count - low)
 
     def learn(self, guesses: int, stood: int, guessing: float, checking: float, kind: int = 0) -> None:
-        """Record a pass over the last token and its guesses.
+        """Record the times and the result of a pass that checked guesses, or of one without any (a plain step).
 
         guesses: number of guesses. stood: how many of them were right before the first wrong one. guessing: seconds of
         drafting; 0 for a plain step, in which nothing was done for drafts. checking: seconds of the pass and of what is

@@ -65,7 +65,7 @@ def stream_text(
     cached keys and values; None means as the model's config says. Raises ValueError or FileNotFoundError, with a
     message of one line and before the first piece, for a folder without a model or a tokenizer, a prompt that is empty
     or exceeds the context, a model that cannot decide without later tokens, a budget that has no table or is outside
-    its range, draft "head" without a draft head, and other bits.
+    its range, draft "head" without a draft head, and other cache_bits.
     """
     opened = Run(run)
     if draft == HEAD:

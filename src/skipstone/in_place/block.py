@@ -185,9 +185,9 @@ class RoutedBlock:
 class BlockCall:
     """One call of a routed block; its method `update` is what the mechanisms wrap.
 
-    routed: the block. tokens: all tokens of the call, kept as `whole`. arguments: the block's arguments by name,
-    without hidden states and cache. cache: the model's key-value cache, or None. shape: (B, T). stored: whether keys
-    and values of all tokens have been put into the cache.
+    routed: the block. tokens: all tokens of the call, stored in the attribute `whole`. arguments: the block's arguments
+    by name, without hidden states and cache. cache: the model's key-value cache, or None. shape: (B, T). stored:
+    whether keys and values of all tokens have been put into the cache.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class BlockCall:
         """Return what the block adds to the residual stream, [B, L, D], and an empty dict, as it decides nothing.
 
         x_BLD: hidden states of the L tokens per row that reach the block. tokens: these tokens; the update is computed
-        for `tokens.queries`, and 0 for all others.
+        for `tokens.queries` and multiplied by `tokens.gain_BT`, and 0 for all others.
         """
         narrowed = tokens.slot_BT is not self.whole.slot_BT
         arguments, part = self._reaching(tokens) if narrowed else self.arguments, tokens.queries

@@ -23,9 +23,10 @@ NEXT = ((1,), (0,))
 def check(handle: RoutedDecoder) -> None:
     """Check that every routed block gives the same result with skipping as with computing everything.
 
-    handle: the routed decoder. It runs in evaluation mode on two rows of six tokens, and then on one more token per
-    row, each time with a fixed mask of kept tokens. Nothing is checked if weights are offloaded (on the meta device).
-    Raises ValueError for a block that differs.
+    handle: the routed decoder. It runs in evaluation mode on two rows of six tokens, and then, if the options of all
+    mechanisms let skipped tokens provide keys (`kv: full`), on one more token per row with these in the cache, each
+    time with a fixed mask of kept tokens. Nothing is checked if weights are offloaded (on the meta device). Raises
+    ValueError for a block that differs.
     """
     if any(p.device.type == "meta" for p in handle.decoder.parameters()):
         return  # offloaded weights cannot be checked now

@@ -14,7 +14,8 @@ KERNELS = ("sdpa", "eager")
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return the causal decoder inside a transformers language model, or the text decoder of a multimodal one.
 
-    Raises ValueError for a model that has none, that has an encoder, or whose blocks have mechanisms already.
+    Raises ValueError for a model that has none, that has an encoder, whose blocks have mechanisms already, or that is a
+    Skipstone model, which names its mechanisms in its configuration.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):

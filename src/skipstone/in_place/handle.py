@@ -226,10 +226,10 @@ class RoutedDecoder:
         return tokens_of(call, mode).replace(state=state, noise_seed=draw_seed(x_BTD.device) if noise else None)
 
     def note(self, layer: int, records: Records) -> None:
-        """Store what the mechanisms of block `layer` decided, for the caller.
+        """Store in the attribute `records` what the mechanisms of block `layer` decided; a `RoutedBlock` calls this.
 
-        records: the decisions, by mechanism name. Tensors that they hand on to later blocks (`DepthRecord.carry`)
-        become part of the tokens that these blocks get.
+        records: the decisions, by mechanism name. The tensors in them that are meant for later blocks
+        (`DepthRecord.carry`) are added to `Tokens.state`, from which these blocks read them.
         """
         self.records[layer].update(records)  # type: ignore[attr-defined]
         if self._tokens is not None and (carry := carried(records.values())):

@@ -62,11 +62,12 @@ class Catching(_Between):
 
 
 class Joining(_Between):
-    """A cache that merges the keys and values of the tokens that a block runs for with those of all others.
+    """A cache that merges the keys and values of the tokens that a block runs for with those of all other tokens.
 
-    cache: the model's cache, which stores the merged ones; None means that nothing is stored. join: merges a pair
-    (keys, values) of the running tokens with the others', in the order of tokens. rows: selects the batch rows that
-    run. calls: how often `update` was called.
+    cache: the model's cache, which stores the merged ones; None means that nothing is stored. join: a function from the
+    pair (keys, values) of the tokens that the block runs for to the pair of all tokens, in their order. rows: a
+    function applied to merged keys, and to values, which returns those of the batch rows that the block runs for.
+    calls: how often `update` was called.
     """
 
     def __init__(self, cache: Any, join: Callable[[Pair], Pair], rows: Callable[[Tensor], Tensor]) -> None:
@@ -77,7 +78,7 @@ class Joining(_Between):
         """Merge keys and values with those of the other tokens, store them, and return all for the rows that run.
 
         key_states, value_states: [B, H, T, E], those of the tokens that the block runs for. Other arguments are passed
-        to the model's cache. Returns keys and values [B, H, S, E].
+        to the model's cache. Returns keys and values [B, H, S, E]; B is smaller if the block runs for some rows only.
         """
         self.calls += 1
         pair = self._join((key_states, value_states))

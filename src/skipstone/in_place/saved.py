@@ -1,6 +1,7 @@
-"""Files of mechanisms beside a model: `skipstone_routing.json` has the entries, `.safetensors` the weights.
+"""The two files in which the mechanisms that `route` put into a model are saved, and their writing and reading.
 
-The JSON file states its own SHA-256 and the SHA-256 of the weights.
+skipstone_routing.json has the mechanisms' configuration entries, skipstone_routing.safetensors their weights. The JSON
+file states its own SHA-256 and the SHA-256 of the weights.
 """
 
 from __future__ import annotations

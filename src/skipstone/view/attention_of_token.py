@@ -1,8 +1,8 @@
 """What a token attends to, computed by one more pass over the text up to it that keeps its attention weights.
 
-The pass is the masked executor's, in which every token stays in its column, so that weights belong to tokens also in
-blocks that skip some. Blocks with an attention window compute attention in bands: chunks of queries, each with the keys
-of its own and of the previous chunk.
+The pass computes all tokens in every block and discards the updates of skipped ones ("masked" execution). So every
+token stays in its column, and weights can be told apart by token also in blocks that skip some. Blocks with an
+attention window compute attention in bands: chunks of queries, each with the keys of its own and of the previous chunk.
 
 Shape letters: B rows (one, or one for each band), H heads, K queries, C columns of keys, T tokens.
 """

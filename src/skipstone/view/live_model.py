@@ -67,9 +67,9 @@ class LiveModel:
         block without mechanisms. budgets: [least, largest] share of the dense FLOPs to which the model can be set, by
         the table of thresholds that `skipstone calibrate` writes; None without this table. trained_budget: share of the
         dense FLOPs that the model uses as it was trained; None without the table. has_thresholds: whether `skipstone
-        calibrate` could write a table. neurons: whether the model has activation mechanisms, so that `neurons` returns
-        a map. twin: whether a dense model of the same shape is timed. dense_flops: forward FLOPs of one token without
-        mechanisms.
+        calibrate` could write a table. neurons: whether the model mixes activation functions, so that `neurons` has
+        something to return. twin: whether a dense model of the same shape is timed. dense_flops: forward FLOPs of one
+        token without mechanisms.
         """
         sites: list[list[str | None]] = [[n for site in block.sites.values() for n in site] for block in self.blocks]
         return {
@@ -158,14 +158,16 @@ class LiveModel:
         as "lookup", "exit" or "skip"; None means no speculation. Raises ValueError, before the first event, for a
         prompt that exceeds the context, and for a budget or a draft that the model does not support.
 
-        The start event has `prompt`, its tokens (id, text, label). A pass event has: `read`, a dict for each token that
-        was read, which are all tokens of the prompt in the first pass and one in later ones (compute: the share of the
-        blocks' computation done for it; entropy and loss of its prediction, in nats; and lists score, weight and kept
-        with one value for each decision, in the order of `slots` of `describe`); `first`, the index of the first token
-        read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of a dense
-        one of the same shape. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the
-        new token was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are
-        added at its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
+        The start event has `prompt`, a list of its tokens (dicts of id; text, what the token adds to the text; label,
+        the token decoded alone). A pass event has: `read`, a dict for each token that was read, which are all tokens of
+        the prompt in the first pass and one in later ones (compute: the share of the blocks' computation done for it;
+        entropy and loss of its prediction, in nats; lists score, weight and kept with one value for each decision, in
+        the order of `slots` of `describe`; and, in models that mix activation functions, mix: the token's own logits
+        for these, by block); `first`, the index of the first token read; `token`, the new one; `seconds`; `flops` and
+        `dense_flops`, the sums so far of the model and of a dense one of the same shape. With a draft, a pass checks
+        several tokens: `guesses` is how many, `guessed` whether the new token was one of them, and `rejected` lists the
+        guesses dropped because of it. The FLOPs of such a pass are added at its first token; the draft's own
+        computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table
@@ -264,7 +266,8 @@ class LiveModel:
 class DenseTwin:
     """A dense model of the same shape with random weights, whose time per pass is compared with a model's.
 
-    model: the model whose shape, device and dtype are copied; its mechanisms are left out.
+    model: the model whose shape, device and dtype are copied; its mechanisms are left out, but experts in place of MLPs
+    are not.
     """
 
     def __init__(self, model: SkipstoneForCausalLM) -> None:

@@ -67,9 +67,10 @@ class Request:
 
 
 def open_models(runs: Sequence[Path]) -> list[LiveModel]:
-    """Load the models of one or more run folders, in the order of `runs`.
+    """Load the models of one or more folders, in their order.
 
-    Raises ValueError or FileNotFoundError, with a message of one line, for a folder without a model or a tokenizer.
+    runs: folders of training runs or saved models. Raises ValueError or FileNotFoundError, with a message of one line,
+    for a folder without a model or a tokenizer.
     """
     names = distinct_names(runs)
     with stages(*(f"loading {name}; its decoding is compiled if that was never done here" for name in names)) as stage:
