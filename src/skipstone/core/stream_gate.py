@@ -106,8 +106,8 @@ class Mixture(NamedTuple):
     input, of width D; R is a hidden width. mean: the mean of context_weight x over the tokens so far, in which a token
     n tokens back has the weight decay^n; with decay None, of the current token alone. name: the name under which the
     decisions are returned and the running sums are cached. context_weight: [R, D]. context_bias: [R]. mix_bias,
-    scale: [A]. mix_weight: [A, R]. preference: [F, A], the neurons' learned logits, and preference_scale, a constant factor
-    on them. tau: scalar tensor, the temperature.
+    scale: [A]. mix_weight: [A, R]. preference: [F, A], the neurons' learned logits, and preference_scale, a constant
+    factor on them. tau: scalar tensor, the temperature.
     """
 
     name: str
