@@ -100,7 +100,7 @@ def _interval(i: int, claim: Claim, across: AxisScale) -> list[Markup]:
 
 
 def forests(study: str, claims: Sequence[Claim]) -> list[tuple[str, Drawn]]:
-    """Return a picture of the intervals for each rule that a study's claims state, as pairs (rule in words, picture).
+    """Return pairs (rule in words, picture of its intervals), one for each rule that a study's claims state.
 
     study: the name of the study, for titles. claims: the claims about all of its arms (compared recipes); those with
     the same `text`, the rule, share a picture, in which each arm has a row.

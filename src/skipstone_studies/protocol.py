@@ -346,11 +346,11 @@ def measured(folder: Path) -> Figures:
     """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities and times.
 
     folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
-    of text; `predictions` and `test_bytes`, how many there are; `validation_loss`; `training_flops`, as `planned` and
-    as `executed` with the capacities that were logged; `forward_flops`, counted per token; `forward_share`, these
-    divided by the dense model's; `capacity`, by block of the model the share of tokens kept on the first block of text;
-    `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and use.json (use of cores);
-    `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
+    of text; `predictions`, their number; `test_bytes`, the length of the test split; `validation_loss`;
+    `training_flops`, as `planned` and as `executed` with the capacities that were logged; `forward_flops`, counted per
+    token; `forward_share`, these divided by the dense model's; `capacity`, by block of the model the share of tokens
+    kept on the first block of text; `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and
+    use.json (use of cores); `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()

@@ -75,7 +75,8 @@ class Study:
 
     The other functions are called when the page is rendered. derive returns figures by arm that follow from the figures
     of all arms of a seed. The rest get the figures by arm and seed: details returns Markdown below a table, claims the
-    claims that are judged, pictures SVG files by name, and closing text printed below the table in the terminal.
+    claims that are judged, pictures SVG files by name, and closing, which gets the scale first, text printed below the
+    table in the terminal.
     """
 
     name: str

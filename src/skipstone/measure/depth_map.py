@@ -120,11 +120,11 @@ def depth_maps(
 ) -> Iterator[DepthMap]:
     """Yield which blocks update each token of a text (its depth map), in parts of at most 8 rows.
 
-    model: runs as it is, on its own device. ids: token ids of the text, cut into rows of `context` tokens; the last row
-    may be shorter. done: called after each part with the number of tokens processed so far. Decisions look at no later
-    token and blocks are really skipped, as in generation; a model that cannot decide this way looks at the whole row,
-    as in training. Noise on router scores is off. Raises ValueError for an empty text, for a model that is not a
-    Skipstone model, and for a model whose decisions the caller has to provide.
+    model: is run in the mode (training or evaluation) and on the device that it is in. ids: token ids of the text, cut
+    into rows of `context` tokens; the last row may be shorter. done: called after each part with the number of tokens
+    processed so far. Decisions look at no later token and blocks are really skipped, as in generation; a model that
+    cannot decide this way looks at the whole row, as in training. Noise on router scores is off. Raises ValueError for
+    an empty text, for a model that is not a Skipstone model, and for a model whose decisions the caller has to provide.
     """
     if not len(ids):
         raise ValueError("the text is empty: a depth map needs at least one token")

@@ -68,7 +68,7 @@ class RecordMeter:
 def moving(mechanisms: Iterable[RoutingModule]) -> dict[str, float]:
     """Return the current values of all thresholds and temperatures that training adjusts after each step.
 
-    The keys are the names used in the log, such as `threshold/3/mod` for the mechanism "mod" in block 3. mechanisms:
-    the mechanisms of the model.
+    The keys are the names used in the log: `threshold/3/mod` for the mechanism "mod" in block 3, `tau` for PolyGLU's
+    temperature, which all blocks share. mechanisms: the mechanisms of the model.
     """
     return {name: value.item() for mechanism in mechanisms for name, value in mechanism.moving().items()}

@@ -169,9 +169,9 @@ COLUMNS = (
 def claims(figures: ByArm) -> Iterator[Claim]:
     """Yield two claims for each arm with their verdicts: on its loss, and on the bytes that its MLPs read.
 
-    The loss is claimed to be at most .01 nats above SwiGLU's, and the bytes of a decoded token to be at most 80 % of
-    SwiGLU's. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of the compared
-    recipes.
+    The loss is claimed to be at most .01 nats above SwiGLU's, and the bytes of MLPs that are read to decode a token to
+    be at most 80 % of SwiGLU's. figures: the figures of every run, {arm: {seed: nested dict}}, where an arm is one of
+    the compared recipes.
     """
     for arm in figures:
         if arm == DENSE or DENSE not in figures:

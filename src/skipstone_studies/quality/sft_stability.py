@@ -210,10 +210,10 @@ def course(path: Path) -> list[PlainDict]:
 def measured(folder: Path) -> Figures:
     """Fine-tune the base model in `folder` by TRL's SFTTrainer, and return the figures of the tuning.
 
-    Keys: `losses` and `course`, what was logged; `drift`, relative change of the dynamic entropy (of a neuron's softmax
-    over activations); `flips`, share of neurons with another strongest activation; `stable`, 1 if both are small, else
-    0; and those that the function `figures` adds. folder: the run folder. An interrupted tuning is resumed. Raises
-    ValueError if TRL is not installed or if the temperature tau has changed.
+    folder: the run folder. Keys: `losses` and `course`, what was logged; `drift`, relative change of the dynamic
+    entropy (of a neuron's softmax over activations); `flips`, share of neurons with another strongest activation;
+    `stable`, 1 if both are small, else 0; and those that the function `figures` adds. An interrupted tuning is resumed.
+    Raises ValueError if TRL is not installed or if the temperature tau has changed.
     """
     try:
         from datasets import Dataset

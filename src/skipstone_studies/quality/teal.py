@@ -31,8 +31,8 @@ SAMPLE = 1_000_000  # largest number of input values for a quantile
 class Site:
     """A forward pre-hook of one matrix that sets small inputs to 0 (TEAL, arXiv 2408.14690).
 
-    magnitudes: |x| of inputs, collected while threshold is None. threshold: inputs with |x| at or below it become 0.
-    inputs, zeros: how many inputs were seen since the threshold was set, and how many of them became 0.
+    magnitudes: |x| of a sample of the inputs, collected while threshold is None. threshold: inputs with |x| at or below
+    it become 0. inputs, zeros: how many inputs were seen since the threshold was set, and how many of them became 0.
     """
 
     magnitudes: list[Tensor] = field(default_factory=list)

@@ -49,7 +49,7 @@ POINT = 0.01  # accuracy differences up to this count as none
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the recipes by name: for copy and sort, a dense model, a gated one, and dense models of 1 and 2 blocks.
+    """Return the recipes by name: for copy and sort, a dense model, one with gates, and dense ones of 1 and 2 blocks.
 
     Each is a dict of settings that makes one of the compared models. scale: "laptop" or "paper".
     """

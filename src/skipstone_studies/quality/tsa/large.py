@@ -1,4 +1,4 @@
-"""Studies of the loss of Token-Selective Attention on large corpora, which the training reads only once.
+"""Studies of the loss of Token-Selective Attention on large corpora, which the training reads about once at most.
 
 One is on enwik8, as in the paper (arXiv 2605.05222); one compares several FLOP budgets of gates that skip in training.
 """
