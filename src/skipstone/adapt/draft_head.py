@@ -45,8 +45,8 @@ class TrainedHead:
 
     head: the head, a block that guesses the model's next tokens from its last hidden states. steps: number of optimizer
     steps. rows: number of rows that it was trained on. tokens: tokens per row. right: on held-out rows, the share of
-    positions at which the head guesses the model's most probable token, one token ahead, two tokens ahead, and so on;
-    the tokens before the guessed one are those of the text.
+    positions at which the head guesses the model's most probable token one, two and three tokens ahead; the tokens
+    before the guessed one are those of the text.
     """
 
     head: DraftHead

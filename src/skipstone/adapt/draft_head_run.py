@@ -33,7 +33,7 @@ class WrittenHead(OneTable):
 
     path: the file of its weights. text: a description of the text that it was trained on. steps: number of optimizer
     steps. rows: number of rows that it was trained on. tokens: tokens per row. right: on held-out rows, the share of
-    positions at which the head guesses the model's most probable token, one token ahead, two tokens ahead, and so on.
+    positions at which the head guesses the model's most probable token one, two and three tokens ahead.
     """
 
     path: Path

@@ -69,9 +69,10 @@ def soft_gates(model: SkipstoneForCausalLM) -> list[DepthMechanism]:
 
 
 def close(model: SkipstoneForCausalLM) -> bool:
-    """End the initial state in which mechanisms compute exactly what the dense model does; from then on they skip.
+    """End the initial state in which mechanisms compute exactly what the dense model does.
 
-    Returns whether any mechanism was in that state before the call.
+    Options that this state overrode, such as the capacity, get their configured values; parameters stay. Returns
+    whether any mechanism was in that state before the call.
     """
     ended = [mechanism.end_dense_start() for mechanism in model.routing_modules()]
     return any(ended)

@@ -29,7 +29,7 @@ class AxisScale:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers within [low, high], 1, 2 or 5 times a power of ten apart."""
+    """Return about `count` round numbers within [low, high], 1, 2 or 5 times a power of ten apart; [low] if empty."""
     if not high > low:
         return [low]
     raw = (high - low) / max(count, 1)

@@ -70,7 +70,7 @@ def rectangle(
 
 
 def polyline(points: Iterable[tuple[float, float]], colour: str, dash: str = "", hover: str = "") -> Markup:
-    """Build an SVG polyline through `points`.
+    """Build an SVG polyline through `points`, pairs (x, y) in pixels.
 
     colour: colour of the stroke. dash: an SVG stroke-dasharray, "" for a solid line. hover: text that a browser shows
     when the pointer rests on it; "" for none.

@@ -57,7 +57,8 @@ def chosen(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 def is_first_process() -> bool:
     """Return whether this process is the first of those that train together, which writes all files.
 
-    It reads the environment variable RANK, so it can be called before Trainer's arguments exist.
+    It reads the environment variable RANK, so it can be called before Trainer's arguments exist. Without it, there is
+    one process, the first.
     """
     return os.environ.get("RANK", "0") == "0"
 

@@ -20,8 +20,8 @@ class SameState(TrainerCallback):
     """A callback that checks every `steps` steps that replicated tensors and learning rates are equal in all processes.
 
     Parameters and buffers are compared by hashes: all of them under DDP, and those that are not sharded under FSDP2.
-    steps: interval in optimizer steps; the last step is always checked; 0 means never. Raises ValueError in every
-    process, naming the first tensor that differs.
+    steps: interval in optimizer steps; the last step is checked, too; 0 disables all checks, also the last. Raises
+    ValueError in every process, naming the first tensor that differs.
     """
 
     def __init__(self, steps: int) -> None:
