@@ -54,8 +54,8 @@ class Comparison:
 
         It is {name of the run: {bin of difficulty: share}}, with the bins "0-3", "4-7", "8-15", "16+" and "all
         operations". The references are the dense run (share 0) and the run that keeps the tokens marked as needing
-        depth (share 1). Difficulty is the number of operations on which a token of a synthetic corpus depends. Empty
-        unless both reference runs were named.
+        depth (share 1). Difficulty is the number of operations on which a token of a synthetic corpus depends. A share
+        is nan if the references are equally accurate. Empty unless both were named.
         """
         if self.dense is None or self.forced is None:
             return {}

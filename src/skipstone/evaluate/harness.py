@@ -69,8 +69,8 @@ def evaluate_tasks(
     The model decides as in generation, without later tokens. run: a run folder or saved model with a tokenizer. tasks:
     names of tasks, groups or tags. include_path: a folder of further task definitions in YAML; the harness's own are
     read only for names that it does not define. limit: score only the first `limit` samples of each task. batch_size:
-    sequences of a forward pass. Raises ValueError or FileNotFoundError for a missing package, folder or tokenizer, and
-    for an unknown task.
+    sequences of a forward pass. Raises ValueError or FileNotFoundError for a missing package, folder or tokenizer, for
+    an unknown task or one whose data cannot be fetched, and for a model that cannot decide without later tokens.
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs a package: pip install 'skipstone[eval]'")

@@ -39,9 +39,9 @@ class LayerDropoutConfig:
     """The options of layer dropout, which leaves out blocks for random rows of the batch in training.
 
     rate: the largest probability of leaving out a block for a row, in [0, 1). over_depth: "rising" linearly from 0 in
-    block 0 to `rate` in the model's last block, or "constant". over_training: "falling" linearly from `rate` to 0 over
-    the training, or "constant". scaled: whether the updates of kept rows are divided by the probability of keeping a
-    row. Raises ValueError for a rate out of range.
+    block 0 to `rate` in the model's last block, or "constant". over_training: whether a block's probability is
+    "falling" linearly to 0 over the training, or "constant". scaled: whether the updates of kept rows are divided by
+    the probability of keeping a row. Raises ValueError for a rate out of range.
     """
 
     rate: float = 0.2
@@ -81,9 +81,11 @@ class LayerDropout(DepthMechanism):
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update [B, T, D], 0 for rows that are left out, and the decisions by mechanism name.
 
-        update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD: the hidden states
-        that enter the block. tokens: the tokens of this call. Rows are left out only in training passes with noise, or
-        where the caller imposes it (`tokens.forced_BT`). Recorded scores are 0, as there is no router.
+        Where rows are drawn and the option `scaled` is on, the updates of the other rows are divided by the probability
+        of keeping a row. update: computes the wrapped block's update, as update(x, tokens) -> (update, records). x_BTD:
+        the hidden states that enter the block. tokens: the tokens of this call. Rows are left out only in training
+        passes with noise, or where the caller imposes it (`tokens.forced_BT`). Recorded scores are 0, as there is no
+        router.
         """
         score_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=ops.wide_dtype(x_BTD))
         kept_BT = reached_BT = real_mask(tokens, score_BT)

@@ -39,8 +39,8 @@ class Float16Linear(_Float16, StoredLinear):
     """A linear layer with weights in bf16 or fp16, for inference; parameters are filled in by loading.
 
     in_features, out_features: numbers of inputs I and outputs O. bias: whether there is a bias. stored: dtype of the
-    weights, bf16 or fp16. On a CPU with numba, calls of at most 8 tokens use the weights as they are, with sums in
-    fp32; other calls convert them, part by part, to the input's dtype.
+    weights, bf16 or fp16. On a CPU with numba, calls of at most 8 tokens without gradients use the weights as they are,
+    with sums in fp32, if I is a multiple of 32; other calls convert them, part by part, to the input's dtype.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, stored: torch.dtype) -> None:

@@ -50,8 +50,8 @@ class Int8Linear(Int8Weights, StoredLinear):
 
     in_features, out_features: numbers of inputs I and outputs O. bias: whether there is a bias. group: number of inputs
     that share a scale; None, or a number that does not divide I, means one scale per output. On a CPU with numba, calls
-    without gradients use the int8 weights directly; other calls convert the weights, part by part, to the input's
-    dtype.
+    without gradients use the int8 weights directly, but only those of at most 8 tokens if I is no multiple of 64; other
+    calls convert the weights, part by part, to the input's dtype.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, group: int | None = None) -> None:
