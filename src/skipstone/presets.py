@@ -1,4 +1,4 @@
-"""Model configurations by name, such as `presets.get("polychromatic-0.6b")`: plain dicts with overridable keys."""
+"""Model configurations by name: `presets.get("polychromatic-0.6b")` returns one, and arguments replace its values."""
 
 from __future__ import annotations
 

@@ -114,9 +114,10 @@ class Run:
         """Return the content of result.json, the summary of the finished training, as a dict.
 
         The keys are `steps`, `tokens`, `seconds`, `tokens_per_second`, `train_loss`, `validation` (a dict with
-        `oracle_loss` and `causal_loss`) and `parameters` (their number), `skipped_steps` if there are any, and those
-        that the kind of training adds. Losses are in nats per token; a value that was not measured is None. Raises
-        ValueError for a run that is not finished, and for a file that is damaged or cannot be read.
+        `oracle_loss` and `causal_loss`) and `parameters` (their number), `metrics_lines` (lines of metrics.jsonl),
+        `skipped_steps` if there are any, and those that the kind of training adds. Losses are in nats per token; a
+        value that was not measured is None. Raises ValueError for a run that is not finished, and for a file that is
+        damaged or cannot be read.
         """
         if not self.finished and not self.is_saved_model:
             raise ValueError(f"run {str(self.folder)!r} is not finished; `skipstone train ... --resume` continues it")
@@ -141,8 +142,8 @@ class Run:
     def best(self) -> PlainDict | None:
         """Return {"step": ..., "loss": ...}, the step with the lowest validation loss and this loss, in nats per token.
 
-        None if the model of this step was not saved: it is in RUN/best if the recipe sets train.keep_best. Raises
-        ValueError for a damaged file.
+        None if there is no folder RUN/best: the model of this step is saved there only if the recipe sets
+        train.keep_best. Raises ValueError for a damaged file.
         """
         return self._json(f"{BEST}/{BEST_STEP}") if (self.folder / BEST).is_dir() else None
 

@@ -27,8 +27,8 @@ def base_of(folder: Path) -> str:
     """Return the folder or hub name of the model that the PEFT adapter in `folder` was trained for.
 
     folder: a folder that PEFT has saved, with adapter_config.json and the adapter's weights. Raises ValueError for a
-    configuration that cannot be read or names no base, for an adapter that cannot be merged into weights (prompt
-    learning), for an adapter of an adapter, and if PEFT is not installed.
+    configuration that cannot be read or names no base or a revision of it, for missing weights, for an adapter that
+    cannot be merged into weights (prompt learning), for an adapter of an adapter, and if PEFT is not installed.
     """
     values = object_in(folder / ADAPTER)
     with about(str(folder / ADAPTER)):

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a decoder call, and how a call executes with a cache of fixed size.
+"""Checks of the arguments of a decoder call, and `of_fixed_size`, how a call executes with a `StaticCache`.
 
 Checked are the names of arguments, the inputs, the labels, and whether a cache fits the model and the batch.
 """

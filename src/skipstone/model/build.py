@@ -126,8 +126,8 @@ def format_of(config: SkipstoneConfig) -> Format | None:
 def build_blocks(config: SkipstoneConfig) -> Blocks:
     """Build all blocks of a model with their attention, MLPs and mechanisms.
 
-    config: the model's configuration, whose options are parsed first. Warns where a mechanism has something to say
-    about its options (`build_warning`), once per text.
+    config: the model's configuration, whose options are parsed first. Warns of options for which a mechanism has a
+    warning (`build_warning`), once per text.
     """
     config.parse()
     entries = config.mechanism_entries
@@ -248,7 +248,7 @@ def build_window_positions(config: SkipstoneConfig) -> Rotary | None:
 
 
 def initialise(module: nn.Module, config: SkipstoneConfig) -> None:
-    """Initialise one module of a model, after transformers' `_init_weights`, where ours differs from it.
+    """Initialise one module of a model where our rule differs from transformers' `_init_weights`, which ran before.
 
     Linear layers follow `config.linear_init`, projections into the residual stream `config.scaled_output_init`. Routing
     modules and all other modules of ours initialise themselves by `reset_parameters`.

@@ -122,8 +122,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels: int64 [B, T], the input ids (shifted here), -100 for no target; or, already shifted, `shift_labels`.
         logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: with
         labels, compute this many tokens' logits at a time and return none; 0 means all at once. distillation: a
-        teacher's outputs, which need loss_chunk; `loss` then adds the divergence from them, and `token_loss` carries no
-        gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
+        teacher's outputs, which need loss_chunk; `loss` then weighs in the divergence from them; `token_loss` carries
+        no gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
         `config.auxiliary_loss_over` "all", mechanisms' losses are means over the tokens that reach them.
         """
         target_BT = _targets(labels, kwargs)
@@ -277,7 +277,7 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         return self.lm_head.weight is self.model.embed_tokens.weight
 
     def modules_of(self, kind: type[AnyModule]) -> list[AnyModule]:
-        """Return all routing modules of class `kind` or a subclass, in the order of the blocks."""
+        """Return all routing modules (they decide what is computed) of class `kind` or a subclass, block by block."""
         return [module for module in self.routing_modules() if isinstance(module, kind)]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

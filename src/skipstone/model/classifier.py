@@ -10,7 +10,7 @@ from skipstone.model.decoder import SkipstonePreTrainedModel
 
 
 class SkipstoneForSequenceClassification(GenericForSequenceClassification, SkipstonePreTrainedModel):
-    """A sequence classifier with `config.num_labels` scores a row, on transformers' `GenericForSequenceClassification`.
+    """Our decoder in transformers' `GenericForSequenceClassification`: each row gets `config.num_labels` scores.
 
     The scores, [B, num_labels], are read at the last token of each row that is not `config.pad_token_id`. The loss is
     the labels' loss alone: routers' auxiliary losses are not added, so routers learn only through the weights of

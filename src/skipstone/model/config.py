@@ -267,7 +267,7 @@ class SkipstoneConfig(ModelFields, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: transformers would copy this source file into saved folders, which get an import instead.
+        """Do nothing: transformers would copy this file into saved folders, where modeling_skipstone.py imports it.
 
         auto_class: not used.
         """

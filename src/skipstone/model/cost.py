@@ -8,7 +8,9 @@ block takes
     2 (kv_tokens (K + V) + query_tokens (Q + O))   attention, linear; a capital is the size of the weight
     4 H E query_tokens (S + kv_tokens)             attention, scores and weighted values; not halved for causality
                                                    (with a window see `_score_pairs`)
-    2 query_tokens MLP                             plus the routers' own; with experts, the choices that are computed
+    2 query_tokens MLP                             with experts: 2 (choices that are computed) (size of one expert)
+
+plus what its routers and other mechanisms compute.
 
 `measure/flops.py` counts the same while operations execute; a test over all mechanisms holds both equal.
 """
@@ -75,8 +77,9 @@ class Parameters:
     """The numbers of parameters of a model and of its parts.
 
     total: all parameters of the model. embedding: parameters of token and position embeddings (a tied head adds none).
-    mechanism: parameters of routers and other mechanisms, included in total. active: total without the experts that a
-    token does not choose; equal to total if there are no experts.
+    mechanism: parameters of mechanisms such as routers, included in total; the router of a mixture of experts is a part
+    of its MLP and does not count. active: total without the experts that a token does not choose; equal to total if
+    there are no experts.
     """
 
     total: int
@@ -94,7 +97,8 @@ class Cost:
     training: FLOPs of a forward and backward pass over the same rows without past, with the decisions of training;
     activation recomputation is not counted. kv_bytes_per_token: bytes of cached keys, values and int64 token indices,
     divided by all tokens of a row, skipped ones included. state_bytes_per_token: bytes of the mechanisms' own cached
-    state, divided alike. dense: the cost of the same model without mechanisms; None in the dense model's own cost.
+    state, divided by the same number. dense: the cost of the same model without mechanisms; None in the dense model's
+    own cost.
     """
 
     tokens: int
@@ -115,7 +119,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """The forward FLOPs of the call divided by the dense model's; 1 for a dense model."""
+        """The forward FLOPs of the call divided by those of the model without mechanisms; 1 if `dense` is None."""
         return 1.0 if self.dense is None else self.forward.total / self.dense.forward.total
 
 

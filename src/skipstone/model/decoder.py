@@ -90,7 +90,7 @@ class SkipstonePreTrainedModel(SavesItsBlocks, KeepsStoredTypes):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: transformers would copy this source file into saved folders, which get an import instead."""
+        """Do nothing: transformers would copy this file into saved folders, where modeling_skipstone.py imports it."""
 
     @property
     def decoder(self) -> SkipstoneModel:

@@ -119,11 +119,11 @@ def rows_of_head(model: SkipstoneForCausalLM, ids_R: Tensor) -> Tensor:
 
 
 class ReadyHead:
-    """A copy of a draft head prepared for fast guessing on a model's device, with part of the model's output head.
+    """A copy of a draft head prepared for fast guessing on a model's device, with some rows of the model's output head.
 
-    The part is the rows of the tokens that can be guessed. On a CPU with numba all matrices of the copy are rounded to
+    These are the rows of the tokens that can be guessed. On a CPU with numba all matrices of the copy are rounded to
     int8, even if the model's are not, because a guess need not be exact. head: the draft head. model: its model. size:
-    number of weights of the copy. seconds: how long one guess took on construction.
+    number of weights of the copy. seconds: how long one guess took when the copy was made.
     """
 
     def __init__(self, head: DraftHead, model: SkipstoneForCausalLM) -> None:

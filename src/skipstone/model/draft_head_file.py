@@ -53,7 +53,7 @@ def refuse_draft_head(folder: str | Path) -> None:
 
 
 def save_draft_head(head: DraftHead, folder: str | Path, about: PlainMapping) -> Path:
-    """Write a draft head (it guesses a model's next tokens) beside the model's weights; return the path of its own.
+    """Write a draft head (it guesses a model's next tokens) beside the model's weights; return its weights' path.
 
     The files are draft_head.safetensors and the description, draft_head.json, in `folder`. about: the entries of the
     description, such as the steps of its training. The description is written last and contains the hash of the

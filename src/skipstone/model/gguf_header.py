@@ -1,7 +1,7 @@
 """The header of a GGUF file, compared with the configuration that transformers' GGUF reader makes of it.
 
-The reader ignores keys and tensors that it does not know, and the model then computes something else without a word:
-RoPE scaling, the factors of Llama 3's RoPE, head sizes, windows, soft caps. What our decoder supports is added to the
+The reader ignores keys and tensors that it does not know, and the model then silently computes something else: RoPE
+scaling, the factors of Llama 3's RoPE, head sizes, windows, soft caps. What our decoder supports is added to the
 configuration here, with llama.cpp's meaning; the rest is refused by name.
 """
 

@@ -215,10 +215,11 @@ def parse_activation(activation: str | Written) -> ActivationEntry:
 
 
 def parse_groups(written: Written, where: str = "neuron_groups") -> GroupsEntry:
-    """Parse the options of leaving out groups of MLP neurons, of the kind that their `decision` names.
+    """Parse the options by which groups of MLP neurons are left out; their `decision` tells which options there are.
 
-    written: the options as a mapping, as in `SkipstoneConfig.neuron_groups`. where: their name in error messages.
-    Raises ValueError for unknown keys, for invalid values, and for an option that only other decisions read.
+    written: the options as a mapping, as in `SkipstoneConfig.neuron_groups`; a `GroupsEntry` is returned unchanged.
+    where: their name in error messages. Raises ValueError for unknown keys, for invalid values, and for an option that
+    only other decisions read.
     """
     if isinstance(written, GroupsEntry):
         return written

@@ -139,7 +139,7 @@ def dequantise(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
 
 
 def check_quantised(model: SkipstoneForCausalLM) -> None:
-    """Raise ValueError, which names the tensor, if a number by which quantised weights are restored is not finite."""
+    """Raise ValueError, which names the tensor, if a stored scale, offset or 16-bit weight is not finite."""
     for name, layer in layers_of(model).items():
         if not bool(layer.stored_floats().isfinite().all()):
             raise ValueError(f"{name}.weight has {layer.NUMBERS} that is not finite")

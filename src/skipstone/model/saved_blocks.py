@@ -1,4 +1,4 @@
-"""A check, before a model is saved, that its configuration describes its blocks as they are.
+"""Make a model's configuration describe its blocks as they are, before the model is saved.
 
 Tools that remove, copy or exchange blocks of a built model leave the configuration as it was. The blocks keep their
 RoPE angles and attention windows, but the saved model would be built from the configuration, and compute something

@@ -34,10 +34,10 @@ FORCED = "forced/"  # names in `Tokens.state` of the decisions that the caller i
 class Stack:
     """The blocks of one forward pass, and what they need besides the tokens.
 
-    blocks: the blocks, in their order. turn: a function that takes a name of rotary angles ("row", "window" or "none")
-    and tokens (all of the call, or a selection), and returns the cos and sin of the angles of these tokens. forced:
-    bool masks [B, T] of the tokens that blocks have to keep, by block index. cache: the KV cache, or None. recorded:
-    whether records of decisions are wanted.
+    blocks: the blocks, in their order. turn: a function that takes the name of a block's rotary angles ("row"; "window"
+    for blocks with a window that have their own; or "none") and tokens (all of the call, or a selection), and returns
+    these tokens' cos and sin, None for "none". forced: bool masks [B, T] of the tokens that blocks have to keep, by
+    block index. cache: the KV cache, or None. recorded: whether records of decisions are wanted.
     """
 
     blocks: Sequence[Block]

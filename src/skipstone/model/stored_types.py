@@ -1,7 +1,8 @@
 """Checks that stored weights have the type of the parameter, so that no quantised numbers are taken for weights.
 
-torch and transformers convert whatever they load to the dtype of the model's parameter. An int8 matrix without its
-scales, or bits of bf16 read as integers, would become weights without a word, and fractions would become 0.
+torch and transformers convert whatever they load to the dtype of the model's parameter. Numbers of an int8 matrix
+without their scales, or bits of bf16 read as integers, would silently become weights; fractions that are loaded into an
+integer parameter would become 0.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def tokens_of(call: Call, mode: PassMode) -> Tokens:
     call: the arguments. mode: how the pass decides and executes. Slots are indices in the row, with padding and cached
     tokens counted. Without position_ids, positions count the tokens of each document without padding; without
     document_ids, positions that restart in a call without mask and cache mark new documents. Raises ValueError for
-    arguments of another shape.
+    arguments whose shape does not fit the tokens.
     """
     B, T = call.shape
     if call.document_ids is not None and call.document_ids.shape != call.shape:

@@ -62,7 +62,7 @@ def _is_inside(name: object) -> bool:
 
 
 def check_weight_files(folder: Path, *, quantised: bool) -> None:
-    """Raise ValueError, which names the file, if transformers would misread the weights in `folder` or fail to.
+    """Raise ValueError, which names the file, if transformers would misread weights in `folder` or fail to read them.
 
     That is: a damaged or missing file, an entry that is not a tensor, one tensor in two files with different values
     (transformers takes the last one, whatever the index says), and, unless `quantised`, weights or biases that are
@@ -90,10 +90,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def open_tensors(path: Path) -> Mapping[str, tuple[str, Callable[[], Tensor]]]:
-    """Return for each tensor in a weight file its type and a function that reads it, without reading any.
+    """Return for each tensor in a weight file its type and a function that reads it.
 
     The result is {name: (type, function)}; types are named as in safetensors, such as "F32". path: a .safetensors file
-    or one of `torch.save`. Raises ValueError, which names the file, if it is missing or damaged.
+    or one of `torch.save`; tensors are read only by these functions, except in files of torch.save from before 2020.
+    Raises ValueError, which names the file, if it is missing or damaged.
     """
     require_file(path)
     try:

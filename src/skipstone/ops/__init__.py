@@ -54,7 +54,7 @@ def apply_experts(*args: Any) -> Tensor:
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Return a router's product x weight^T + bias in fp32, [..., O], saving only x for the backward pass.
+    """Return a router's product x weight^T + bias in fp32, [..., O], saving no fp32 copy of x for the backward pass.
 
     x: [..., D] of any float dtype, D inputs. weight: [O, D], O outputs. bias: [O] or None. norm: whether x is first
     divided by its root mean square. Under torch.compile, the plain form of `ops/reference.py` is used.

@@ -19,7 +19,7 @@ def mix_activations(gate_BTF: Tensor, static_BFA: Tensor, dynamic_BTA: Tensor, t
     The result, [B, T, F] in the dtype of the gate, is sum_k softmax_k((static + dynamic) / temperature) act_k(gate),
     with act = ReLU, tanh, SiLU, GELU. gate_BTF: pre-activations, [B, T, F] (rows, tokens, neurons). static_BFA: logits
     of each neuron, [1 or B, F, A]. dynamic_BTA: logits of each token, [B, 1 or T, A]. temperature: a positive number.
-    Everything is computed in fp32.
+    Everything is computed in fp32 (fp64 if given in fp64).
     """
     static, dynamic = wide(static_BFA).unbind(-1), wide(dynamic_BTA).unbind(-1)
     logits = [(s_BF[:, None] + c_BT[..., None]) / temperature for s_BF, c_BT in zip(static, dynamic, strict=True)]

@@ -6,7 +6,8 @@ At each site (a segment, a block, its attention, its MLP), the gates of that sit
 other, the outermost first. All threads share the matrix products of the routers; one thread then decides, so that
 rounding can never make two of them decide differently.
 
-Shape letters: T tokens, D width, R hidden width of a router, G gates, S sites, F results per gate and token.
+Shape letters: T tokens, D width, R hidden width of a router, G gates, S sites, F results per gate and token (score,
+weight, loss, carried state).
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def decide(frame_at: int, site: int) -> None:
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`). site: SEGMENT,
     BLOCK, OF_ATTENTION or OF_MLP. For each token of the site, the frame then holds its kind (absent, only gives keys
     and values, or gets an update), the factor on the updates of attention and MLP (gain), and the factor on the site's
-    whole update. The gates' scores, weights, losses and masks are written to the call's results, and the tensors
-    carried from block to block are updated. If a factor on a whole update is not 1, a copy of the stream is kept, from
-    which `weigh` finds the update.
+    whole update. The gates' scores, weights, losses and masks are written to the call's results, and the states that
+    gates carry from block to block (`state_SBT` of `decode_stack.run`) are updated. If a factor on a whole update is
+    not 1, a copy of the stream is kept, from which `weigh` finds the update.
     """
     frame = framed(frame_at)
     T, D, G, part, parts = frame[of.TOKENS], frame[of.WIDTH], frame[of.GATE_COUNT], frame[of.PART], frame[of.PARTS]

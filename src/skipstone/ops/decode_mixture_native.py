@@ -1,7 +1,8 @@
 """PolyGLU's mixture of activations in the decoding step that runs all blocks as one compiled call.
 
 Shape letters: T tokens of the call, K of them that get an update of the MLP, F neurons, A activations, R width of the
-context projection. A running sum has R + 1 entries, the last of which is the sum of the tokens' weights.
+context projection. The mean of contexts that the router reads comes from a running sum in the cache: R + 1 numbers, the
+last of which is the sum of the tokens' weights.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def mixture(frame_at: int, count: int) -> None:
 
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
     addresses of gate and up, fp32 [K, F]. count: K. The router's logits are written to the call's results, NaN for
-    tokens that do not reach the MLP. The router reads a mean over the tokens so far; its running sums are written to
-    the cache.
+    tokens whose MLP is not computed. The router reads a mean of projections of the row's tokens so far, whose running
+    sums are written to the cache, or the token alone.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]

@@ -98,7 +98,8 @@ def gated(gate: Array, up: Array, runs: Array, part: int, parts: int) -> None:
     """Compute gate = function(gate) * up in place for one thread's share of the neurons; compiled by numba.
 
     gate, up: fp32 [K, F] for K tokens and F neurons. runs: int64 [N, 2], for each run of adjacent neurons with the same
-    function the function's index and the index after the last neuron. part, parts: index and number of threads.
+    function the function's index in `decode_stack.FUNCTIONS` and the index after the last neuron. part, parts: index
+    and number of threads.
     """
     first, last = share_of(gate.shape[1], part, parts)
     for n in range(gate.shape[0]):

@@ -136,7 +136,7 @@ def spread(score_at: int, groups: int, count: int, size: int, on_at: int) -> Non
     """Mark the neurons of the `count` groups with the largest scores; compiled by numba.
 
     score_at: address of the groups' scores, fp32. groups: number of groups. count: number of groups that are marked.
-    size: neurons per group. on_at: address of the marks, one byte for each neuron.
+    size: neurons per group. on_at: address of the marks, a byte for each neuron: 1 in these groups, 0 in all others.
     """
     score, on, chosen = (
         _lying(score_at, (groups,), ONE),
@@ -206,9 +206,9 @@ def multiplied(frame: Array, matrix: Array, rows: Array, a: Array, on: Array, h:
     """Compute h = a * (weight x) for listed neurons, and 0 where a token does not need one; compiled by numba.
 
     frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the addresses of the tokens x,
-    in fp32 and rounded to int16. matrix: addresses of weight, scale and bias of the up matrix, and its number of scales
-    per row. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K, F], the neurons that each token
-    needs. h: fp32 [K, F], where the result is written; columns of other neurons are left as they are.
+    in fp32 and rounded to int16. matrix: of the up matrix, the addresses of weight, scale and bias (not read), and the
+    number of scales per row. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K, F], the neurons
+    that each token needs. h: fp32 [K, F], where the result is written; columns of other neurons are left as they are.
     """
     if matrix[1]:
         multiplied_int8(matrix, (frame[of.ROUNDED], frame[of.UNIT]), frame[of.WIDTH], rows, h)

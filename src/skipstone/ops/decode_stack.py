@@ -79,11 +79,12 @@ class Program(NamedTuple):
     """The description of a decoder's blocks by which one numba call runs them in a decoding step.
 
     sizes: what all blocks have in common. table_LC: int64, one row of addresses and counts for each of L blocks, with
-    the columns of `decode_frame.py`. number_LN: fp32, decay and preference scale of each block's activation mixture.
-    gate_GC: int64, one row of addresses and options for each of G gates (depth mechanisms), with the columns of
-    `decode_gates_native.py`. number_GN: fp32, the constants of each gate. hidden: the largest number of hidden values
-    of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any MLP chooses
-    which neurons it computes. int8, int4: whether any weights are int8, and whether any have four bits.
+    the columns of `decode_frame.py`. number_LN: fp32, two numbers for each block with a PolyGLU activation: decay, the
+    factor by which its running sum shrinks at each token (negative: no sum, the token alone), and the factor on the
+    neurons' preferences. gate_GC: int64, one row of addresses and options for each of G gates (depth mechanisms), with
+    the columns of `decode_gates_native.py`. number_GN: fp32, the constants of each gate. hidden: the largest number of
+    hidden values of a token in one gate or activation. mixes: whether any activation is a mixture. chooses: whether any
+    MLP chooses which neurons it computes. int8, int4: whether any weights are int8, and whether any have four bits.
     """
 
     sizes: Sizes
@@ -210,7 +211,7 @@ def lay(x: Tensor, turned: bool) -> Tensor:
 
 @torch.inference_mode(False)
 def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of tensors that lie one after the other in memory, in large pages where the system has them.
+    """Return copies of tensors, one after the other in memory and in large pages where the system has them.
 
     Reading weights in this order is up to a third faster. tensors: the tensors to copy; they are returned unchanged if
     they already lie in such memory.

@@ -1,8 +1,8 @@
-"""All blocks of a decoder for a few tokens, of one row or one of each of several rows, compiled by numba to one call.
+"""All blocks of a decoder in one compiled call, for a few tokens of one row or for one token of each of several rows.
 
 Weights are read as they are stored, in fp32, 16, 8 or 4 bits, and once for all tokens; weights that no token needs are
 not read. Several threads share the rows of every matrix; they wait for each other six times a block. Norms and
-roundings, which take no time, are repeated by each. The functions of a step are compiled one by one, and only those
+roundings, which take no time, are repeated by each. Numba compiles the functions of a step one by one, and only those
 that a model needs.
 
 Shape letters: T tokens, D width, F neurons, H query heads, G key/value heads, E head size.
@@ -63,8 +63,8 @@ def crew(packet: int) -> None:
     """Run all blocks of a decoder as one of several threads, adding their updates to the stream x [T, D] in place.
 
     Compiled by numba. Each thread computes its share of the rows of every matrix. packet: address of the arguments,
-    which `workers.share` has stored: the first `GIVEN` numbers of a thread's int64 array of addresses and sizes
-    (`decode_frame.py`).
+    which `workers.share` has stored. They are what every thread's frame, its int64 array of addresses and sizes, begins
+    with: the entries before index `GIVEN` of `decode_frame.py`.
     """
     part, parts, given = part_of(packet), parts_of(packet), _lying(packet + PACKET, (of.GIVEN,), 0)
     frame_at = given[of.WORK] + 8 * of.FRAME * part

@@ -69,8 +69,8 @@ def attend_newest(
     rotary angles, [1, 1, E], the first half of sin negated; None means no rotation. stored: the cache, with "key" and
     "value", [1, C, G, E] for C columns, fp32 or fp16, and "slot", int64 [1, C]; it is changed in place. column: where
     key, value and slot are written; this column and all before it are read. slot: int64 [1, 1], the token's index in
-    the row. scaling: factor on scores. Returns [1, 1, H E]. Tensors must be such that `takes` accepts them, and
-    `extends` those of the cache.
+    the row. scaling: factor on scores. Returns [1, 1, H E]. `takes` must accept query, key and value, and `extends` the
+    stored keys and values.
     """
     query, key, value = (x.float().contiguous() for x in (query, key, value))
     y = torch.empty_like(query)

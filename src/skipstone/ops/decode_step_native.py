@@ -66,7 +66,7 @@ def attend_newest(addresses: Array, sizes: Array, scaling: float) -> None:
 
 @inner
 def store(x: Array, at: int, size: int) -> None:
-    """Store the fp32 numbers of x at an address, as they are or in fp16 (`store_half`); compiled by numba.
+    """Store the fp32 numbers of x at the address `at`, as they are or in fp16 (`store_half`); compiled by numba.
 
     size: bytes of a stored number, 4 or 2.
     """
@@ -105,10 +105,11 @@ def attend_heads(query: Array, groups: Array, stored: Array, count: int, scaling
     """Attend with some query heads of a token to `count` keys, and write the weighted values to `out` [H, E].
 
     Compiled by numba. Keys and values are read from the first to the last, a few at a time by all heads, as the
-    processor reads memory fastest. query: fp32 [H, E] for H heads of size E, which are multiplied by `scaling`, the
-    factor on the scores. groups: how many heads share a key, and how many of those that share the first one come
-    before the first head of `query`. stored: the addresses of the first key and value of the first head's group, the
-    bytes from one key or value to the next, and the bytes of a number, 4 for fp32 and 2 for fp16.
+    processor reads memory fastest. query: fp32 [H, E] for H heads of size E, multiplied in place by `scaling`, the
+    factor on the scores. groups: two numbers, how many query heads form a group that shares keys and values, and the
+    place of the first head of `query` in its group, from 0. stored: the addresses of the first key and value of the
+    first head's group, the bytes from one key or value to the next, and the bytes of a number, 4 for fp32 and 2 for
+    fp16.
     """
     (heads, width), (key_at, value_at, step, size) = query.shape, stored
     weight = np.empty((heads, count), np.float32)

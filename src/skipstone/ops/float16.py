@@ -1,10 +1,10 @@
-"""Products of fp32 tokens with weights that are stored in 16 bits, bf16 or fp16.
+"""Products of tokens with weights that are stored in 16 bits, bf16 or fp16.
 
     y = x weight^T
 
 A checkpoint in bf16 or fp16 loses nothing by being stored so, and a step that is bound by reading the weights takes
 half as long as with fp32 ones. On a CPU, a kernel compiled by numba widens them in registers, and sums are fp32. A call
-with many tokens restores a part of the rows at a time and multiplies it as usual.
+with many tokens converts a part of the rows at a time to the tokens' dtype and multiplies it as usual.
 
 Shape letters: I inputs, O outputs.
 """

@@ -90,8 +90,8 @@ def linear_distillation_loss(
     """Return total loss, cross-entropy and T^2 KL(teacher || student), each summed over tokens with a target, fp32 [].
 
     x_ND: hidden states of N tokens. weight_VD: the student's head. target_N: int64, -100 for tokens without a target.
-    distillation: the teacher's outputs, temperature T and the coefficients with which the total adds up the other two.
-    chunk: number of tokens whose logits are computed at a time. soft_cap: c, if the student's logits become c
+    distillation: the teacher's outputs, temperature T and the coefficients of cross-entropy and divergence in the
+    total. chunk: number of tokens whose logits are computed at a time. soft_cap: c, if the student's logits become c
     tanh(logits / c); None means no cap. Only the total can be differentiated, and only once. Raises ValueError for a
     chunk below 1.
     """

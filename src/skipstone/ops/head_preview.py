@@ -109,7 +109,7 @@ def takes(x: Tensor, weight_VD: Tensor, scale: Tensor | None) -> bool:
 
     x: hidden states [..., D]; for more than one token, the result is False. weight_VD: weight of the head [V, D]; if
     the kernel cannot read it (`readable`), for example because of its dtype, the result is False, too. scale: fp32
-    scales of an int8 head, [V, D / 64]; None if the head is in floating point.
+    scales of an int8 head, [V], [V, D / 64] or [V, D / 32]; None if the head is in floating point.
     """
     if (
         x.numel() != weight_VD.shape[1]
@@ -137,8 +137,8 @@ def logits(x: Tensor, preview: Preview, weight_VD: Tensor, scale: Tensor | None,
 
     The result is [..., V] in the dtype of x. Call it only if `takes` returned True. x: hidden states [..., D] of one
     token. preview: a low-rank four-bit copy of the head, which picks the candidates and gives all other logits.
-    weight_VD: weight of the head [V, D]. scale: fp32 scales of an int8 head, [V, D / 64], or None. candidates: number
-    of vocabulary tokens that get exact logits, at most V.
+    weight_VD: weight of the head [V, D]. scale: fp32 scales of an int8 head, [V], [V, D / 64] or [V, D / 32]; None if
+    it is in floating point. candidates: number of vocabulary tokens that get exact logits, at most V.
     """
     given = (preview.turn, preview.shift, preview.packed, preview.scale, preview.offset, weight_VD, scale, candidates)
     return int8.called(_native(), NATIVE, x, *given)

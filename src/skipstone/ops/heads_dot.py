@@ -164,7 +164,7 @@ def _spread(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
 
 @intrinsic
 def half(context, address):  # type: ignore[no-untyped-def]
-    """Return the fp16 number at an address as fp32; for code compiled by numba only.
+    """Return the fp16 number at `address`, an int64, as fp32; for code compiled by numba only.
 
     context: supplied by numba, not by the caller.
     """
@@ -177,7 +177,7 @@ def half(context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_half(context, address, number):  # type: ignore[no-untyped-def]
-    """Store an fp32 number as the nearest of fp16, ties to even, and as 65,504 what is larger, negative ones alike.
+    """Store an fp32 number in fp16, rounded to nearest, ties to even; beyond the range it becomes 65,504 or -65,504.
 
     For code compiled by numba only. NaN stays NaN. context: supplied by numba, not by the caller. address: where to.
     number: the fp32 number.
@@ -227,7 +227,7 @@ add_one_half, add_two_halves, add_three_halves, add_four_halves = (_weighted(hea
 
 @inner
 def scores(heads: int, count: int, width: int, keys: Array, places: Array) -> None:
-    """Write the inner products of one to four queries with up to four keys, fp32; compiled by numba.
+    """Write the fp32 inner products of one to four fp32 queries with one to four keys; compiled by numba.
 
     heads: the number of queries. count: the number of keys. width: the head size. keys: the address of the first key,
     the bytes from one to the next, and the bytes of a number, SINGLE or HALF. places: the address of the first query,
@@ -272,11 +272,12 @@ def scores(heads: int, count: int, width: int, keys: Array, places: Array) -> No
 
 @inner
 def add_values(heads: int, count: int, width: int, values: Array, places: Array) -> None:
-    """Add up to four values times the weights of one to four heads to the heads' outputs; compiled by numba.
+    """Add one to four values, times weights, to the outputs of one to four heads; compiled by numba.
 
     heads: the number of outputs. count: the number of values. width: the head size. values: the address of the first
     value, the bytes from one to the next, and the bytes of a number, SINGLE or HALF. places: the address of the first
-    output, behind which the others lie; that of its fp32 weights; and the bytes from there to those of the next output.
+    fp32 output, behind which the others lie; that of its fp32 weights, one for each value; and the bytes from there to
+    those of the next output.
     """
     (value_at, step, size), (out_at, weight_at, row) = values, places
     each, steps = SINGLE * width, width // STEP if count == KEYS else 0

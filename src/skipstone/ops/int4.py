@@ -62,7 +62,7 @@ def inputs_of(weight_OP: Tensor) -> int:
 
 
 def pack(number_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
-    """Return the four-bit matrix, uint8 [O, P], with these numbers, scales and offsets.
+    """Return the four-bit matrix with these numbers, scales and offsets, uint8 [O, P], P = 5 I / 8 bytes a row.
 
     number_OI: integers from 0 to 15, I a multiple of 64. scale_OG, offset_OG: fp16, one for each 32 inputs.
     """
@@ -74,7 +74,7 @@ def pack(number_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
 def unpack(weight_OP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parts of a four-bit matrix: numbers, uint8 [O, I], scales and offsets, fp16 [O, G] each.
 
-    It inverts `pack`. weight_OP: uint8 [O, P].
+    It inverts `pack`. weight_OP: uint8 [O, P], P = 5 I / 8 bytes for each of O outputs, I inputs in G groups of 32.
     """
     inputs = inputs_of(weight_OP)
     size = inputs // GROUP * 2
@@ -103,12 +103,12 @@ def _unwoven(number_OI: Tensor) -> Tensor:
 
 
 def quantise(weight_OI: Tensor) -> Tensor:
-    """Round a weight matrix to four bits and return it packed (`pack`), uint8 [O, P].
+    """Round a weight matrix to four bits and return it packed (`pack`), uint8 [O, P], P = 5 I / 8 bytes a row.
 
-    weight_OI: [O, I], I a multiple of 64. Of several scales for a group, each with the offset and scale of least
-    squares for the numbers that it gives, the one with the smallest squared error is taken, as in `make_qkx2_quants` of
-    llama.cpp. Raises ValueError for weights that are not finite, or whose largest magnitude is too large or too small
-    for fp16 scales (`fits`).
+    weight_OI: [O, I], I a multiple of 64. For each group of 32 inputs, several scales are tried: each gives numbers
+    from 0 to 15, to which a scale and an offset are fitted by least squares, and the fit with the smallest squared
+    error is taken, as in `make_qkx2_quants` of llama.cpp. Raises ValueError for weights that are not finite, or whose
+    largest magnitude is too large or too small for fp16 scales (`fits`).
     """
     if not bool(weight_OI.isfinite().all()):
         raise ValueError("weights that are not finite cannot be rounded to int4")
@@ -161,9 +161,10 @@ def restore(weight_OP: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, for a four-bit weight. Gradients reach x, not the weights.
 
-    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P]. Without gradients, on a CPU with numba, tokens
-    are rounded to int16 and multiplied with the numbers as they are stored: sums of 32 products are exact, and are
-    scaled and added in fp32. Otherwise parts of the weights are restored in the dtype of x and multiplied as usual.
+    x: [..., I], fp32, bf16 or fp16. weight_OP: uint8 [O, P], as `pack` returns it, P = 5 I / 8 bytes a row. Without
+    gradients, on a CPU with numba, tokens are rounded to int16 and multiplied with the numbers as they are stored: sums
+    of 32 products are exact, and are scaled and added in fp32. Otherwise parts of the weights are restored in the dtype
+    of x and multiplied as usual.
     """
     inputs = inputs_of(weight_OP)
     if not in_place(x, inputs):

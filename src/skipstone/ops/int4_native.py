@@ -135,7 +135,8 @@ def four_bit_rows(
 def linear(x: Tensor, weight_OP: Tensor) -> Tensor:
     """Return x weight^T, [..., O] in the dtype of x, reading each four-bit weight from memory once.
 
-    x: [..., I], few tokens of I inputs. weight_OP: uint8 [O, P], P = 5 I / 8 bytes for each of O outputs (`int4.pack`).
+    x: [..., I], meant for few tokens of I inputs, with no limit. weight_OP: uint8 [O, P], P = 5 I / 8 bytes for each of
+    O outputs (`int4.pack`).
     """
     weight_OP = weight_OP.contiguous()
     matrix = (weight_OP.data_ptr(), 0, 0, 0)

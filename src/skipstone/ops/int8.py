@@ -3,7 +3,8 @@
     y = x (scale * weight)^T
 
 A call with few tokens is bound by reading the weights; on a CPU, a kernel compiled by numba reads them once, as they
-are stored. A call with many tokens restores a part of the rows at a time and multiplies it as usual.
+are stored. Where that cannot be used (`linear`), a part of the rows at a time is converted to floating point and
+multiplied as usual.
 
 Shape letters: N tokens, I inputs, O outputs, G groups of inputs.
 """
@@ -51,9 +52,9 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
     """Round a weight matrix to int8, with one scale for each row or for each group of inputs.
 
     weight_OI: [O, I] (outputs, inputs). group: number of inputs that share a scale, a divisor of I; None means a whole
-    row. In groups of 32, weights that are multiples of one number in each group (`on_a_grid`) keep their values.
-    Returns the numbers, int8 [O, I] in [-127, 127], and their fp32 scales, [O], or [O, I / group] if `group` is given.
-    Raises ValueError for weights that are not finite.
+    row. In groups of 32, weights that are integer multiples, up to 127-fold, of one number in each group (`on_a_grid`)
+    keep their values. Returns the numbers, int8 [O, I] in [-127, 127], and their fp32 scales, [O], or [O, I / group] if
+    `group` is given. Raises ValueError for weights that are not finite.
     """
     weight_OGI = weight_OI.detach().float().unflatten(1, (-1, group or weight_OI.shape[1]))
     largest_OG = weight_OGI.abs().amax(2)
@@ -67,7 +68,7 @@ def quantise(weight_OI: Tensor, group: int | None = None) -> tuple[Tensor, Tenso
 
 
 def on_a_grid(weight_OI: Tensor) -> bool:
-    """Return whether, in groups of 32 inputs, all weights are multiples, up to 127-fold, of one number for each group.
+    """Return whether all weights are integer multiples, up to 127-fold, of one number per group of 32 inputs.
 
     That is so for weights from blocks such as Q8_0, Q5_0 or Q4_0 of llama.cpp, and hardly for any others. weight_OI:
     [O, I]; if I is not a multiple of 32, the result is False. Only 64 groups, spread over the matrix, are looked at.

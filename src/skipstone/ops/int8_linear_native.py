@@ -22,7 +22,8 @@ PIECE = 128  # tokens that are multiplied at a time: so many stay in a processor
 def linear(x: Tensor, weight_OI: Tensor, scale: Tensor) -> Tensor:
     """Return x (scale * weight)^T, [..., O] in the dtype of x, reading each int8 weight from memory once.
 
-    x: [..., I], few tokens of I inputs. weight_OI: int8, for O outputs. scale: fp32 [O], [O, I / 64] or [O, I / 32].
+    x: [..., I], meant for few tokens of I inputs, with no limit. weight_OI: int8, for O outputs. scale: fp32 [O], [O, I
+    / 64] or [O, I / 32].
     """
     outputs, inputs = weight_OI.shape
     fine = scale.numel() * FINE == outputs * inputs
@@ -47,10 +48,10 @@ def multiplied(
 ) -> Tensor:
     """Return the product of few tokens x [..., I] with a stored matrix, [..., O] in the dtype of x.
 
-    One thread or several compute it. rows: the kernel that computes a range of the outputs, such as `grouped_rows`.
-    matrix: the kernel's first arguments, which are the addresses of weights, scales and biases, and the number of
-    scales per output. sizes: O and I, the numbers of outputs and inputs. rounded: whether the kernel takes the tokens
-    in int16; if not, in fp32.
+    One thread or several compute it, 128 tokens at a time. rows: the kernel that computes a range of the outputs, such
+    as `grouped_rows`. matrix: the kernel's first arguments, which are the addresses of weights, scales and biases, and
+    the number of scales per output. sizes: O and I, the numbers of outputs and inputs. rounded: whether the kernel
+    takes the tokens in int16; if not, in fp32.
     """
     (outputs, inputs), given = sizes, _plain(x)
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32)

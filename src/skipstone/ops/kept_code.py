@@ -1,8 +1,8 @@
 """Where numba keeps compiled functions on disk: never stale, and damaged or missing files only cost time.
 
-Numba by itself looks at nothing but the file of the function that it was asked for, though the code contains what that
-function calls or reads from other files; it raises an error for a damaged file, and where there is no folder to write
-to.
+Numba by itself takes a stored function for stale only if the file that defines it has changed, though its code contains
+what the function calls or reads from other files; it raises an error for a damaged file, and where there is no folder
+to write to.
 """
 
 from __future__ import annotations

@@ -42,11 +42,12 @@ NATIVE, NATIVE_LARGEST = torch.ops.skipstone.magnitude_mlp, torch.ops.skipstone.
 
 
 class MagnitudeWeights(NamedTuple):
-    """The weights of one token's MLP, and how many of its groups of `size` adjacent neurons are computed.
+    """The weights of one token's MLP, and how many of its groups of neurons are computed.
 
     typical_F: fp32, typical magnitude (root mean square) of the up projection's output for each of F neurons. up_FD:
     weight of the up projection for D inputs. down_FD: transposed weight of the down projection. tried: number of groups
-    whose up projection is computed. kept: number of groups, at most `tried`, whose down projection is computed.
+    whose up projection is computed. kept: number of groups, at most `tried`, whose down projection is computed. size:
+    number of adjacent neurons in a group.
     """
 
     typical_F: Tensor
@@ -124,9 +125,10 @@ def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> Magnitud
 
 
 def reads_in_place(up: Tensor, down: Tensor) -> bool:
-    """Return whether rows of these matrices, if contiguous, can be read in place (numba, a CPU, fp32 or bf16).
+    """Return whether the numba kernel can read rows of these matrices without copying them: fp32 or bf16, on a CPU.
 
-    up, down: weights of the up projection and of the down projection.
+    The result is False without numba. Contiguity, which the kernel needs too, is not checked. up, down: weights of the
+    up projection and of the down projection.
     """
     return up.dtype == down.dtype in (torch.float32, torch.bfloat16) and up.is_cpu and _kernels() is not None
 

@@ -1,9 +1,9 @@
 """One token's MLP from the weights of the chosen neurons, compiled by numba for this processor.
 
 The result is that of `magnitude.one_token`. Rows are read in place, eight at a time, because a single stream does not
-use the memory bandwidth. Sums are fp32 whatever the weights' dtype; bf16 is read as the upper half of an fp32 number,
-because numba has no such type. Of equal scores the first are chosen. Tensors are passed by address, because making
-numpy arrays of them would take a small model as long as its products.
+use the whole memory bandwidth. Sums are fp32 whatever the weights' dtype; bf16 is read as the upper half of an fp32
+number, because numba has no such type. Of equal scores the first are chosen. Tensors are passed by address, because
+making numpy arrays of them would take a small model as long as its products.
 
 Shape letters: D width, F neurons, J neurons that are on, G groups.
 """

@@ -33,12 +33,13 @@ one_apart, two_apart, four_apart, eight_apart = (_dots(tokens, 0) for tokens in 
 
 @inner
 def multiplied_single(weight_at: int, x_at: int, width: int, rows: Array, h: Array, single: int) -> None:
-    """Multiply tokens with the fp32 rows of listed neurons, four rows at a time; compiled by numba.
+    """Multiply tokens with the fp32 rows of listed neurons; compiled by numba.
 
-    If their number is not a multiple of four, the last row is repeated, so that all products are computed alike.
-    weight_at, x_at: addresses of the fp32 weight [F, width] and of the tokens [K, width]. rows: indices of the neurons.
-    h: fp32 [K, F], where the products are written. single: the address of `decode_products_native.single_rows`, which
-    multiplies four tokens or more.
+    One to three tokens are multiplied with four rows at a time; if the rows are no multiple of four, the last is
+    repeated, so that all products are computed alike. weight_at, x_at: addresses of the fp32 weight [F, width] and of
+    the tokens [K, width]. rows: indices of the neurons. h: fp32 [K, F], K tokens and F neurons, where the products are
+    written. single: the address of `decode_products_native.single_rows`, which is called for each row if there are four
+    tokens or more.
     """
     (K, F), count = h.shape, len(rows)
     weight, x = _lying(weight_at, (F, width), ONE), _lying(x_at, (K, width), ONE)
@@ -61,9 +62,9 @@ def multiplied_single(weight_at: int, x_at: int, width: int, rows: Array, h: Arr
 def multiplied_int8(matrix: Array, places: Array, width: int, rows: Array, h: Array) -> None:
     """Multiply tokens with the int8 rows of listed neurons, while the row after the next is prefetched.
 
-    Compiled by numba. matrix: addresses of weight [F, width], scales and bias, and number of scales per row. places:
-    addresses of the tokens rounded to int16 and of the factors that restore them. width: inputs of the matrix. rows:
-    indices of the neurons. h: fp32 [K, F], where the products are written.
+    Compiled by numba. matrix: addresses of weight [F, width], scales and bias (not read), and number of scales per row.
+    places: addresses of the tokens rounded to int16 and of the factors that restore them. width: inputs of the matrix.
+    rows: indices of the neurons. h: fp32 [K, F] for K tokens and F neurons, where the products are written.
     """
     weight_at, scale_at, scales, (x_at, unit_at) = matrix[0], matrix[1], matrix[3], places
     K, groups, stride, row = h.shape[0], width // GROUP, 4 if scales > 1 else 0, 2 * width
@@ -171,11 +172,11 @@ def summed_int8(
 ) -> None:
     """Compute the down projection from listed neurons of an int8 weight, for outputs `first` to `last` - 1.
 
-    Compiled by numba. Rows of 64 neurons that share scales are summed as integers. weight_at: address of the int8
-    weight, stored neuron by neuron, [F, D]. scale_at: address of fp32 scales [M, D], or [1, D]. scales: M, or 1.
-    rounded_at, unit_at: addresses of the inputs rounded to int16 [K, F], and of the K factors that restore them.
-    tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at: address of the result,
-    fp32 [K, D]. first, last: multiples of 16, or D.
+    Compiled by numba. The products of each of M groups of 64 neurons are summed as integers. weight_at: address of the
+    int8 weight, stored neuron by neuron, [F, D]. scale_at: address of fp32 scales, [M, D] or [1, D]. scales: M or 1.
+    _h_at: not used. rounded_at, unit_at: addresses of the inputs rounded to int16 [K, F], and of the K factors that
+    restore them. tokens, neurons, width: K, F, D. rows_at, count: address and length of the list, int64. y_at: address
+    of the result, fp32 [K, D]. first, last: multiples of 16, or D.
     """
     y, rows, K, F, D = _lying(y_at, (tokens, width), ONE), _lying(rows_at, (count,), 0), tokens, neurons, width
     _clear(y, first, last)

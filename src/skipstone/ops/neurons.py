@@ -41,10 +41,11 @@ class Runs:
 
     @classmethod
     def of(cls, group_NK: Tensor, begins_N: Tensor, total: int, size: int) -> Runs:
-        """Divide N tokens into runs, consecutive tokens that keep the same groups of neurons, and return these.
+        """Return the runs of N tokens, given the tokens at which they begin.
 
-        The host waits once for the device. group_NK: int64, the groups that each token keeps, ascending. begins_N:
-        bool, tokens at which a run begins, including the first. total: number of all groups. size: neurons per group.
+        All tokens of a run have to keep the same groups of neurons, which is not checked. The host waits once for the
+        device. group_NK: int64, the groups that each token keeps, ascending. begins_N: bool, tokens at which a run
+        begins, including the first. total: number of all groups. size: neurons per group.
         """
         start_M = begins_N.nonzero()[:, 0]
         group_MK = group_NK.index_select(0, start_M)

@@ -171,7 +171,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Return x in the dtype of autocast, or x itself if autocast is off.
+    """Return x in the dtype of autocast, or x itself if autocast is off or x is fp64.
 
     Several products with the result then share one saved copy of it for the backward pass; otherwise each would save
     its own.

@@ -1,4 +1,4 @@
-"""`reference.score_linear`, a router's fp32 product, saving only the unconverted input for the backward pass.
+"""`reference.score_linear`, a router's fp32 product, saving the input unconverted for the backward pass.
 
 The plain form in `reference` saves an fp32 copy of a bf16 input, or the normalised input: one or two times the size of
 the stream, which dominates the memory of a routed block that computes an eighth of the tokens. With n = |x| / sqrt(D),
@@ -21,7 +21,7 @@ from skipstone.ops import reference
 
 
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
-    """Return a router's product x weight^T + bias in fp32, [..., O], saving only x for the backward pass.
+    """Return a router's product x weight^T + bias in fp32, [..., O], saving no fp32 copy of x for the backward pass.
 
     x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
     square. The result can be differentiated once.

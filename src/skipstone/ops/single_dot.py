@@ -1,6 +1,6 @@
 """Inner products of a row of fp32, bf16 or fp16 weights with a few fp32 tokens, as LLVM operations for numba.
 
-Weights of 16 bits are widened in registers, which changes no value: bf16 is the first half of an fp32 number, and
+Weights of 16 bits are widened in registers, which changes no value: bf16 is the upper half of an fp32 number, and
 processors have an instruction for fp16. A loop over four tokens that LLVM vectorises by itself takes a sixth more time.
 Asking for memory ahead, which helps with int8 weights, makes fp32 ones slower, and so do two rows at once.
 """

@@ -141,10 +141,10 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 class Family:
     """The rules by which a family of pretrained decoders is translated to our configuration and back.
 
-    read: returns our configuration fields for a configuration of the family. write: returns the family's fields for our
-    configuration and the family's name of the activation, without fields that have the same names in all families, such
-    as vocab_size, which `family_config` adds. layout: translates tensors. only: settings of the family that change its
-    result, each with the values that we support, its default first.
+    read: a function of a configuration of the family that returns our configuration fields. write: a function of our
+    configuration and of the family's name of the activation that returns the family's fields, except those that have
+    the same names in all families, such as vocab_size, which `family_config` adds. layout: translates state dicts.
+    only: settings of the family that change its result, each with the values that we support, its default first.
     """
 
     read: Callable[[PreTrainedConfig], Options]
@@ -170,7 +170,7 @@ def context_of(theirs: PreTrainedConfig) -> int:
 
 
 def special_of(theirs: PreTrainedConfig, name: str) -> int | list[int] | None:
-    """Return the special token id or ids in a field of a transformers configuration; None if negative.
+    """Return the special token id or ids in a field of a transformers configuration; None if negative or not set.
 
     theirs: the configuration. name: the name of the field.
     """
@@ -304,9 +304,8 @@ def windows(theirs: PreTrainedConfig) -> Options:
 def one_window(theirs: PreTrainedConfig) -> Options:
     """Return {"attention_window": tokens} for a family with the same window in every block, or {} if there is none.
 
-    In transformers, such a family uses the window whatever `layer_types` says. theirs: a configuration of transformers.
-    Raises ValueError if `layer_types` contradicts this: transformers would follow it in passes with a cache, and not in
-    those without.
+    theirs: a configuration of transformers. Raises ValueError if its `layer_types` contradicts its `sliding_window`:
+    the class in transformers would follow the first in passes with a cache, and the second in those without.
     """
     window, types = theirs.sliding_window, {*(getattr(theirs, "layer_types", None) or [])}
     if types - {FULL if window is None else SLIDING}:

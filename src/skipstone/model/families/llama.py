@@ -1,6 +1,6 @@
 """How checkpoints of Llama and of families like it are translated to our configuration and tensor names.
 
-Mistral, Qwen2, Qwen3, SmolLM3 and Granite differ from Llama in single options.
+Mistral, Ministral, Qwen2, Qwen3, SmolLM3 and Granite differ from Llama in single options.
 """
 
 from __future__ import annotations

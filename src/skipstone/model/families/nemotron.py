@@ -1,6 +1,6 @@
 """How checkpoints of Nemotron and Minitron are translated to our configuration and tensor names.
 
-They have LayerNorm times 1 + w, a plain MLP with a squared ReLU, and RoPE on part of each head.
+They have LayerNorm with the factor 1 + weight, a plain MLP with a squared ReLU, and RoPE on part of each head.
 """
 
 from __future__ import annotations

@@ -65,9 +65,10 @@ def convert_from(file: str | Path, out: Path, layout: str, dtype: Dtype = None, 
 def convert_to(folder: str | Path, out: Path, layout: str, dtype: Dtype = None) -> None:
     """Write one of our models, saved in `folder`, in a paper's released layout to the file `out`.
 
-    out: ends in .pt or .safetensors, which chooses the format. layout: "polychromatic"; "tsa" can only be read. dtype:
-    the dtype to write; None means the saved weights' dtype. Raises FileExistsError if `out` exists, and ValueError for
-    another layout or suffix, and for a model that the released code would compute differently.
+    out: ends in .pt or .safetensors, which chooses the format. layout: "polychromatic" (PolychromaticLM); the other
+    layout, "tsa", can only be read. dtype: the dtype to write; None means the saved weights' dtype. Raises
+    FileExistsError if `out` exists, and ValueError for another layout or suffix, and for a model that the released code
+    would compute differently.
     """
     out, writers = Path(out), {name: found.write for name, found in LAYOUTS.items() if found.write is not None}
     write = choose("layout to write", layout, writers)

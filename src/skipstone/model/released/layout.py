@@ -26,9 +26,10 @@ class Translated:
 class ReleasedLayout:
     """A layout in which a paper's authors released weights: how to read and write it.
 
-    read: translates a file's weights to ours, given options. write: translates one of our models to a file's weights;
-    None if that is not supported. options: the names of the options of `read`, values that the weights do not contain.
-    Both functions raise ValueError for weights or models that do not fit the layout.
+    read: a function of a file's weights and of options that returns our configuration fields and tensors. write: a
+    function of one of our models that returns a file's weights; None if that is not supported. options: the names of
+    the options of `read`, values that the weights do not contain. Both functions raise ValueError for weights or models
+    that do not fit the layout.
     """
 
     read: Callable[[Weights, Options], Translated]
