@@ -22,9 +22,9 @@ def checked_prompt(
 
     input_ids: int64 [B, T], T tokens in each of B rows. attention_mask: [B, T], 1 for tokens and 0 for padding; None
     means no padding. max_new_tokens: how many tokens are to be generated. Warns if a mechanism's decisions are not
-    reliable yet. Raises ValueError for a model that is not a Skipstone model, ids or a mask of the wrong kind or shape,
-    an empty prompt, padding on the right, a row that would exceed the model's context, and a mechanism that cannot
-    decide without later tokens.
+    reliable yet. Raises ValueError for a model that is not a Skipstone model, max_new_tokens below 1, ids or a mask of
+    the wrong kind or shape, an empty prompt, padding on the right, a row that would exceed the model's context, and a
+    mechanism that cannot decide without later tokens.
     """
     require_ours(model)
     check_count("max_new_tokens", max_new_tokens)
