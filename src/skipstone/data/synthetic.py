@@ -110,9 +110,9 @@ def solve(
 def aligned(input_BT: NDArray[np.int64], target_BT: NDArray[np.int64], difficulty_BT: NDArray[np.int64]) -> Batch:
     """Return rows with these ids, targets and difficulties as a dict of int64 arrays (B, T).
 
-    Its keys are input_ids, shift_labels, labels and difficulty. input_BT: token ids. target_BT: the target of the
-    logits at the same place, which becomes shift_labels; labels has the same targets one place later, as models that
-    shift labels expect, and begins with -100. difficulty_BT: the tokens' difficulties, numbers of operations on which
+    Its keys are input_ids, shift_labels, labels and difficulty. input_BT: token ids. target_BT: for each place the
+    target of the logits there; these become shift_labels, and labels has them one place later, as models that shift
+    labels expect, and begins with -100. difficulty_BT: the tokens' difficulties, numbers of operations on which
     they depend; -1 for fillers.
     """
     labels_BT = np.full_like(target_BT, IGNORE)

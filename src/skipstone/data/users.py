@@ -26,8 +26,8 @@ def text(argument: str) -> Corpus:
 
     Files are ordered by path. If the folder has train.txt and validation.txt (or valid.txt or val.txt), and optionally
     test.txt, these are the splits, and other files are not read. Otherwise the whole text is cut into 90 % train and 10
-    % validation. argument: the PATH. Raises FileNotFoundError if there is no such file; reading raises ValueError for a
-    file that is not UTF-8.
+    % validation. argument: the PATH. Raises FileNotFoundError if there is no such file, and `Damaged` (a ValueError) if
+    a file differs from the hashes that the folder has recorded; reading raises ValueError for a file that is not UTF-8.
     """
     files, path = _files("text", argument, ".txt"), Path(argument).expanduser()
     if path.is_dir():
