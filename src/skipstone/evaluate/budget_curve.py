@@ -1,6 +1,6 @@
 """FLOPs and loss of one model at several budgets, and its budget table, measured on a run's text.
 
-A budget is a share of the dense model's forward FLOPs, the table the routing thresholds that meet each budget.
+A budget is a share of the dense model's forward FLOPs; the table holds the routing thresholds that meet each budget.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ from skipstone.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Memory:
-    """The running sums that a router stored in the KV cache in earlier calls; empty without a cache.
+    """The values, such as running sums, that a mechanism stored in the KV cache in earlier calls; empty without one.
 
     tokens: the tokens of the current call. cache: the cache of this layer, or None. name: the name under which the
-    router stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
+    mechanism stores its entries there. An entry has one vector for each token, so that cropping the cache stays exact.
     """
 
     tokens: Tokens

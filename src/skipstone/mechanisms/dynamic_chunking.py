@@ -84,9 +84,9 @@ class DynamicChunking(DepthMechanism):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set both projections to the identity and the threshold on 2 p - 1 to 0.
+        """Set both projections to the identity, and to 0 the threshold that 2 p - 1 must exceed for a chunk to begin.
 
-        The first comparisons are thus between neighbouring hidden states themselves.
+        p: the probability that a chunk begins. The first comparisons are between neighbouring hidden states themselves.
         """
         init.eye_(self.query_weight)
         init.eye_(self.key_weight)

@@ -1,7 +1,7 @@
 """Statistics of a mix of activations in a pass without noise, computed from the logits that it recorded.
 
-The mix is softmax_k((preference + dynamic) / tau), the share of each activation in each neuron. Shape letters: B rows,
-T tokens, F neurons, A activations.
+The mix is softmax_k((preference + dynamic) / tau), the share of each activation k in each neuron; preference is learned
+for the neuron, dynamic are the recorded logits of the token. Shape letters: B rows, T tokens, F neurons, A activations.
 """
 
 from __future__ import annotations

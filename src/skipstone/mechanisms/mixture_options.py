@@ -35,7 +35,7 @@ class MixtureOfDepthsConfig:
     each routed block, or a `Ramp` {start, end, shape} over depth. None means .125, or .2 with decision "boundary"; that
     one keeps as many tokens as the text has boundaries, and only cost estimates use its capacity. decision: the rule
     that keeps tokens: "ema_threshold" (scores above a running quantile), "topk" (each document's best, which cannot
-    generate), "threshold" (the same in training, scores above 0 in generation), "predictor" (the same in training, what
+    generate), "threshold" (topk in training, scores above 0 in generation), "predictor" (topk in training, what
     an MLP predicts in generation), "threshold_p" (sigmoid(score) above `threshold`), "boundary" (word boundaries),
     "forced" (masks that the caller gives), "random" or "positional" (controls). threshold: a probability in (0, 1), for
     "threshold_p". boundary: options of decision "boundary"; None means `Boundaries()`. capacity_warmup: fraction of

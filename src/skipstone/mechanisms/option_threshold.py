@@ -1,4 +1,4 @@
-"""The threshold of a gate whose value is a configuration option, shared by all blocks of an entry of `mechanisms`.
+"""Access to a gate's threshold that is a configuration option, shared by all blocks of an entry of `mechanisms`.
 
 It is shared because gains, unlike scores, can be compared between blocks: each is the factor on an update. And with a
 threshold of its own in each block, a token that has exited early could come back in a later one.

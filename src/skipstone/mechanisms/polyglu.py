@@ -12,7 +12,8 @@ step of an adaptive optimizer does not depend on the size of the gradient, alpha
 as other weights. tau is a buffer that the trainer anneals.
 
 A price on neurons that are on (`price`) draws neurons to ReLU whose pre-activations W_gate x are often negative,
-because only ReLU is then exactly 0. Hardened, such a model leaves these neurons out when it decodes (`zeros.py`):
+because only ReLU is then exactly 0. Once each neuron is fixed to its strongest function (hardened), such a model leaves
+these neurons out when it decodes (`zeros.py`):
 
     on     = mean over neurons of 1 - g_relu * P(gate <= 0)    without noise; P over the tokens of the pass, a constant
     loss  += price * on

@@ -1,4 +1,4 @@
-"""Schedules over a training: their progress, and the current capacity.
+"""Schedules over a training: their progress, and the capacity, the share of tokens that a block keeps at present.
 
 A trainer advances schedules between optimizer steps, not in forward, which activation checkpointing repeats.
 """
