@@ -1,4 +1,4 @@
-"""Model configurations by name: `presets.get("polychromatic-0.6b")` returns one, and arguments replace its values."""
+"""Model configurations by name: `presets.get("polychromatic-0.6b")` returns one; keyword arguments replace values."""
 
 from __future__ import annotations
 

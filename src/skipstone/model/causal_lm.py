@@ -122,8 +122,8 @@ class SkipstoneForCausalLM(SkipstonePreTrainedModel, GenerationMixin):
         labels: int64 [B, T], the input ids (shifted here), -100 for no target; or, already shifted, `shift_labels`.
         logits_to_keep: compute the logits of this many last tokens (0 means all) or at these indices. loss_chunk: with
         labels, compute this many tokens' logits at a time and return none; 0 means all at once. distillation: a
-        teacher's outputs, which need loss_chunk; `loss` then weighs in the divergence from them; `token_loss` carries
-        no gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
+        teacher's outputs, which need loss_chunk; `loss` then includes the divergence from them, and `token_loss` has no
+        gradient. Losses are sums over labelled tokens, divided by their number or by `num_items_in_batch`; with
         `config.auxiliary_loss_over` "all", mechanisms' losses are means over the tokens that reach them.
         """
         target_BT = _targets(labels, kwargs)

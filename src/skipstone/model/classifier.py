@@ -14,8 +14,8 @@ class SkipstoneForSequenceClassification(GenericForSequenceClassification, Skips
 
     The scores, [B, num_labels], are read at the last token of each row that is not `config.pad_token_id`. The loss is
     the labels' loss alone: routers' auxiliary losses are not added, so routers learn only through the weights of
-    updates. Its forward passes further arguments to the decoder: routing ("oracle", "causal", or bool masks [B, T]
-    (rows, tokens) of kept tokens by block), noise, executor ("gathered" computes kept tokens only, "masked" all) and
+    updates. Further arguments of `forward` go to the decoder: routing ("oracle", "causal", or bool masks [B, T] (rows,
+    tokens) of kept tokens by block), noise, executor ("gathered" computes kept tokens only, "masked" all) and
     document_ids.
     """
 

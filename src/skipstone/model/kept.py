@@ -39,7 +39,10 @@ class DecoderLike(Protocol):
 
 
 class ModelLike(Weighted, Protocol):
-    """The interface of a decoder, or of a model that contains one, as the cost model reads it."""
+    """The interface of a decoder, or of a model that contains one, as the cost model reads it.
+
+    decoder: the decoder, which may be the object itself. `get_output_embeddings` returns the head, None without one.
+    """
 
     @property
     def decoder(self) -> DecoderLike: ...

@@ -33,7 +33,7 @@ def mixture(frame_at: int, count: int) -> None:
     frame_at: address of the thread's frame, its int64 array of addresses and sizes (`decode_frame.py`), which holds the
     addresses of gate and up, fp32 [K, F]. count: K. The router's logits are written to the call's results, NaN for
     tokens whose MLP is not computed. The router reads a mean of projections of the row's tokens so far, whose running
-    sums are written to the cache, or the token alone.
+    sums are written to the cache, or the projection of the token alone.
     """
     frame = framed(frame_at)
     T, L, F, block, part = frame[of.TOKENS], frame[of.BLOCKS], frame[of.NEURONS], frame[of.INDEX], frame[of.PART]

@@ -1,6 +1,7 @@
 """A block's MLP, with its activation functions, in the decoding step that runs all blocks as one compiled call.
 
-Shape letters: T tokens of the call, K of them that get an update, D width, F neurons, N runs of neurons.
+Shape letters: T tokens of the call, K of them that get an update, D width, F neurons, N runs of neurons with the same
+function.
 """
 
 from __future__ import annotations

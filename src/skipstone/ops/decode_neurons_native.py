@@ -153,8 +153,8 @@ def spread(score_at: int, groups: int, count: int, size: int, on_at: int) -> Non
 def needed(on: Array, rows: Array) -> int:
     """Write the indices of the neurons that at least one token needs to `rows`, ascending, and return their number.
 
-    Compiled by numba. on: bool [K, F], the neurons that each of K tokens needs. rows: int64 [F], of which the entries
-    behind the last index are left as they are.
+    Compiled by numba. on: bool [K, F], the neurons that each of K tokens needs. rows: int64 [F] for F neurons, of which
+    the entries behind the last index are left as they are.
     """
     count = 0
     for f in range(on.shape[1]):
@@ -170,8 +170,8 @@ def needed(on: Array, rows: Array) -> int:
 def or_all(count: int, rows: Array) -> int:
     """Return how many neurons' weights to read: `count`, or all if reading all of them is less work than picking.
 
-    Compiled by numba. count: number of neurons that some token needs. rows: int64 [F], which begins with their indices;
-    if all neurons are to be read, the indices 0, 1, 2, ... are written here.
+    Compiled by numba. count: number of neurons that some token needs. rows: int64 [F] for F neurons, which begins with
+    their indices; if all neurons are to be read, the indices 0, 1, 2, ... are written here.
     """
     if np.float32(count) <= WORTH * np.float32(len(rows)):
         return count
@@ -207,8 +207,9 @@ def multiplied(frame: Array, matrix: Array, rows: Array, a: Array, on: Array, h:
 
     frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the addresses of the tokens x,
     in fp32 and rounded to int16. matrix: of the up matrix, the addresses of weight, scale and bias (not read), and the
-    number of scales per row. rows: indices of the neurons. a: activations, fp32 [K, F]. on: bool [K, F], the neurons
-    that each token needs. h: fp32 [K, F], where the result is written; columns of other neurons are left as they are.
+    number of scales per row. rows: indices of the neurons. a: activations, fp32 [K, F] for K tokens and F neurons. on:
+    bool [K, F], the neurons that each token needs. h: fp32 [K, F], where the result is written; columns of other
+    neurons are left as they are.
     """
     if matrix[1]:
         multiplied_int8(matrix, (frame[of.ROUNDED], frame[of.UNIT]), frame[of.WIDTH], rows, h)

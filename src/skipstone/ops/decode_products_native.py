@@ -121,8 +121,8 @@ def normed(frame: Array, tokens: Array, weight_at: int) -> None:
     """Normalise tokens of the residual stream by root mean square into the thread's own memory, or copy them.
 
     Compiled by numba. frame: the thread's int64 array of addresses and sizes (`decode_frame.py`); it holds the address
-    of the result, fp32 [K, D]. tokens: indices of the K tokens in the call. weight_at: address of the norm's weight
-    [D]; 0 means that the tokens are copied.
+    of the result, fp32 [K, D] for width D. tokens: indices of the K tokens in the call. weight_at: address of the
+    norm's weight [D]; 0 means that the tokens are copied.
     """
     width, numbers = frame[WIDTH], _lying(frame.ctypes.data + 8 * NUMBERS, (3,), np.float64(0))
     x, out = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(frame[NORMED], (len(tokens), width), ONE)
@@ -243,10 +243,10 @@ def single_rows(
 def added(frame: Array, y_at: int, tokens: Array, scale: Array, norm_at: int) -> None:
     """Add an update, scaled for each token, to the residual stream; compiled by numba.
 
-    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). y_at: address of the update, fp32 [K,
-    D]. tokens: indices of the K tokens in the call. scale: fp32 [K], the factors. norm_at: address of the weight of a
-    norm by which the update is first normalised (0: none); then one thread computes all columns, because a norm needs
-    all of them.
+    frame: the thread's int64 array of addresses and sizes (`decode_frame.py`). y_at: address of the update, fp32 [K, D]
+    for width D. tokens: indices of the K tokens in the call. scale: fp32 [K], the factors. norm_at: address of the
+    weight of a norm by which the update is first normalised (0: none); then one thread computes all columns, because a
+    norm needs all of them.
     """
     part, width = frame[PART], frame[WIDTH]
     x, y = _lying(frame[STREAM], (frame[TOKENS], width), ONE), _lying(y_at, (len(tokens), width), ONE)

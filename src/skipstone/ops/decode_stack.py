@@ -173,7 +173,8 @@ def prepare(program: Program) -> tuple[int, ...]:
     """Compile the functions that a program's calls need, unless they are on disk, and return their addresses.
 
     The addresses are in the order of `decode_stack_native.UNITS`; a function that the program does not need has the
-    address 0. Compiled functions are kept in the folder that `kept()` returns. program: the description of the blocks.
+    address 0. Compiled functions are kept on disk, usually in the folder that `kept()` returns. program: the
+    description of the blocks.
     """
     return _units(program.int8, program.int4, program.mixes, program.chooses, len(program.gate_GC) > 0)
 
@@ -191,9 +192,10 @@ def said_if_long(line: str) -> Iterator[None]:
 
 
 def kept() -> Path:
-    """Return the folder in which numba keeps the compiled functions; if it cannot be written to, they are not kept.
+    """Return the folder in which numba keeps the compiled functions, if it can be written to.
 
-    It is the folder that the environment variable NUMBA_CACHE_DIR names, else `__pycache__` beside this file.
+    It is the folder that the environment variable NUMBA_CACHE_DIR names, else `__pycache__` beside this file. If it
+    cannot be written to, numba uses another one, such as the user's own cache folder, or keeps nothing.
     """
     return Path(os.environ.get("NUMBA_CACHE_DIR") or Path(__file__).parent / "__pycache__")
 

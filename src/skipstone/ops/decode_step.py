@@ -23,8 +23,8 @@ PLAIN = (Tensor, nn.Parameter)  # no subclass: its data may lie elsewhere
 def takes(*tensors: Tensor) -> bool:
     """Return whether the compiled operations of this module can be used for these tensors now.
 
-    They need numba, plain fp32 tensors in a CPU's memory, and no gradients or autocast. PyTorch does not see them, so
-    they are not used while a compiler, a tracer or a FLOP counter observes its operations.
+    They need numba, plain fp32 tensors in a CPU's memory, and gradients and autocast switched off. PyTorch does not see
+    them, so they are not used while a compiler, a tracer or a FLOP counter observes its operations.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _installed():
         return False

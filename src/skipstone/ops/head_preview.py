@@ -75,7 +75,10 @@ def pack(number_VK: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Return the integers that `pack` packed, from -8 to 7, as fp32 [V, K]. packed: uint8 [V, K / 2]."""
+    """Return the integers that `pack` packed, from -8 to 7, as fp32 [V, K] for V rows of K numbers.
+
+    packed: uint8 [V, K / 2].
+    """
     halves = packed.unflatten(1, (-1, GROUP // 2))
     return torch.stack((halves & 15, halves >> 4), 2).flatten(1).float() - ZERO
 

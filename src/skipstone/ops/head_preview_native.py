@@ -42,8 +42,8 @@ def logits(
 
     x: hidden states [..., D] of one token. turn, shift, packed, scale, offset: the parts of `head_preview.Preview`, a
     low-rank four-bit copy of the head, which picks the candidates and gives all other logits. weight_VD: weight of the
-    head, fp32, bf16, fp16 or int8. weight_scale: fp32 scales of an int8 head; None for other dtypes. candidates: number
-    of tokens that get exact logits.
+    head for V vocabulary entries, fp32, bf16, fp16 or int8. weight_scale: fp32 scales of an int8 head; None for other
+    dtypes. candidates: number of tokens that get exact logits.
     """
     V, D = weight_VD.shape
     K, given = turn.shape[0] - 1, x.reshape(-1).float()

@@ -85,7 +85,10 @@ def unpack(weight_OP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factors(weight_OP: Tensor) -> Tensor:
-    """Return the offsets of a four-bit matrix followed by its scales, fp16 [O, 2 G]. weight_OP: uint8 [O, P]."""
+    """Return the offsets of a four-bit matrix followed by its scales, fp16 [O, 2 G] for G groups of 32 inputs.
+
+    weight_OP: the matrix as `pack` returns it, uint8 [O, P] with P bytes for each of O outputs.
+    """
     return weight_OP[:, : inputs_of(weight_OP) // GROUP * 4].contiguous().view(torch.float16)
 
 

@@ -3,7 +3,7 @@
     y = x (scale * weight)^T
 
 A call with few tokens is bound by reading the weights; on a CPU, a kernel compiled by numba reads them once, as they
-are stored. Where that cannot be used (`linear`), a part of the rows at a time is converted to floating point and
+are stored. Where the kernel cannot be used (`linear`), a part of the rows at a time is converted to floating point and
 multiplied as usual.
 
 Shape letters: N tokens, I inputs, O outputs, G groups of inputs.

@@ -102,10 +102,10 @@ def largest(score: Tensor, count: int) -> Tensor:
 def one_token(x_11D: Tensor, a_11F: Tensor, parts: MagnitudeWeights) -> MagnitudeOutput:
     """Compute one token's gated MLP from the neurons with the largest magnitudes only.
 
-    x_11D: the MLP's input, [1, 1, D]. a_11F: activations a of its gates, [1, 1, F]. parts: the weights, the typical
-    magnitudes of the up projection, and how many groups are tried and kept. The groups with the largest mean of |a|
-    times the typical magnitude are tried; of these, the groups with the largest mean of |a (up x)| are kept. With
-    numba, on a CPU, contiguous fp32 or bf16 weights are read in place; otherwise the rows are copied.
+    x_11D: the MLP's input, [1, 1, D], of width D. a_11F: activations a of its gates, [1, 1, F], F neurons. parts: the
+    weights, the typical magnitudes of the up projection, and how many groups are tried and kept. The groups with the
+    largest mean of |a| times the typical magnitude are tried; of these, the groups with the largest mean of |a (up x)|
+    are kept. With numba, on a CPU, contiguous fp32 or bf16 weights are read in place; otherwise the rows are copied.
     """
     typical_F, up_FD, down_FD, tried, kept, size = parts
     if up_FD.is_contiguous() and down_FD.is_contiguous() and reads_in_place(up_FD, down_FD):

@@ -219,8 +219,8 @@ def normalised(x: Tensor) -> Tensor:
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """Return a router's product x weight^T + bias in fp32, [..., O]; with `norm`, x is divided by its root mean square.
 
-    x: [..., D] of any float dtype. weight: [O, D], O outputs. bias: [O] or None. The division follows the product,
-    which has fewer elements than x.
+    x: [..., D] of any float dtype, D inputs. weight: [O, D], O outputs. bias: [O] or None. The division follows the
+    product, which has fewer elements than x.
     """
     if not norm:
         return linear_fp32(x, weight, bias)

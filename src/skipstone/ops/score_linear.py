@@ -23,8 +23,8 @@ from skipstone.ops import reference
 def score_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: bool = False) -> Tensor:
     """Return a router's product x weight^T + bias in fp32, [..., O], saving no fp32 copy of x for the backward pass.
 
-    x: [..., D] of any float dtype. weight: [O, D]. bias: [O] or None. norm: whether x is first divided by its root mean
-    square. The result can be differentiated once.
+    x: [..., D] of any float dtype, D inputs. weight: [O, D], O outputs. bias: [O] or None. norm: whether x is first
+    divided by its root mean square. The result can be differentiated once.
     """
     if not torch.is_grad_enabled() or not (norm or x.dtype != torch.float32) or x.dtype == torch.float64:
         return reference.score_linear(x, weight, bias, norm)

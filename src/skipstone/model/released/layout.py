@@ -1,4 +1,4 @@
-"""`ReleasedLayout`: how released weights become a model of ours, and back."""
+"""`ReleasedLayout`: how weights as a paper's authors released them become a model of ours, and back."""
 
 from __future__ import annotations
 
