@@ -235,19 +235,22 @@ def oracle(
     *,
     repeats: int = 2,
     seed: int = 0,
+    marked: Mapping[str, Tensor] | None = None,
 ) -> PlainDict:
     """Measure how much blocks of a dense model lower each token's loss, and how well scores find the tokens that gain.
 
     model: the dense model. fit: rows (dicts of tensors [T] with labels) to which a regression of this benefit is
     fitted. held_out: rows on which everything else is measured. units: tuples of indices of blocks that are skipped
     together. repeats: number of random halves of the tokens over which the benefit is averaged. seed: the seed of all
-    random choices. Returns plain values, to be stored as figures of the run: `loss` of the whole model in nats per
-    prediction; `predictions` and `fit_predictions`, the numbers of labels in both sets of rows; `repeats`; and `units`,
-    with these keys for each: `blocks`; `removed`, the loss without them; `mean_benefit` in nats; `explained`, the share
-    of the benefit's variance that the regression predicts; `correlation` of each score with the benefit, by the score's
-    name; `kept`, the loss if the blocks update only the tokens with the highest scores, {share of tokens as text:
-    {score: loss}}. Losses are in nats per prediction. Scores are "benefit", "regression on the stream", "entropy",
-    "gradient norm", "surprise" and "random".
+    random choices. marked: further ways to choose tokens, by name: a bool mask [N] over the tokens of `held_out`, where
+    marked tokens rank before all others and chance ranks within both groups. Returns plain values, to be stored as
+    figures of the run: `loss` of the whole model in nats per prediction; `predictions` and `fit_predictions`, the
+    numbers of labels in both sets of rows; `repeats`; and `units`, with these keys for each: `blocks`; `removed`, the
+    loss without them; `mean_benefit` in nats; `explained`, the share of the benefit's variance that the regression
+    predicts; `correlation` of each score with the benefit, by the score's name; `kept`, the loss if the blocks update
+    only the tokens with the highest scores, {share of tokens as text: {score: loss}}. Losses are in nats per
+    prediction. Scores are "benefit", "regression on the stream", "entropy", "gradient norm", "surprise", "random" and
+    the names in `marked`.
     """
     plain, generator = maskable(model), torch.Generator().manual_seed(seed)
     first, second = trace(plain, fit, units), trace(plain, held_out, units)
@@ -265,6 +268,8 @@ def oracle(
             "surprise": second.surprise,
             RANDOM: torch.rand(len(true_N), generator=generator),
         }
+        for name, marked_N in (marked or {}).items():
+            scores[name] = marked_N + torch.rand(len(true_N), generator=generator)
         found.append(_of_unit(plain, held_out, unit, scores, second.predicted))
     return {
         "loss": float(second.nats[second.predicted].double().mean()),

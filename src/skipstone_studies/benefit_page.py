@@ -49,7 +49,8 @@ def _span(unit: PlainMapping) -> str:
 def _losses(measured: PlainMapping, units: Sequence[PlainMapping], title: str) -> Section:
     whole = measured["loss"]
     rows = []
-    for score in SCORES:
+    further = sorted({*units[0]["kept"][f"{SHARES[0]:g}"]} - {*SCORES})  # ways to choose that only some studies have
+    for score in (*SCORES[:-1], *further, SCORES[-1]):
         cells = [statistics.fmean(u["kept"][f"{share:g}"][score] - whole for u in units) for share in SHARES]
         rows.append([score, *(f"{cell:+.4f}" for cell in cells)])
     removed = statistics.fmean(u["removed"] - whole for u in units)

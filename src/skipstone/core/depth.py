@@ -107,6 +107,14 @@ class DepthModule(RoutingModule):
         """
         return None
 
+    def kept_by_ids(self, tokens: Tokens) -> Tensor:
+        """Return the tokens that the mechanism keeps in a causal pass, bool [B, T], where ids alone decide.
+
+        Only mechanisms whose `stream_gate` says so (`StreamGate.known`) have this; others raise NotImplementedError.
+        tokens: the tokens of this call, with their ids in `Tokens.state`.
+        """
+        raise NotImplementedError
+
     def forward(self, update: Update, x_BTD: Tensor, tokens: Tokens) -> tuple[Tensor, Records]:
         """Return the update of `x_BTD` under this mechanism, [B, T, D], and the records of all decisions made, by name.
 

@@ -60,7 +60,8 @@ class StreamGate(NamedTuple):
     factor multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that
     the MLP sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys"
     and values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then
-    set to the opening; None means a factor of 1. loss: the opening times this coefficient is the auxiliary loss
+    set to the opening; None means a factor of 1. known: whether token ids decide: `state` then names no tensor of
+    `Tokens.state`, but is 1 for the tokens that `DepthModule.kept_by_ids` returns and 0 for others. loss: the opening times this coefficient is the auxiliary loss
     returned with the decision; None means no loss.
     """
 
@@ -73,6 +74,7 @@ class StreamGate(NamedTuple):
     acts_on: Literal["update", "sublayers"] = "update"
     others: Literal["absent", "keys"] = "absent"
     state: str | None = None
+    known: bool = False
     loss: float | None = None
 
     def tensors(self) -> list[Tensor]:
@@ -80,6 +82,16 @@ class StreamGate(NamedTuple):
         scorers = (self.scorer, self.line.scorer or Scorer())
         found = [x for scorer in scorers for x in scorer if isinstance(x, Tensor)]
         return [*found, *(x for x in (self.line.threshold, self.scale) if x is not None)]
+
+
+def by_ids(state: str, kv: Literal["kept", "full"]) -> StreamGate:
+    """Return the description of a mechanism whose decisions follow from token ids, with updates of weight 1.
+
+    state: a name that no other mechanism uses. kv: "full" if tokens that are not kept provide keys and values, else
+    "kept". The score is 0, so the opening is a half for a kept token and 0 for others.
+    """
+    others: Literal["absent", "keys"] = "keys" if kv == "full" else "absent"
+    return StreamGate(Scorer(), Line(0.25), compares="opening", others=others, state=state, known=True)
 
 
 class Functions(NamedTuple):

@@ -26,10 +26,10 @@ from skipstone.core.counts import TokenCounts
 from skipstone.core.noise import token_noise
 from skipstone.core.records import DepthRecord, Record, Records, expect, lift
 from skipstone.core.seam import Update
-from skipstone.core.stream_gate import EVERY, StreamGate
+from skipstone.core.stream_gate import EVERY, StreamGate, by_ids
 from skipstone.core.strict import PlainDict
 from skipstone.core.threshold import ScoreThreshold
-from skipstone.core.tokens import Tokens
+from skipstone.core.tokens import IDS, Tokens
 from skipstone.mechanisms.base import DepthMechanism, Placement, real_mask
 from skipstone.mechanisms.benefit import benefit_loss
 from skipstone.mechanisms.decisions import DECISIONS, build_decision
@@ -175,6 +175,8 @@ class MixtureOfDepths(DepthMechanism):
         return delta_BTD, {**records, **inner}
 
     def stream_gate(self) -> StreamGate | None:
+        if self.reads_ids and self.decision.capacity.now < 1 and self.weighting == "none" and self.skip is None:
+            return by_ids(f"kept/{self.placement.layer}/{self.placement.name}", self.config.kv)
         line = EVERY if self.decision.capacity.now >= 1 else self.decision.stream_line()
         if line is None or self.skip is not None or (scorer := scorer_of(self.router)) is None:
             return None
@@ -185,6 +187,10 @@ class MixtureOfDepths(DepthMechanism):
             scale=self.tanh_scale,
             others="keys" if self.config.kv == "full" else "absent",
         )
+
+    def kept_by_ids(self, tokens: Tokens) -> Tensor:
+        score_BT = torch.zeros_like(tokens.state.get(IDS, tokens.slot_BT), dtype=torch.float32)
+        return self.decision.causal(score_BT, score_BT, tokens)
 
     def decide(self, score_BT: Tensor, seen_BTD: Tensor, tokens: Tokens) -> Tensor:
         """Return the tokens to keep, bool [B, T]; padding may be among them, so callers have to exclude it.

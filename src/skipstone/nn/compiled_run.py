@@ -55,6 +55,7 @@ class CompiledRun:
         self.deciders: list[nn.Module] = [*self.gates, *routers]
         self.watched = Watched(self.deciders)
         self.states = states_of(self.described)
+        self.known = {each.state: g for g, each in enumerate(self.described) if each is not None and each.known}
         self.config = blocks[0].self_attn.config
         mixes = [block.mlp.activation.stream_mix() for block in blocks]
         self.mixes = [mix if isinstance(mix, Mixture) else None for mix in mixes]
@@ -90,18 +91,24 @@ class CompiledRun:
         memory_LM = places.memory([turned[name] for name in turned_by])
         state_SBT = None
         if self.states:
-            state_SBT = torch.stack([tokens.state[name].expand(B, T) for name in self.states])
+            state = {**tokens.state, **self._known(tokens)}
+            state_SBT = torch.stack([state[name].expand(B, T) for name in self.states])
         ran = decode_stack.run(x_BTD, self.program, memory_LM, tokens.slot_BT, state_SBT, recorded)
         places.grow(ran.stored)
         if self.shares is not None and B * T == 1:
             self.shares.add(ran.stored)
         carry = {} if state_SBT is None else dict(zip(self.states, state_SBT, strict=True))
+        carry = {name: state_BT for name, state_BT in carry.items() if name not in self.known}
         return ran.x_BTD, self._records(ran) if recorded else [{} for _ in self.blocks], carry
 
     def _reaches(self, tokens: Tokens) -> bool:
         """Return whether attention over stored keys in the order of slots is right: SDPA, behind earlier calls."""
         known = self.config._attn_implementation == "sdpa" and tokens.reach is not None
         return known and tokens.reach != tokens.length
+
+    def _known(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Return 1 for the tokens that mechanisms keep by their ids and 0 for others, fp32 [B, T] by state's name."""
+        return {str(name): self.gates[g].kept_by_ids(tokens).float() for name, g in self.known.items()}
 
     def _places(self, layers: Sequence[SkipstoneCacheLayer], rows: int, count: int) -> Places | None:
         """Return the addresses of the cache's entries after reserving room for `count` more tokens in each row.
@@ -171,7 +178,8 @@ class CompiledRun:
         made = []
         for g, gate in enumerate(self.described):
             assert gate is not None
-            cost, carry = None if gate.loss is None else loss[g], {} if gate.state is None else {gate.state: state[g]}
+            cost, own = None if gate.loss is None else loss[g], gate.state is not None and not gate.known
+            carry = {str(gate.state): state[g]} if own else {}
             made.append(DepthRecord(score[g], kept[g], weight[g], reached[g], cost, carry))
         found: list[Records] = []
         for i, (names, mix) in enumerate(zip(self.names, self.mixes, strict=True)):
