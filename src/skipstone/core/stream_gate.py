@@ -61,8 +61,8 @@ class StreamGate(NamedTuple):
     the MLP sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys"
     and values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then
     set to the opening; None means a factor of 1. known: whether token ids decide: `state` then names no tensor of
-    `Tokens.state`, but is 1 for the tokens that `DepthModule.kept_by_ids` returns and 0 for others. loss: the opening times this coefficient is the auxiliary loss
-    returned with the decision; None means no loss.
+    `Tokens.state`, but is 1 for the tokens that `DepthModule.kept_by_ids` returns and 0 for others. loss: the opening
+    times this coefficient is the auxiliary loss returned with the decision; None means no loss.
     """
 
     scorer: Scorer

@@ -44,6 +44,7 @@ from skipstone.nn.int8 import Int8Weights as Int8Weights
 from skipstone.nn.linear import OutputLinear
 from skipstone.nn.magnitude_mlp import MagnitudeMLP as MagnitudeMLP
 from skipstone.nn.mlp import MLPS, FixedActivation, FixedMix, FixedMixConfig
+from skipstone.nn.mlp import plain_mlps as plain_mlps
 from skipstone.nn.norm import NORMS
 from skipstone.nn.positions import Rotary as Rotary
 from skipstone.nn.stored_weights import StoredLinear as StoredLinear

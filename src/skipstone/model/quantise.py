@@ -11,9 +11,10 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from skipstone.core.weights import is_quantised
-from skipstone.model.build import BY_NEURON, Int4Linear, Int8Weights, MagnitudeMLP, StoredWeights, layers_of
+from skipstone.model.build import BY_NEURON, Int4Linear, Int8Weights, MagnitudeMLP, StoredWeights, layers_of, plain_mlps
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.model.config import SkipstoneConfig
 from skipstone.model.gguf_blocks import FourBitRows
@@ -22,6 +23,7 @@ from skipstone.ops import float16, int4, int8
 
 FLOAT, INT8, INT4 = "float", "int8", "int4"
 BITS = (16, 8, 4)
+MOST_ADDED = 8  # one neuron of zeros for so many others
 DECODER = "model."  # what the names of a decoder's parts begin with
 
 
@@ -34,11 +36,12 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
     Q5_0 of a GGUF file, whose values they keep. Each 32 inputs of a four-bit row share a scale and an offset. With 4
     bits, three kinds of matrices in the blocks become int8: those whose number of inputs is not a multiple of 64, those
     whose weights fp16 scales cannot hold, and up and down of an MLP that leaves out neurons by magnitude. With 16 bits,
-    these up and down matrices keep their dtype. given: the rows of the GGUF file that an fp32 model was loaded from:
-    with 4 bits, the file's four-bit blocks are taken over as they are, and if it has any, all other matrices become
-    int8. None means that all weights are rounded here. Raises ValueError for anything but a SkipstoneForCausalLM, for a
-    model that is quantised already (by this function or by torchao), for one with adapters of PEFT, for a mixture of
-    experts, and for weights that are not finite.
+    these up and down matrices keep their dtype. With 8 and 4 bits, an MLP of one activation function gets zero-valued
+    neurons up to a multiple of 64, if these are few (`with_whole_groups`). given: the rows of the GGUF file that an
+    fp32 model was loaded from: with 4 bits, the file's four-bit blocks are taken over as they are, and if it has any,
+    all other matrices become int8. None means that all weights are rounded here. Raises ValueError for anything but a
+    SkipstoneForCausalLM, for a model that is quantised already (by this function or by torchao), for one with adapters
+    of PEFT, for a mixture of experts, and for weights that are not finite.
     """
     check_model(model)
     if type(bits) is not int or bits not in BITS:
@@ -54,6 +57,9 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
     tensors: dict[str, Tensor] = dict(model.state_dict())
     if bits == 16:
         return _in_16_bits(model, tensors)
+    if given is None or not given.any:
+        model = with_whole_groups(model)
+        tensors = dict(model.state_dict())
     four, left = _four_bits(model, tensors, given) if bits == 4 else ({}, None)
     config = _with_format(model, INT4 if bits == 4 else INT8, int8.GROUP, left)
     rounded = [name for name, layer in _layers(config).items() if isinstance(layer, Int8Weights)]
@@ -65,6 +71,28 @@ def quantise(model: SkipstoneForCausalLM, bits: int = 8, given: FourBitRows | No
             number, scale = int8.quantise(tensors[f"{name}.weight"], layer.group)
             tensors |= {f"{name}.weight": number, f"{name}.weight_scale": scale}
     return rebuilt(model, config, tensors)
+
+
+def with_whole_groups(model: SkipstoneForCausalLM) -> SkipstoneForCausalLM:
+    """Return the model with zero-valued neurons added to every MLP, so that their number is a multiple of 64.
+
+    Compiled decoding steps read int8 and four-bit weights in groups of 64 inputs, so they cannot serve an MLP of, say,
+    864 neurons. The new neurons contribute exactly 0. The model itself is returned if nothing is missing, if more than
+    an eighth would be added, and if an MLP has parameters per neuron besides its matrices, as PolyGLU and neuron groups
+    have, or is a mixture of experts.
+    """
+    more, names = -model.config.neurons % int8.GROUP, plain_mlps(model)
+    if not 0 < more * MOST_ADDED <= model.config.neurons or len(names) < model.config.num_hidden_layers:
+        return model
+    tensors = dict(model.state_dict())
+    for name in names:
+        for matrix, side in (("gate_proj", (0, 0, 0, more)), ("up_proj", (0, 0, 0, more)), ("down_proj", (0, more))):
+            if (weight := tensors.get(key := f"{name}.{matrix}.weight")) is not None:
+                tensors[key] = functional.pad(weight, side)
+            if matrix != "down_proj" and (bias := tensors.get(key := f"{name}.{matrix}.bias")) is not None:
+                tensors[key] = functional.pad(bias, (0, more))
+    wider = {"intermediate_size": model.config.neurons + more}
+    return rebuilt(model, SkipstoneConfig(**{**model.config.to_dict(), **wider}), tensors)
 
 
 def check_model(model: object) -> None:

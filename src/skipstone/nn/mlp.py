@@ -263,3 +263,12 @@ class PlainMLP(FeedForward):
 
 
 MLPS: dict[str, type[GatedMLP] | type[PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}
+
+
+def plain_mlps(model: nn.Module) -> list[str]:
+    """Return the paths of the MLPs in a model that compute every neuron by one and the same activation function."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) in (GatedMLP, PlainMLP) and type(module.activation) is FixedActivation
+    ]
