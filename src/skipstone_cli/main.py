@@ -74,7 +74,10 @@ def skipstone(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Conditional computation for transformers that really saves the computation."""
+    """Conditional computation for transformers that really saves the computation.
+
+    Every verb is a subcommand; `skipstone VERB --help` describes it.
+    """
 
 
 # Everything after the module's name is passed to the module, including --help.

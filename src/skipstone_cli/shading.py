@@ -82,7 +82,10 @@ def _shade(pieces: Iterable[ShadedPiece], console: Console) -> None:
 
 
 def visible(text: str) -> str:
-    """Return `text` with control characters except tab and newline replaced; they could be terminal escape codes."""
+    """Return `text` with control characters, which could be terminal escape codes, replaced by U+FFFD.
+
+    Tab and newline are kept.
+    """
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text
     )

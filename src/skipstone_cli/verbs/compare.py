@@ -28,7 +28,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Also write the table to this Markdown file.")
     ] = None,
 ) -> None:
-    """Compare runs in one table: loss, executed FLOPs, shares of kept tokens, speed, memory and energy.
+    """Compare runs in one table: loss, executed FLOPs, shares of tokens that blocks compute, speed, memory and energy.
 
     All runs are measured on this machine, and timed in turns. On the synthetic task Reset-S3, --dense and --forced name
     two reference runs, between whose accuracies each run is placed.

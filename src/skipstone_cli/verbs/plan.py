@@ -19,7 +19,7 @@ def plan(
     mfu: Annotated[float, typer.Option(metavar="0.4", help="Share of the GPU's peak FLOP/s that is reached.")] = 0.4,
     network: Annotated[float, typer.Option(metavar="GB/s", help="Bandwidth between nodes for each GPU.")] = 50.0,
 ) -> None:
-    """Print memory, messages, FLOPs and hours of a training on many GPUs; nothing is trained.
+    """Print memory, communication, FLOPs and hours of a training on many GPUs; nothing is trained.
 
     Example: skipstone plan recipes/mod.yaml --gpus 64 --gpu H100
     """

@@ -23,8 +23,8 @@ def trace(
 ) -> None:
     """Write what each block decided for each token of a text, and the loss of each prediction, as a table.
 
-    Columns: row, position, token, layer, mechanism, score (of the router), weight (of the update), kept, loss (in
-    nats), routing (causal, or oracle if decisions see the whole row).
+    Columns: row, position, token, layer, mechanism, score (of the router), weight (factor of the block's update), kept
+    (whether the token gets this update), loss (in nats), routing (causal, or oracle if decisions see the whole row).
     """
     existing_dir(run, "run folder")
     existing_file(text, "--text")

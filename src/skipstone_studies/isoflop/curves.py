@@ -1,7 +1,7 @@
 """Curves of an isoFLOP grid: collect records as points and fit a parabola of loss over the logarithm of model size.
 
-Also whether deeper models have a lower loss in a grid, without which an arm (compared recipe) that routes tokens gets
-no verdict. Everything follows from the specification and the records (stored results of runs).
+Also finds whether deeper models have a lower loss; if not, arms (compared recipes) that route tokens are judged neither
+better nor worse than the base arm. Everything follows from the specification and the records (stored results of runs).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Fit:
     def first_below(self, level: float) -> float | None:
         """Return the smallest size x in [low, high] whose fitted loss is at most `level`.
 
-        None if there is none, or no usable parabola: one that opens downward is below the level at its ends only.
+        None if no size is, if there is no parabola, or if it opens downward.
         """
         if not self.usable:
             return None
@@ -208,8 +208,8 @@ class GridRecords:
 
     grid: the runs that its specification describes. An arm is a compared recipe. sweep: losses of the runs that try
     learning rates, {arm: {rate: loss}}, in nats. chosen: the best learning rate of each arm. curves: the points in
-    order of size, by (arm, budget in training FLOPs). speeds: training tokens per second by (arm, size), measured while
-    the arms of a size took turns.
+    order of size, by (arm, budget in training FLOPs). speeds: training tokens per second by (arm, size such as "32x4"),
+    measured while the arms of a size took turns.
     """
 
     grid: Grid

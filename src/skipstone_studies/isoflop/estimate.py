@@ -41,7 +41,7 @@ class StepTime:
     """The times of training one model size, in seconds.
 
     row: forward and backward pass of one row. optimizer: one optimizer step. measured: False if extrapolated from a
-    smaller size.
+    smaller size of the same arm (compared recipe).
     """
 
     row: float
@@ -150,8 +150,8 @@ FORWARD = 1 / 3  # validation time of a row as a share of its training time
 class GridEstimate:
     """The estimated FLOPs and hours of all runs of an isoFLOP grid.
 
-    grid: the runs. facts: what is known of the corpus. step_times: the times of training, by model. source: how these
-    times were found, in words.
+    grid: the runs. facts: what is known of the corpus. step_times: the seconds of a training step, by model. source:
+    how these times were found, in words.
     """
 
     grid: Grid
@@ -200,10 +200,10 @@ class GridEstimate:
         ]
 
     def parts(self) -> dict[str, list[GridCell]]:
-        """Return the runs by purpose: tries of learning rates, the grid itself, and further seeds at the optima.
+        """Return the runs that are estimated, grouped by purpose: {purpose in words: runs without their seeds}.
 
-        The keys describe the purposes in words. The optima are not known in advance, so their further seeds are assumed
-        to run at the middle size.
+        The purposes are learning rates but the first (smallest budget, middle size), the grid itself at the first rate,
+        and further seeds at the optima. Which sizes these are is not known in advance, so the middle size is assumed.
         """
         grid, arms = self.grid, self.grid.spec.arms
         middle = [grid.cell(arm, budget, grid.middle, grid.spec.rates[0]) for arm in arms for budget in grid.budgets]

@@ -78,7 +78,7 @@ class GridCell:
 
     @property
     def label(self) -> str:
-        """The name of this run, without its seed, in run folders and records (stored results)."""
+        """The name of this run, without its seed, in folders and stored results, such as `dense-1e12-32x4-lr0.008`."""
         return f"{self.arm}-{compact(self.budget)}-{self.size}-lr{self.rate:g}"
 
 
@@ -239,12 +239,11 @@ def model_mistakes(spec: GridSpec) -> list[str]:
 
 
 def sized(model: PlainDict, context: int, size: GridSize, changes: Changes) -> PlainDict:
-    """Return a recipe's section `model` at another size.
+    """Return a recipe's section `model` for one arm (compared variant) at another size.
 
     model: the section. context: tokens per row. size: width and number of blocks; heads keep their size, so their
-    number changes, and MLPs scale with the width. changes: options in which the compared variant (arm) differs from the
-    recipe. Raises ValueError unless the width is a multiple of the size of a head times the query heads per key-value
-    head.
+    number changes, and MLPs scale with the width. changes: options in which the arm differs from the recipe. Raises
+    ValueError unless the width is a multiple of the size of a head times the query heads per key-value head.
     """
     was = model_config(model, context, {})
     head_dim, groups = was.head_dim or 1, was.num_attention_heads // (was.num_key_value_heads or 1)

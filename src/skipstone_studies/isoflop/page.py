@@ -29,7 +29,7 @@ Figure = tuple[str, Drawn]
 
 
 def as_markdown(result: IsoFlopResult) -> str:
-    """Return the text of OUT/NAME.md: all tables of an isoFLOP result in Markdown."""
+    """Return the page of an isoFLOP result in Markdown, the text of OUT/NAME.md: verdicts, all tables, and notes."""
     spec = result.collected.grid.spec
     said = "\n".join(f"* {line}" for line in table.verdicts(result))
     parts = [

@@ -1,9 +1,9 @@
 """The result of an isoFLOP grid: optima, forward FLOPs at equal loss, losses after equal training times.
 
-All of them have intervals by a parametric bootstrap: every loss gets normal noise of the size observed between seeds
-(pooled over all runs with more than one, else that of the parabolas' residuals), and everything is fitted again. The
-size of the noise is itself only known to its degrees of freedom, so each draw uses another one, from the scaled inverse
-chi distribution: for a single difference the interval would be Student's.
+What compares an arm (recipe) with the base arm has intervals by a parametric bootstrap: every loss gets normal noise of
+the size observed between seeds (pooled over all runs with more than one, else that of the parabolas' residuals), and
+everything is fitted again. The size of the noise is itself only known to its degrees of freedom, so each draw uses
+another one, from the scaled inverse chi distribution: for a single difference the interval would be Student's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EqualTime:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOff:
-    """The loss of a model after a given training time, read off a straight line between two measured points.
+    """The loss of a size after a given training time, read off a straight line between its runs at two budgets.
 
     loss: in nats per token. beyond: whether it is extrapolated. seeds: the number of seeds whose mean would have as
     much noise.
@@ -139,14 +139,15 @@ class Noise:
 class SameLoss:
     """A comparison of an arm (compared recipe) with the base arm's best model at equal training FLOPs.
 
-    arm: its name. parameters: number of parameters of the arm's smallest size that reaches the base's best loss. share:
-    forward FLOPs per token at that size, divided by those of the base's best model. at_most: whether even the smallest
-    size of the grid reaches that loss, so that share and ratio are upper bounds. ratio: parameters at that size,
-    divided by those of the base's best model. parameters, share and ratio are None if no size reaches the loss. gap:
-    the arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 % bootstrap intervals of share
-    and ratio, over the bootstrap draws in which some size reaches the loss. reached: the fraction of these draws.
-    gap_low, gap_high: 90 % interval of the gap. detectable: gaps that would be found with 80 and 90 % probability.
-    refused: why there is no verdict; "" if there is one. Intervals are None if the noise is not known.
+    arm: its name. parameters: number of parameters of the smallest size on the arm's fitted curve that reaches the
+    base's best loss. share: forward FLOPs per token at that size, divided by those of the base's best model. at_most:
+    whether even the smallest size of the grid reaches that loss, so that share and ratio are upper bounds. ratio:
+    parameters at that size, divided by those of the base's best model. parameters, share and ratio are None if no size
+    reaches the loss. gap: the arm's best loss minus the base's, in nats. low, high, ratio_low, ratio_high: 90 %
+    bootstrap intervals of share and ratio, over the bootstrap draws in which some size reaches the loss. reached: these
+    draws as a fraction of all. gap_low, gap_high: 90 % interval of the gap. detectable: gaps that would be found with
+    80 and 90 % probability. refused: why there is no verdict; "" if there is one. Intervals are None if the noise is
+    not known.
     """
 
     arm: str
@@ -167,9 +168,10 @@ class SameLoss:
 
     @property
     def verdict(self) -> str:
-        """The verdict on the best losses: "better", "worse", "not told apart", "no interval", or why there is none.
+        """The verdict on the arm's best loss beside the base's: "better" (lower), "worse", or why it is neither.
 
-        It is "better" or "worse" if the 90 % interval of the gap excludes 0.
+        It is "better" or "worse" if the 90 % interval of the gap excludes 0, else "not told apart"; "no interval"
+        without one. If `refused` is not empty, it is the verdict.
         """
         if self.refused:
             return self.refused
@@ -198,7 +200,7 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Compare every arm (compared recipe) with the base arm at one budget of training FLOPs.
+    """Compare every arm (compared recipe) but the base with the base arm, at one budget of training FLOPs or one time.
 
     curves: loss over model size, by arm. name: the name of the base arm. spread: the noise of one run's loss; None
     means no intervals. The result is empty without a curve of the base.

@@ -47,10 +47,10 @@ PLAN = "plan.json"  # the spec, kept beside the records
 
 
 def isoflop(spec: GridSpec, *, out: Path, runs: Path, command: str) -> list[Path]:
-    """Train all runs of an isoFLOP grid without a stored result, and return the paths of its Markdown and HTML page.
+    """Train all runs of an isoFLOP grid without a stored result, and return the paths of its Markdown and HTML files.
 
-    Both are rendered again after every stage. spec: the grid. out: folder for pages and records (stored results of
-    runs). runs: folder for run folders. command: the shell command, which is noted in records. Raises ValueError or
+    Both are rendered again after every stage. spec: the grid. out: folder for these files and records (stored results
+    of runs). runs: folder for run folders. command: the shell command, which is noted in records. Raises ValueError or
     FileNotFoundError before anything is trained if a run is impossible, and ValueError at the end if runs have failed.
     """
     facts = read_corpus(spec.data)
@@ -250,12 +250,12 @@ def figures(cell: GridCell, folder: Path, facts: CorpusFacts, clock: CoreUse) ->
 
     cell: the run without its seed. folder: the run folder. facts: the corpus with its rows. clock: use of processor
     cores during the training. Keys: `cell`, arm (compared recipe), budget, size, rate, steps and parameters; `loss` on
-    the whole validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`;
-    `capacity`, the share of tokens kept, {block: {mechanism: share}}; `forward_flops`, counted per token,
-    `forward_flops_needed`, without the padding of rows that keep fewer tokens than others, and `forward_flops_dense`,
-    without mechanisms; `training_flops`, as `planned` and as `executed` with the capacities that were logged;
-    `training`, the summary of the training; `sharing`, the fields of `clock`; `corpus`, its tokens and hash, and as
-    `seen` how many times it was read.
+    the whole validation set in the pass that really skips, in nats per token, also as `bits_per_byte`; `predictions`,
+    the number of tokens that this loss is the mean of; `capacity`, the share of tokens kept, {block: {mechanism:
+    share}}; `forward_flops`, counted per token, `forward_flops_needed`, without the padding of rows that keep fewer
+    tokens than others, and `forward_flops_dense`, without mechanisms; `training_flops`, as `planned` and as `executed`
+    with the capacities that were logged; `training`, the summary of the training; `sharing`, the fields of `clock`;
+    `corpus`, its tokens and hash, and as `seen` how many times it was read.
     """
     assert facts.data is not None
     run = Run(folder)

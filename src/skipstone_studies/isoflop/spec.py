@@ -62,9 +62,9 @@ def parse_size(word: object, blocks: int) -> GridSize:
 def arms_of(recipe: PlainDict) -> dict[str, Changes]:
     """Return the variants of a recipe (arms) that are compared by default, {name: changes of the section `model`}.
 
-    They are "dense" (no mechanisms); "mod", or "routed" if not all mechanisms are Mixture-of-Depths (the recipe's
-    mechanisms); and, if the recipe has Mixture-of-Depths, "random" (the same with tokens chosen at random). A recipe
-    without mechanisms has the first only.
+    "dense" has no mechanisms. If the recipe has any, "mod" has these mechanisms ("routed" is its name if not all are
+    Mixture-of-Depths). If a Mixture-of-Depths among them does not choose tokens at random, "random" is the same arm
+    with every Mixture-of-Depths doing so.
     """
     entries = [dict(entry) for entry in (recipe.get("model") or {}).get("mechanisms") or []]
     arms: dict[str, Changes] = {DENSE: {"mechanisms": []}}
@@ -148,7 +148,7 @@ class GridSpec:
 
     @property
     def data(self) -> DataConfig:
-        """The recipe's data options; text windows are read at most once unless repeats are allowed."""
+        """The recipe's data options; each window (row) of a text is read at most once unless repeats are allowed."""
         own = read_recipe(self.recipe).data
         once = not self.allow_repeats and find_entry(own.corpus)[0].kind == "text"
         return replace(own, sampling="once") if once else own

@@ -1,7 +1,7 @@
-"""Decoding steps of a Mixture-of-Depths model compared with the dense model's, by number of rows.
+"""A study of decoding steps of a Mixture-of-Depths model compared with the dense model's, by number of rows.
 
 All weights are random and all text is random tokens; both models of a comparison continue the same prompts with the
-same tokens, one per row and step. Thresholds are calibrated on such text. Other timings use `Decoding`, too.
+same tokens, one per row and step. Thresholds are calibrated on such text. Other studies time models by `Decoding`, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Size = PlainMapping  # width, blocks, vocabulary; prompt, steps and turns of dec
 
 
 def model_of(size: Size, mechanisms: Sequence[PlainDict]) -> SkipstoneForCausalLM:
-    """Build a model with random weights, which are the same whatever the mechanisms, and heads of 64 channels.
+    """Build a model with weights drawn with a fixed seed, and heads of 64 channels.
 
     size: a mapping with the keys "width", "blocks" and "vocabulary". mechanisms: entries of the configuration's
     `mechanisms`; [] means a dense model.
@@ -56,9 +56,9 @@ def text(size: Size, rows: int, length: int, seed: int) -> Tensor:
 
 
 def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
-    """Yield (index of the block, name, mechanism) of every mechanism by which tokens can skip blocks.
+    """Yield (index of its block, name, mechanism) of every mechanism by which tokens can skip blocks of `model`.
 
-    model: the model, whose mechanisms are of several kinds, such as Mixture-of-Depths.
+    Such a mechanism is Mixture-of-Depths, for example.
     """
     blocks = model.model.layers
     for i, block in enumerate(blocks):
@@ -84,9 +84,9 @@ def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
 class Decoding:
     """A model that is timed decoding random tokens after a prompt in its cache.
 
-    model: the model, whose thresholds are first set on random text. size: a mapping with "vocabulary", "prompt" (tokens
-    of a prompt), "steps" (decoding steps of one timing) and "turns" (number of timings). rows: number of sequences
-    decoded together.
+    model: the model; the constructor sets its routing thresholds on random text, so that each router keeps its share
+    (`capacity`) of the tokens. size: a mapping with "vocabulary", "prompt" (tokens of a prompt), "steps" (decoding
+    steps of one timing) and "turns" (number of timings). rows: number of sequences decoded together.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, size: Size, rows: int) -> None:

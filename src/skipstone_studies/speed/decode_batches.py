@@ -72,16 +72,17 @@ def _named(rows: int, context: int) -> str:
 
 
 def measured(recipe: RecipeDict) -> Figures:
-    """Time one setting by every way to compute it, in turns.
+    """Time decoding steps, or reading a prompt, by transformers, our model in several formats and llama.cpp, in turns.
 
     recipe: an entry of `arms`: "kind" ("step" or "prompt"), "source" (name of the checkpoint), "rows", "context"
     (tokens before the steps, or of the prompt), "steps" (decoding steps of a lap), "laps", "threads", "flash" (whether
     llama.cpp's attention is one kernel) and "ways" (the way and its options by key). Keys of the result: `rows` and
     `tokens` (the context); `ways`, for each by its key `seconds` (wall clock, of a step or a prompt) and `cpu` (the
     same of CPU time), `speed` (transformers' wall seconds divided by its own, lap by lap) and `beside` (the same for
-    the way of llama.cpp that it is compared with), each as {"median", "min", "max"} over laps, and `same`, the share of
-    steps after which it finds the same token likeliest as transformers (absent for prompts); `left_out`, the reason for
-    each way that could not be measured; `versions`, of what else computes.
+    the way of llama.cpp that it is compared with, if any), each as {"median", "min", "max"} over laps, and `same`, the
+    share of steps after which it finds the same token likeliest as transformers (absent for prompts); `left_out`, the
+    reason for each way that could not be measured; `versions`, those of numba and llama.cpp, as `versions` returns
+    them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -108,9 +109,10 @@ def _missing(ways: Mapping[str, PlainDict]) -> dict[str, str]:
 
 @contextmanager
 def engines(recipe: RecipeDict, left_out: Mapping[str, str]) -> Iterator[dict[str, Contexts]]:
-    """Load every way to compute, by its key, and free what llama.cpp holds at the end.
+    """Load the engine of every way to compute, and give them in a `with` block as {key of the way: engine}.
 
-    recipe: as `measured` takes it. left_out: the keys of ways that are not loaded.
+    At the end of the block, what llama.cpp holds is freed. recipe: as `measured` takes it. left_out: the keys of ways
+    that are not loaded.
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_until_the_end:
         found: dict[str, Contexts] = {}
@@ -151,7 +153,7 @@ def _ours(name: str, way: str, changes: tuple[tuple[str, Any], ...]) -> Skipston
 def text(name: str, rows: int, length: int) -> Tensor:
     """Return the tokens that are read and decoded, int64 [rows, length]: rows from all over Python's own manual.
 
-    name: the name of the checkpoint, whose tokenizer is used.
+    name: the name of the checkpoint, whose tokenizer is used. rows, length: number of rows, and tokens of each.
     """
     manual = "\n\n".join(pydoc_data.topics.topics.values())[:LETTERS]
     ids = tokenizer(name)(manual, return_tensors="pt", verbose=False)["input_ids"][0]
@@ -223,7 +225,10 @@ def _figures(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of numba and of llama.cpp's bindings, and what llama.cpp was compiled for; "" for none."""
+    """Return {"numba", "llama_cpp"}, versions of numba and of llama.cpp's bindings, and "llama_cpp_for".
+
+    The latter names the processor features that llama.cpp was compiled for. What is not installed is "".
+    """
     found = {}
     for key, package in (("numba", "numba"), ("llama_cpp", "llama-cpp-python")):
         try:

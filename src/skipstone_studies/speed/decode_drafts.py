@@ -43,7 +43,7 @@ WAYS: dict[str, RecipeDict] = {
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every measurement by its name: one for each format of the weights and kind of draft.
 
-    Each is a dict that `measured` takes. scale: "laptop" or "quick", the number of prompts and tokens.
+    Each is a dict that `measured` takes. scale: "laptop", or "quick" with fewer prompts, tokens and timings.
     """
     return {arm: {"source": SOURCE, "temperature": 0.0, **SIZES[scale], **way} for arm, way in WAYS.items()}
 
@@ -63,9 +63,9 @@ def measured(recipe: RecipeDict) -> Figures:
     to time decoding without drafts against itself, which shows the noise), "temperature" (0: greedy), "prompt" and
     "new" (tokens), "prompts" (of each text) and "turns" (timings of each prompt). Keys of the result: by title of a
     text {"speed": {"median", "min", "max"} over prompts of the seconds without drafts divided by those with drafts,
-    each the least of all timings; "guessed": the share of tokens that a draft had proposed}; `total`, the quotient of
-    the sums of all prompts' seconds; `worst`, the least speed of any prompt; `same`, the share of prompts whose text is
-    the same with drafts, token for token, None if tokens are sampled.
+    each the least of all timings; "guessed": the share of tokens that a draft had proposed}; `total`, the sum of all
+    prompts' seconds without drafts divided by that with drafts; `worst`, the least speed of any prompt; `same`, the
+    share of prompts whose text is the same with drafts, token for token, None if tokens are sampled.
     """
     model = _model(recipe["source"], recipe["bits"])
     found: dict[str, Figures] = {}

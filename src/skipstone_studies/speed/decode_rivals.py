@@ -91,7 +91,7 @@ SMALLER: dict[str, Callable[..., SkipstoneForCausalLM]] = {"narrower": thin.narr
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the settings of every measurement by its name: one for each way to decode the model `SOURCE`.
+    """Return the settings of every measurement by its name: one for each way to decode SmolLM2-135M-Instruct.
 
     Each is a dict that `measured` takes. scale: not used.
     """
@@ -115,8 +115,8 @@ def measured(recipe: RecipeDict) -> Figures:
     the largest KL}, and {} for ways that change no prediction; `bytes` of weights that decoding one token reads;
     `share`, these bytes divided by those of the source in fp32; `speed`, tokens per second divided by those of
     transformers' model in fp32, as {"median", "min", "max"} over timings, absent for ways that only compute what
-    leaving out weights would give; `guessed`, in speculative decoding, the share of the tokens that were guessed.
-    Raises ValueError for the way llama.cpp without its Python bindings.
+    leaving out weights would give; `guessed`, in speculative decoding, the share of decoded tokens that a draft had
+    proposed. Raises ValueError for the way llama.cpp without its Python bindings.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe["threads"])
@@ -178,8 +178,9 @@ def _engine(recipe: RecipeDict, folder: Path) -> tuple[Engine, Logits, float]:
 def weights_of(name: str, way: str, weights: str | None = None) -> SkipstoneForCausalLM:
     """Return our model of the checkpoint `name` with weights in the format of a way to decode it.
 
-    way: "ours" (fp32, as they are), "float16", "int4", or anything else for int8. weights: "float" or "float16", which
-    replaces these formats; None means that the way decides.
+    way: "ours" (fp32, as they are), "float16", "int4" (four-bit blocks, those of its GGUF file), or anything else for
+    int8. weights: the format, "float" (fp32) or "float16", of a way that names none; None means that the way decides.
+    With fp32, the model is that which `source.source` returns, so callers must not change it.
     """
     if way == "ours" or weights == "float":
         return source(name)
@@ -189,11 +190,11 @@ def weights_of(name: str, way: str, weights: str | None = None) -> SkipstoneForC
 
 
 def speed(recipe: RecipeDict, engine: Engine) -> Figures:
-    """Return the tokens per second of an engine divided by transformers' model in fp32, timed in turns.
+    """Return the tokens per second of an engine divided by those of transformers' model in fp32, timed in turns.
 
     recipe: has the keys "source" (name of the checkpoint), "prompt" and "new" (tokens of the prompt and of the greedy
-    continuation) and "turns" (number of timings). engine: decodes one row greedily and is timed. The result is
-    {"median", "min", "max"} of the ratio over timings.
+    continuation) and "turns" (number of timings, whose prompts come from the texts of `source.rows` in turn). engine:
+    decodes one row greedily and is timed. The result is {"median", "min", "max"} of the ratio over timings.
     """
     prompts = [ids_RT[:1, : recipe["prompt"]] for ids_RT in rows(recipe["source"]).values()]
     base = Torch(theirs(recipe["source"]))

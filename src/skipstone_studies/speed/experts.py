@@ -1,4 +1,4 @@
-"""A forward and backward pass of a mixture of experts compared with the dense MLP of equal FLOPs per token.
+"""A study of the time of a mixture of experts, forward and backward, beside the dense MLP of equal FLOPs per token.
 
 All in fp32, and the MLP alone, including its balancing loss. The arms (compared implementations) named `mixtral` are
 transformers' `MixtralSparseMoeBlock`, with its loop over experts (eager) and with its grouped products (grouped_mm); it

@@ -42,9 +42,10 @@ PARTS = ("forward", "backward", "optimizer")
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return {name: recipe} with the only recipe of the study, the sections of a training and the size of its steps.
+    """Return {name: recipe} with the only recipe of the study.
 
-    scale: not used.
+    It has the sections model, data and train, and the keys `tokens` (of the one row of a step) and `steps` (their
+    number). scale: not used.
     """
     return {"256 tokens": {**RECIPE, "tokens": 256, "steps": 2}}
 

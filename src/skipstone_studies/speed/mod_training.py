@@ -1,7 +1,8 @@
-"""The time of a Mixture-of-Depths training step relative to its FLOPs, compared with the dense model's.
+"""A study of whether a Mixture-of-Depths training step takes less time in proportion to its fewer FLOPs.
 
-A step is forward, backward and AdamW. FLOPs are counted while the step runs, without the optimizer, which has no matrix
-products. `bf16` is autocast with fp32 weights, as `Trainer` does it.
+Time and FLOPs of a step (forward, backward and AdamW) are divided by those of the dense model. FLOPs are counted while
+the step runs, without the optimizer, which has no matrix products. The way "bf16" of running a step is autocast with
+fp32 weights, as `Trainer` does it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SIZES: tuple[tuple[PlainDict, tuple[str, ...]], ...] = (
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every timing by its name: one for each model size, routing decision and way to run a step.
 
-    Each is a dict that `measured` takes. The ways are the keys of `STEP_KINDS`, such as "fp32". scale: not used.
+    Each is a dict that `measured` takes. The ways, `STEP_KINDS`, are "fp32", "bf16" (autocast) and "RoutingTrainer,
+    fp32", a few steps by our trainer. scale: not used.
     """
     return {
         name_of(size, decision, way): {**size, "decision": decision, "way": way}
@@ -60,8 +62,8 @@ def name_of(size: PlainDict, decision: str, way: str) -> str:
 def model_of(size: RecipeDict, decision: str | None) -> SkipstoneForCausalLM:
     """Build a model with random weights whose every second block is routed, or a dense model.
 
-    size: a mapping with the keys "width", "blocks" and "context". decision: the decision of its Mixture-of-Depths; None
-    means a dense model.
+    size: a mapping with the keys "width", "blocks" and "context" (largest number of tokens of a row). decision: how its
+    Mixture-of-Depths routers choose tokens, such as "topk"; None means a dense model.
     """
     mod = {"name": "mixture_of_depths", "layers": "1::2", "capacity": CAPACITY, "decision": decision}
     torch.manual_seed(0)
@@ -104,9 +106,9 @@ def training_step(model: SkipstoneForCausalLM, ids: torch.Tensor, bf16: bool) ->
 
 
 def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
-    """Move the routing thresholds of a model after a training step.
+    """Update the routing thresholds of a model after a training step, as if half of the training were done.
 
-    records: what each mechanism decided in the step, one dict for each block.
+    records: what each mechanism decided in the step, one dict by name for each block.
     """
     blocks = model.model.layers
     for block, record in zip(blocks, records, strict=True):
@@ -115,7 +117,10 @@ def advance(model: SkipstoneForCausalLM, records: Sequence[Records]) -> None:
 
 
 class Repeated(Dataset[dict[str, torch.Tensor]]):
-    """A dataset that has the rows `ids`, int64 [rows, tokens], `times` times one after the other."""
+    """A dataset that has the rows `ids`, int64 [rows, tokens], `times` times one after the other.
+
+    An item is {"input_ids", "labels"}, both the same row.
+    """
 
     def __init__(self, ids: torch.Tensor, times: int) -> None:
         self.ids, self.times = ids, times
@@ -129,10 +134,10 @@ class Repeated(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer_steps(model: SkipstoneForCausalLM, size: RecipeDict, folder: str) -> Callable[[], None]:
-    """Return a function that trains for a few steps by `RoutingTrainer`, including its set-up.
+    """Return a function that trains for a few steps by `RoutingTrainer`, our subclass of transformers' Trainer.
 
-    model: the model to train. size: a mapping with the keys "rows", "context" and "trainer_steps", the number of steps.
-    folder: for Trainer's output.
+    Each call sets up a new trainer, which takes part of its time. model: the model to train. size: a mapping with the
+    keys "rows", "context" and "trainer_steps", the number of steps. folder: for Trainer's output.
     """
     arguments = TrainingArguments(
         output_dir=folder,

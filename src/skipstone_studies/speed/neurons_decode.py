@@ -40,9 +40,10 @@ PROMPT, STEPS, TURNS = 32, 32, 7
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the settings of every timing by its name: three shares of neurons for each model shape and weight dtype.
+    """Return the settings of every timing by its name: three pairs of shares for each model shape and weight dtype.
 
-    Each is a dict that `measured` takes. scale: not used.
+    Each is a dict that `measured` takes. A pair is the shares of neurons for which the up and the down projection are
+    multiplied. scale: not used.
     """
     timing = {"prompt": PROMPT, "steps": STEPS, "turns": TURNS}
     return {
@@ -63,10 +64,10 @@ def name_of(shape: str, dtype: str, up: float, down: float) -> str:
 
 
 def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausalLM:
-    """Build a model with random weights.
+    """Build a model with random weights and a tied output head.
 
     recipe: its "shape" has fields of SkipstoneConfig, "dtype" is the name of the weights' dtype. groups: options of
-    neuron groups; None means a dense model.
+    neuron groups, which switch neurons off; None means a dense model.
     """
     torch.manual_seed(0)
     config = SkipstoneConfig(**recipe["shape"], tie_word_embeddings=True, neuron_groups=groups)
@@ -74,7 +75,10 @@ def model_of(recipe: RecipeDict, groups: PlainDict | None) -> SkipstoneForCausal
 
 
 def copied(task: Task) -> Task:
-    """Return a function that runs `task` without loops compiled by numba: chosen weight rows are copied first."""
+    """Return a function that runs `task` without loops compiled by numba, so that chosen weight rows are copied first.
+
+    task: a function that times decoding once and returns a `Lap`; so does the result.
+    """
 
     def lap() -> Lap:
         with patch.object(magnitude, "_kernels", lambda: None), patch.object(decode_stack, "MOST_TOKENS", 0):
@@ -87,8 +91,8 @@ def measured(recipe: RecipeDict) -> Figures:
     """Time decoding with a part of the neurons, in turns with the dense model.
 
     recipe: an entry of `arms`. Keys of the result: `flops`, the FLOPs of a step divided by those of the dense model;
-    `place` and `copy`, tokens per second divided by those of the dense model, if rows of the weights are read in place
-    and if they are copied first, as {"median", "min", "max"} over timings.
+    `place` and `copy`, tokens per second divided by those of the dense model, if the chosen neurons' weights are read
+    in place and if they are copied first, as {"median", "min", "max"} over timings.
     """
     groups = {"decision": "magnitude", "group_size": 1, "capacity": recipe["up"], "down_capacity": recipe["down"]}
     dense, model = model_of(recipe, None), model_of(recipe, groups)

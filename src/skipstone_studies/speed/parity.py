@@ -1,7 +1,7 @@
 """Parity with transformers: logits and greedy text of both models, for the same weights and tokens.
 
-Each family is tested at a small size with random weights (norms and biases too, so that none is neutral), and with the
-real checkpoints in SKIPSTONE_DATA. `measure(CHECKPOINT)` tests any other checkpoint.
+Each family is tested at a small size with random weights (norms and biases too, so that none is neutral), and one real
+checkpoint, stories260K, is tested as it is. `measure(CHECKPOINT)` tests any other checkpoint.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ CASES: dict[str, PreTrainedConfig] = {
 class Parity:
     """The agreement of one checkpoint's outputs with transformers'.
 
-    fp32, bf16: largest difference of the logits, divided by the largest logit. generation: whether both continue
-    prompts with the same greedy text.
+    fp32, bf16: largest difference of the logits, with both models in this dtype, divided by the largest of
+    transformers' logits in magnitude. generation: whether both continue prompts with the same greedy text.
     """
 
     fp32: float
@@ -274,7 +274,7 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
     source: folder, Hub name or .gguf file of the checkpoint. length: tokens of a row; the first half is the prompt.
     tokens: number of generated tokens. The result is a `Parity`: `fp32` and `bf16`, largest difference of the logits
-    divided by the largest logit, and `generation`, whether greedy texts are equal.
+    divided by the largest of transformers' logits in magnitude, and `generation`, whether greedy texts are equal.
     """
     vocabulary = AutoConfig.from_pretrained(source).vocab_size
     ids_BT = torch.randint(2, vocabulary, (2, length), generator=torch.Generator().manual_seed(1))
@@ -288,9 +288,10 @@ def measure(source: str | Path, *, length: int = 40, tokens: int = 20) -> Parity
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the settings of every comparison by its name: many small configurations, and a real checkpoint.
+    """Return the settings of every comparison by its name: many small configurations, and one real checkpoint.
 
-    Each is a dict that `measured` takes. The configurations, `CASES`, are of all supported families. scale: not used.
+    Each is a dict that `measured` takes. The configurations, `CASES`, are of all supported families. The checkpoint is
+    stories260K. scale: not used.
     """
     families: dict[str, RecipeDict] = {name: {"config": config.to_diff_dict()} for name, config in CASES.items()}
     return families | {"stories260K (real)": {"source": "stories260K"}}
@@ -301,7 +302,8 @@ def measured(recipe: RecipeDict) -> Figures:
 
     recipe: an entry of `arms`, with "source" (name of a checkpoint in SKIPSTONE_DATA) or "config" (fields of a
     configuration of transformers, for a checkpoint with random weights). Keys of the result: `fp32` and `bf16`, the
-    largest difference of the logits divided by the largest logit, and `generation`, whether greedy texts are equal.
+    largest difference of the logits divided by the largest of transformers' logits in magnitude, and `generation`,
+    whether greedy texts are equal.
     """
     with quiet(), tempfile.TemporaryDirectory() as folder:
         if "source" in recipe:

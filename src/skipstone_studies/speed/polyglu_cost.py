@@ -1,8 +1,8 @@
 """PolyGLU's MLP in training, and a model with one fixed activation per neuron in decoding, compared with SwiGLU.
 
-Training: forward and backward of one MLP with the matrices of the SwiGLU, with logits as at initialisation (temperature
-tau 1) and as after training (some nats apart, tau .1). Saved: bytes that autograd keeps for the backward pass, without
-parameters.
+Training: forward and backward of one MLP whose matrices equal the SwiGLU's. The logits by which PolyGLU mixes
+activations are as at initialisation (temperature tau 1) or as after training (some nats apart, tau .1). Saved bytes are
+those that autograd keeps for the backward pass, without parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ TAUS = (1.0, 0.1)  # initial and trained
 def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every timing by its name: training by width, tau, precision and noise; decoding by width.
 
-    Each is a dict that `measured` takes. tau is the temperature of PolyGLU's mixture. scale: not used.
+    Each is a dict that `measured` takes. tau is the temperature of PolyGLU's mixture, noise whether Gumbel noise is
+    added to its logits. scale: not used.
     """
     found: dict[str, RecipeDict] = {}
     for width, tau, bf16, noise in itertools.product(WIDTHS, TAUS, (False, True), (False, True)):
@@ -93,8 +94,8 @@ def mlps(width: int) -> tuple[GatedMLP, GatedMLP]:
 def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[], None]:
     """Return a function that runs forward and backward pass of an MLP on `x_BTD` [rows, tokens, width].
 
-    mlp: the MLP. tokens: indices in the row and positions of these tokens, and whether Gumbel noise is added. bf16:
-    whether the forward pass runs under autocast.
+    mlp: the MLP. tokens: for each token its index in the row and its position, and whether Gumbel noise is added to
+    PolyGLU's logits. bf16: whether the forward pass runs under autocast.
     """
 
     def run() -> None:
@@ -110,8 +111,8 @@ def step(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> Callable[[
 def saved_bytes(mlp: GatedMLP, x_BTD: Tensor, tokens: Tokens, bf16: bool) -> int:
     """Return the bytes of the tensors that an MLP's forward pass on `x_BTD` keeps for the backward pass.
 
-    mlp: the MLP. Parameters and their copies in bf16 do not count. tokens: indices in the row and positions of these
-    tokens, and whether Gumbel noise is added. bf16: whether the pass runs under autocast.
+    mlp: the MLP. Parameters and their copies in bf16 do not count. tokens: for each token its index in the row and its
+    position, and whether Gumbel noise is added to PolyGLU's logits. bf16: whether the pass runs under autocast.
     """
     seen: dict[int, int] = {}
     weights = {p.numel() for p in mlp.parameters()}
@@ -153,7 +154,7 @@ def _decoding(recipe: RecipeDict) -> Figures:
 
 
 def decode(model: SkipstoneForCausalLM) -> Callable[[], None]:
-    """Return a function by which `model` decodes `STEPS` tokens with an empty cache and then empties it again."""
+    """Return a function that runs 20 decoding steps of `model` for one row, and empties the cache before it returns."""
     cache, token_B1 = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()

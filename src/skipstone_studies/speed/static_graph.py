@@ -37,8 +37,8 @@ def measured(recipe: RecipeDict) -> Figures:
 
     recipe: has the keys "decision" (name of a decision of Mixture-of-Depths) and "inputs" (number of batches). Keys of
     the result: `lists`, the number of different sequences of operations and shapes; `flops`, the number of different
-    FLOP counts; `graphs`, `recompilations` and `breaks`, the numbers of graphs that torch.compile makes, of batches
-    after the first for which it compiles again, and of graph breaks.
+    FLOP counts, among a tenth of the batches; `graphs`, `recompilations` and `breaks`, the numbers of graphs that
+    torch.compile makes, of batches after the first for which it compiles again, and of graph breaks.
     """
     draw, decision = torch.Generator().manual_seed(1), recipe["decision"]
     batches = [torch.randint(0, 64, (ROWS, CONTEXT), generator=draw) for _ in range(recipe["inputs"])]
@@ -52,7 +52,7 @@ def measured(recipe: RecipeDict) -> Figures:
 def model_of(decision: str) -> SkipstoneForCausalLM:
     """Build a small model in training mode in which every second block is routed by Mixture-of-Depths.
 
-    decision: name of its decision, such as "topk".
+    decision: how its routers choose tokens, such as "topk".
     """
     torch.manual_seed(0)
     mod = {"name": "mixture_of_depths", "layers": "1::2", "decision": decision}
@@ -91,11 +91,11 @@ def signature(run: Callable[[], None]) -> str:
 
 
 def compiled(model: SkipstoneForCausalLM, batches: list[torch.Tensor], whole: bool) -> dict[str, int]:
-    """Return how often torch.compile had to compile a model that is trained on batches of one shape.
+    """Return how often torch.compile had to compile a model for forward and backward passes on batches of one shape.
 
-    batches: token ids, int64 [rows, tokens] each. whole: whether to require one graph without breaks (`fullgraph`). The
-    result is {"graphs": number of graphs in all, "recompilations": number of batches after the first that caused one,
-    "breaks": number of graph breaks}.
+    model: the model. batches: token ids, int64 [rows, tokens] each. whole: whether to require one graph without breaks
+    (`fullgraph`). The result is {"graphs": number of graphs in all, "recompilations": number of batches after the first
+    that caused one, "breaks": number of graph breaks}.
     """
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # silences graph breaks, which are counted here
     torch._dynamo.reset()

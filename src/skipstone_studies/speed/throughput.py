@@ -19,9 +19,10 @@ ROUNDS = {"laptop": 7, "quick": 1}
 
 
 def arms(scale: str) -> dict[str, RecipeDict]:
-    """Return the settings of every timing by its name: models of several widths, micro-batches and precisions.
+    """Return the settings of every timing by its name: models of several widths, numbers of rows and precisions.
 
-    Each is a dict that `measured` takes. scale: "laptop", or "quick" with fewer and smaller ones.
+    Each is a dict that `measured` takes. One model is compiled. scale: "laptop", or "quick" with fewer and smaller
+    ones.
     """
     usual: PlainDict = {"width": 128, "rows": 8, "precision": "fp32", "compile": False, "rounds": ROUNDS[scale]}
     if scale == "quick":

@@ -24,7 +24,8 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every timing by its name: prefill and decoding, several rows and shares of skipped tokens.
 
     Each is a dict that `measured` takes. Its "part" is "prefill" or "decode", "skipped" the share of tokens that the
-    gates skip, and "kv" is "full" if skipped tokens still provide keys and values, else "kept". scale: not used.
+    gates skip, and "kv" is "full" if skipped tokens still provide keys and values, "kept" if they provide none. scale:
+    not used.
     """
     found = {}
     for part, counts in (("prefill", PROMPTS), ("decode", ROWS)):
@@ -40,7 +41,7 @@ def name_of(part: str, rows: int, kv: str, skipped: float) -> str:
     """Return the name under which the table shows a timing of Token-Selective Attention.
 
     part: the phase, "prefill" or "decode". rows: number of rows. kv: "full" if skipped tokens still provide keys and
-    values, else "kept". skipped: share of tokens that gated blocks skip.
+    values, "kept" if they provide none. skipped: share of tokens that gated blocks skip.
     """
     return f"{part}, {of_rows(rows)}, kv {kv}, {skipped:.0%}"
 

@@ -1,4 +1,7 @@
-"""`Bench`, by which the parts of the GPU study take and store measurements, surviving failed ones; and timing."""
+"""`Bench`, by which a part of the GPU study takes and stores measurements and goes on after one that fails.
+
+Also functions that time calls on the device, and that compare tensors.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ class Bench:
         write_whole(self.out, json.dumps({"measurements": self.found, "failures": self.failures}))
 
     def release(self) -> None:
-        """Free what a measurement has left: compiled code, unreachable tensors, cached memory of the GPU."""
+        """Free what a measurement has left (compiled code, tensors, cached memory), and reset the GPU's peak memory."""
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
@@ -75,7 +78,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def bf16(self) -> AbstractContextManager[object]:
-        """Return a context in which matrix products are computed in bf16, with fp32 weights."""
+        """Return a context in which matrix products are computed in bf16, with fp32 weights (autocast)."""
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def peak(self) -> PlainDict:

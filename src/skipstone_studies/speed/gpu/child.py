@@ -1,4 +1,7 @@
-"""Run one part of the GPU study here: `python -m skipstone_studies.speed.gpu.child PART OUT`, its recipe on stdin."""
+"""Run one part of the GPU study in this process: `python -m skipstone_studies.speed.gpu.child PART OUT`.
+
+PART is the name of the part, OUT the file for its measurements; its recipe is read as JSON from stdin.
+"""
 
 from __future__ import annotations
 

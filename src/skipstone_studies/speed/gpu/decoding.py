@@ -49,8 +49,8 @@ def beside(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) ->
 
     bench: gives the sizes. pair: the models "dense" and "routed". rows: number of sequences decoded together. Keys of
     the result: `dense_ms` and `routed_ms` (milliseconds per step), `speed` (tokens per second of the routed model
-    divided by those of the dense one), `share` (of the rows that a routed block computes, mean over blocks and steps)
-    and `tokens_per_second` (of the routed model).
+    divided by those of the dense one), `share` (share of the rows that a routed block computes, mean over blocks and
+    steps) and `tokens_per_second` (of the routed model).
     """
     decodings = {name: Decoding(model, bench.sizes, rows) for name, model in pair.items()}
     taken = seconds({name: decoding.lap for name, decoding in decodings.items()}, bench.sizes["turns"])
@@ -69,9 +69,9 @@ def fixed(bench: Bench, pair: Mapping[str, SkipstoneForCausalLM], rows: int) -> 
     """Time decoding steps with a cache of fixed size, kernel by kernel ("eager") and as one CUDA graph ("graph").
 
     With such a cache a step computes every block for every row, so it shows what launching costs and not what skipping
-    saves. bench: gives the device and the sizes. pair: the models "dense" and "routed". rows: number of sequences
-    decoded together. Keys of the result: milliseconds per step as `dense_eager_ms`, `dense_graph_ms`, `routed_eager_ms`
-    and `routed_graph_ms`.
+    saves. bench: gives the device and the sizes. pair: the models "dense" and "routed" (Mixture-of-Depths). rows:
+    number of sequences decoded together. Keys of the result: milliseconds per step as `dense_eager_ms`,
+    `dense_graph_ms`, `routed_eager_ms` and `routed_graph_ms`.
     """
     found: PlainDict = {}
     for name, model in pair.items():

@@ -28,9 +28,9 @@ def steps_of(bench: Bench, rows: int, compiled: bool) -> PlainDict:
     """Time training steps (forward, backward, clipping, AdamW), and return figures of the median one.
 
     bench: gives the device and the sizes. rows: number of rows of a step. compiled: whether to compile the blocks. Keys
-    of the result: `parameters`, `ms`, `tokens_per_second`, `tflops_per_second` (FLOPs by the cost model), `mfu` (these
-    FLOPs divided by the GPU's peak, absent if that is not known), `first_loss` and `last_loss` (nats per token), and on
-    a GPU `peak_gb`.
+    of the result: `parameters` (their number), `ms`, `tokens_per_second`, `tflops_per_second` (FLOPs by the cost
+    model), `mfu` (these FLOPs divided by the GPU's peak, absent if that is not known), `first_loss` and `last_loss` (of
+    the first and last step, in nats per token), and on a GPU `peak_gb` (peak memory in GB).
     """
     recipe = read_recipe(bench.sizes["recipe"])
     config = setup.model_config(recipe.model, recipe.data.context, {})

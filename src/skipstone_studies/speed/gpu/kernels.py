@@ -29,8 +29,8 @@ PLACES = ("result", "d gate", "d static", "d dynamic")
 def measure(bench: Bench) -> None:
     """Compare each kernel with its reference, then time PolyGLU's mixture of activations in a large MLP.
 
-    bench: gives the device and the sizes, and stores for each kernel its largest error, the tolerance and whether they
-    are equal, and the milliseconds of the mixture.
+    bench: gives the device and the sizes, and stores for each kernel its largest error, the tolerance and whether the
+    error is within it, and the milliseconds of the mixture.
     """
     for dtype, static, dynamic in itertools.product(TOLERANCES, (1, "rows"), (1, "tokens")):
         name = f"PolyGLU mixture, {NAMES[dtype]}, static part per {'row' if static == 'rows' else 'model'}, "
@@ -68,8 +68,8 @@ def mixture_inputs(bench: Bench, dtype: torch.dtype, per_row: bool, per_token: b
     """Return random inputs of PolyGLU's mixture of 4 activations: [gate, static, dynamic].
 
     gate: the values that the activations are applied to, [rows, tokens, neurons] in `dtype`. static: each neuron's
-    logits, [rows or 1, neurons, 4] in fp32, different for every row if `per_row`. dynamic: logits of the input, [rows,
-    tokens or 1, 4] in fp32, different for every token if `per_token`. The sizes are those of `bench`.
+    logits, [rows or 1, neurons, 4] in fp32, different for every row if `per_row`. dynamic: logits that all neurons
+    share, [rows, tokens or 1, 4] in fp32, different for every token if `per_token`. The sizes are those of `bench`.
     """
     rows, tokens, neurons = (bench.sizes[name] for name in ("rows", "tokens", "neurons"))
     gate = torch.randn(rows, tokens, neurons).to(bench.device, dtype)
@@ -120,7 +120,7 @@ def experts(bench: Bench, dtype: torch.dtype) -> PlainDict:
 
 
 def head(bench: Bench) -> PlainDict:
-    """Compare the cross-entropy of an output head in chunks of tokens with the plain one.
+    """Compare the cross-entropy of an output head, computed in chunks of tokens, with that from all logits at once.
 
     bench: gives the device and the sizes. Keys of the result: `error` (the largest of the loss and its gradients,
     relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as text).
@@ -152,10 +152,10 @@ def scores(bench: Bench) -> PlainDict:
 
 
 def times(bench: Bench) -> PlainDict:
-    """Time forward and backward pass of PolyGLU's mixture of activations in bf16, in turns.
+    """Time forward and backward pass of PolyGLU's mixture of activations in bf16, in turns, by several implementations.
 
     bench: gives the device and the sizes. Keys of the result: milliseconds as `reference_ms`, `compiled_ms`
-    (torch.compile) and, where Triton's kernels are timed, `triton_ms`.
+    (torch.compile) and, if "time_triton" is set in the sizes, `triton_ms`.
     """
     sizes = {**bench.sizes, **bench.sizes["timed"]}
     given = mixture_inputs(Bench(out=bench.out, device=bench.device, sizes=sizes), torch.bfloat16, False, True)

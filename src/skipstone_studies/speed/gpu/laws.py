@@ -1,6 +1,6 @@
 """Part of the GPU study: the tests of `tests/laws` on the device, as one run of pytest.
 
-Outcomes are stored as they are printed.
+These tests state what holds for every model, such as causality. Each outcome is stored as soon as pytest prints it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def measure(bench: Bench) -> None:
 
 
 def command(sizes: PlainDict) -> list[str]:
-    """Return the command line that runs the tests.
+    """Return the command line that runs the tests in `tests/laws`.
 
-    sizes: a mapping with "files" (names without `test_`), "cases" (an expression for pytest's -k; "" means all) and
-    "workers" (number of processes; 0 means one).
+    sizes: a mapping with "files" (names without `test_` and `.py`), "cases" (an expression for pytest's -k; "" means
+    all) and "workers" (number of parallel processes; 0: none besides pytest's own).
     """
     files = [f"tests/laws/test_{file}.py" for file in sizes["files"]]
     parallel = ["-n", str(sizes["workers"])] if sizes["workers"] and find_spec("xdist") is not None else []

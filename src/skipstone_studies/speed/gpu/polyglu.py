@@ -27,10 +27,11 @@ def measure(bench: Bench) -> None:
 
 
 def with_reference(bench: Bench) -> PlainDict:
-    """Time forward and backward pass of a PolyGLU and a SwiGLU MLP, with the reference for PolyGLU's mixture.
+    """Time forward and backward of a SwiGLU MLP, and of a PolyGLU MLP with the reference implementation of its mixture.
 
-    bench: gives the device and the sizes. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (polyglu_ms /
-    swiglu_ms), `saved` (bytes kept for the backward pass, PolyGLU's divided by SwiGLU's), and on a GPU `peak_gb`.
+    The reference takes the place of the device's kernels, and nothing is compiled. bench: gives the device and the
+    sizes. Keys of the result: `swiglu_ms`, `polyglu_ms`, `time` (polyglu_ms / swiglu_ms), `saved` (bytes kept for the
+    backward pass, PolyGLU's divided by SwiGLU's), and on a GPU `peak_gb` (peak memory in GB).
     """
     chosen = ops._eager
     ops._eager = lambda device: reference  # type: ignore[assignment]
@@ -41,11 +42,11 @@ def with_reference(bench: Bench) -> PlainDict:
 
 
 def beside(bench: Bench, compiled: bool = False) -> PlainDict:
-    """Time forward and backward pass of a PolyGLU and a SwiGLU MLP of equal sizes, in turns.
+    """Time forward and backward pass of a PolyGLU and a SwiGLU MLP of equal sizes in bf16, in turns.
 
     bench: gives the device and the sizes. compiled: whether to compile both. Keys of the result: `swiglu_ms`,
     `polyglu_ms`, `time` (polyglu_ms / swiglu_ms), `saved` (bytes kept for the backward pass, PolyGLU's divided by
-    SwiGLU's), and on a GPU `peak_gb`.
+    SwiGLU's), and on a GPU `peak_gb` (peak memory in GB).
     """
     torch.manual_seed(0)
     sizes = bench.sizes

@@ -61,10 +61,10 @@ def model_of(bench: Bench, options: PlainDict) -> SkipstoneForCausalLM:
 def prompts_of(bench: Bench, options: PlainDict) -> PlainDict:
     """Time the prefill of one row by an adapted and a dense model, in turns, for several lengths of prompt.
 
-    bench: gives the device, the sizes and the lengths. options: fields of SkipstoneConfig that add mechanisms, whose
-    thresholds are set to the FLOP budget of the bench. Keys of the result for each length N: `dense_N_ms` and
-    `adapted_N_ms` (milliseconds) and `speed_N` (dense_N_ms / adapted_N_ms; above 1 means that the adapted model is
-    faster); on a GPU also `peak_gb`.
+    bench: gives the device and the sizes, with "lengths" (of prompts) and "budget" (share of the dense FLOPs). options:
+    fields of SkipstoneConfig that add the mechanisms of the adapted model, whose thresholds are set to meet the budget.
+    Keys of the result for each length N: `dense_N_ms` and `adapted_N_ms` (milliseconds) and `speed_N` (dense_N_ms /
+    adapted_N_ms; above 1 means that the adapted model is faster); on a GPU also `peak_gb` (peak memory in GB).
     """
     source, adapted = model_of(bench, {}), model_of(bench, options)
     vocabulary = bench.sizes["model"]["vocab_size"]

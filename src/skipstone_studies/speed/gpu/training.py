@@ -36,7 +36,8 @@ def both(bench: Bench, way: str) -> PlainDict:
     bench: gives the device and the sizes. way: how a step is run: "eager", "compiled" or "CUDA graph". Keys of the
     result: `dense_ms` and `routed_ms`, milliseconds per step; `time`, the routed milliseconds divided by the dense
     ones; `flops`, the same ratio of the FLOPs by the cost model; `tokens_per_second` of the routed model; `dense_mfu`
-    and `routed_mfu`, FLOPs per second divided by the GPU's peak, if this peak is known; on a GPU `peak_gb`.
+    and `routed_mfu`, FLOPs per second divided by the GPU's peak, if this peak is known; on a GPU `peak_gb`, peak memory
+    in GB.
     """
     models = {"dense": model_of(bench, []), "routed": model_of(bench, [ROUTED])}
     steps = {name: step_of(bench, model, way) for name, model in models.items()}
@@ -115,8 +116,8 @@ def compile_blocks(model: SkipstoneForCausalLM, backend: str) -> None:
 def share_of_peak(key: str, flops: float, milliseconds: float) -> PlainDict:
     """Return {key: FLOPs per second as a share of the GPU's peak in bf16}.
 
-    flops, milliseconds: what was computed, and in which time. The result is empty without a GPU, and for one whose peak
-    is not known.
+    flops: number of FLOPs that were computed. milliseconds: the time that they took. The result is empty without a GPU,
+    and for one whose peak is not known.
     """
     name = torch.cuda.get_device_name().replace(" ", "").upper() if torch.cuda.is_available() else ""
     found = [gpu for known, gpu in GPUS.items() if known.partition("-")[0].upper() in name]

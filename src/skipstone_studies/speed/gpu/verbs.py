@@ -46,11 +46,11 @@ class StopAt(TrainerCallback):
 
 
 def measure(bench: Bench) -> None:
-    """Train small models in four ways, then evaluate each and generate text with it.
+    """Train small models in four ways, then evaluate the fp32 run of each and generate text with it.
 
     The ways are fp32, FSDP2 with one process, interrupted and resumed, and bf16. bench: gives the device and the sizes,
-    and stores for every model the figures of each way, its validation loss, and the number of pieces in which
-    `stream_text` yielded the generated text (none for a model whose decisions need later tokens).
+    and stores for every model the figures of each way, and of its fp32 run the validation loss and the number of pieces
+    in which `stream_text` yielded the generated text (none for a model whose decisions need later tokens).
     """
     for name in bench.sizes["models"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def against(folder: Path, other: Path, limit: float) -> PlainDict:
 def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in fp32, and return `first_loss`, `last_loss` (nats per token) and `tokens_per_second` of the run.
 
-    bench: not used. plain: the recipe. root: the folder in which the run folder `whole` is written.
+    bench: not used. plain: the recipe as a dict. root: the folder in which the run folder `whole` is written.
     """
     return figures(_train(plain, root, "whole"))
 
@@ -125,18 +125,18 @@ def plainly(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 def in_bf16(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
     """Train in bf16 under autocast, and return `first_loss`, `last_loss` and `tokens_per_second` of the run.
 
-    bench: not used. Losses are in nats per token. plain: the recipe. root: the folder in which the run folder `bf16` is
-    written.
+    bench: not used. Losses are in nats per token. plain: the recipe as a dict. root: the folder in which the run folder
+    `bf16` is written.
     """
     return figures(_train(plain, root, "bf16", precision="bf16"))
 
 
 def sharded(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
-    """Train under FSDP2, and compare the losses with those of the run that `plainly` made.
+    """Train in fp32 under FSDP2 in one process, and compare the losses with those of the run that `plainly` made.
 
     The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of any
-    step, in nats), `tolerance` and `equal` (1 or 0). bench: not used. plain: the recipe. root: the folder that holds
-    the run of `plainly`, and in which the sharded run is written.
+    step, in nats), `tolerance` (nats) and `equal` (1 or 0). bench: not used. plain: the recipe as a dict. root: the
+    folder that holds the run of `plainly`, and in which the sharded run is written.
     """
     return against(_train(plain, root, "sharded", parallel="fsdp2"), root / "whole", EQUAL)
 
@@ -146,8 +146,8 @@ def resumed(bench: Bench, plain: PlainDict, root: Path) -> PlainDict:
 
     The losses have to be exactly equal on a CPU; on a GPU some sums are atomic, so their order may change the last
     bits. The result has `first_loss`, `last_loss` (nats per token), `tokens_per_second`, `difference` (the largest of
-    any step, in nats), `tolerance` and `equal` (1 or 0). bench: knows the device. plain: the recipe. root: the folder
-    that holds the whole run, which `plainly` made, and in which the resumed run is written.
+    any step, in nats), `tolerance` (nats) and `equal` (1 or 0). bench: knows the device. plain: the recipe as a dict.
+    root: the folder that holds the whole run, which `plainly` made, and in which the resumed run is written.
     """
     folder = root / "resumed"
     stop = plain["train"]["save_every"] + 1
@@ -163,8 +163,8 @@ def used(bench: Bench, folder: Path) -> PlainDict:
     """Evaluate the run in `folder`, and generate text if its model can decide without later tokens.
 
     bench: not used. folder: the run folder. Keys of the result: `evaluated_loss`, the validation loss in nats per
-    token, and `pieces`, the number of pieces of text that were generated; it is absent for a model whose decisions need
-    later tokens.
+    token, and `pieces`, the number of pieces in which the text came, absent for a model whose decisions need later
+    tokens.
     """
     found = evaluate(folder)
     loss = {"evaluated_loss": found.measured[found.primary].loss}

@@ -32,9 +32,10 @@ def arms(scale: str) -> dict[str, RecipeDict]:
 def measured(recipe: RecipeDict) -> Figures:
     """Measure one arm (recipe of the study): a cost curve, the memory of reading a checkpoint, or the time of imports.
 
-    recipe: an entry of `arms` with a key "seed"; its "kind" says what is measured. The keys of the result are, for
-    "curve" and "processes", `points`, `exponents`, `apart`, `rate`, `seconds` and `peak_mb`; for "memory", `size_mb`,
-    `peak_mb` and `of_size`; for "imports", `imports`, `of_transformers`, `of_class` and `help`.
+    recipe: an entry of `arms` with a key "seed". The result depends on its "kind": for "curve" and "processes", the
+    points of the curve and the exponents with which time and memory grow, as `curves.with_exponents` returns them; for
+    "memory", sizes in MB, as `loading.memory` returns them; for "imports", CPU seconds, as `loading.imports` returns
+    them.
     """
     return KINDS[recipe["kind"]](recipe)
 

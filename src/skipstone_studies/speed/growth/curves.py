@@ -157,7 +157,10 @@ def model_of(recipe: RecipeDict) -> SkipstoneForCausalLM:
 
 
 def least_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the least CPU seconds of `repeats` calls of `run`; other processes hardly disturb CPU time."""
+    """Return the least CPU seconds of `repeats` calls of `run`, after one call that is not timed.
+
+    Other processes hardly disturb CPU time. From then on, this process keeps freed memory instead of returning it.
+    """
     _free_memory_is(KEPT)
     run()
     taken = []
@@ -171,7 +174,7 @@ def least_seconds(run: Callable[[], object], repeats: int) -> float:
 def peak_bytes(run: Callable[[], object]) -> float:
     """Return by how many bytes a second call of `run` raises the peak resident memory of this process (Linux only).
 
-    Has to be called before `least_seconds`, after which the process keeps freed memory.
+    It has to be called before `least_seconds`, which makes the process keep freed memory.
     """
     _free_memory_is(RETURNED)
     run()
@@ -197,7 +200,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def arms(values: Mapping[str, Sequence[int]] = AXES) -> dict[str, RecipeDict]:
-    """Return the recipes of the curves, one for each axis and model.
+    """Return the recipes of the cost curves (time and memory of a pass over one size), one for each axis and model.
 
     values: for each axis ("context", "rows", "blocks", "vocabulary") the sizes along it.
     """

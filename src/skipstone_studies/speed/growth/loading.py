@@ -88,12 +88,12 @@ def _python(text: str, *words: str) -> str:
 
 
 def imports(recipe: RecipeDict) -> Figures:
-    """Measure the CPU seconds of whole processes that import one thing, or print the help of the command line.
+    """Measure the CPU seconds of processes that import a library or a model class, or print the command line's help.
 
-    recipe: its "repeats" is how often each process is run; its least time counts. Keys of the result: `imports`,
-    seconds by name of what is imported; `of_transformers`, seconds of `import skipstone` divided by those of `import
-    transformers`; `of_class`, seconds of importing a model class of skipstone divided by those of importing one of
-    transformers; `help`, seconds of `skipstone --help`.
+    recipe: its "repeats" is how often each process is run; the least of its times is returned. Keys of the result:
+    `imports`, seconds by name of the process; `of_transformers`, seconds of `import skipstone` divided by those of
+    `import transformers`; `of_class`, seconds of importing a model class of skipstone divided by those of importing one
+    of transformers; `help`, seconds of `skipstone --help`.
     """
     taken: dict[str, list[float]] = {name: [] for name in (*IMPORTS, "skipstone --help")}
     for _ in range(recipe["repeats"]):
@@ -117,7 +117,10 @@ def _seconds(command: list[str]) -> float:
 
 
 def arms() -> dict[str, RecipeDict]:
-    """Return the recipes by name: loading a checkpoint, loading it as fp32, converting it, and imports."""
+    """Return the recipes of this part of the study by name: three ways to read a checkpoint, and imports.
+
+    The ways are loading it, loading it as fp32, and converting it; it has a billion random weights.
+    """
     reading = {
         f"{what} 1B": {"kind": "memory", "what": what, "checkpoint": LLAMA_1B}
         for what in ("loading", "loading as fp32", "converting")

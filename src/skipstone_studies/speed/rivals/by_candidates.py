@@ -29,9 +29,10 @@ ROWS = 32  # of the calibration text, which directions come from
 def by_candidates(name: str, weights: str, candidates: int, directions: int) -> SkipstoneForCausalLM:
     """Return a copy of the source model whose output head computes exact logits of the most promising tokens only.
 
-    name: the name of the source model. weights: "int8", or "float" to leave them in fp32. candidates: number of tokens
-    with exact logits. directions: number of directions of the hidden state, fitted on the calibration text, from which
-    a preview of all logits is computed to choose these tokens.
+    Decoding steps give other tokens the logits of a preview. name: the name of the source model (the checkpoint that is
+    decoded). weights: "int8", or "float" to leave them in fp32. candidates: number of tokens with exact logits.
+    directions: number of directions of the hidden state, fitted on the calibration text, from which a preview of all
+    logits is computed to choose these tokens.
     """
     model = quantise(source(name)) if weights == "int8" else source(name)
     return with_head_candidates(model, calibration(name, ROWS), candidates, directions).eval()

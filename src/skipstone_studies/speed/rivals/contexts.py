@@ -1,4 +1,4 @@
-"""Engines that keep what several rows have read, so that the same decoding steps can be timed again and again.
+"""Engines that hold the prompts of several rows in a cache, so that the same decoding steps can be timed repeatedly.
 
 Shape letters: R rows, T tokens of a prompt, S decoding steps. Ours and transformers' models are PyTorch modules;
 llama.cpp decodes all rows in one call of its C interface, which its Python bindings expose.
@@ -25,13 +25,14 @@ class Contexts(Protocol):
     def read(self, ids_RT: Tensor) -> Tensor:
         """Forget everything, read the prompts, and return the likeliest next token of each row, int64 [R, 1].
 
-        ids_RT: token ids, int64 [R, T].
+        ids_RT: token ids of the prompts, int64 [R, T]: R rows of T tokens.
         """
 
     def steps(self, fed_RS: Tensor) -> Tensor:
-        """Run a decoding step for each column, and return the likeliest token after it, int64 [R, S].
+        """Run S decoding steps, and return the likeliest token of each row after each of them, int64 [R, S].
 
-        fed_RS: the tokens that the rows continue with, int64 [R, S], whatever the engine finds likely.
+        fed_RS: the tokens that the R rows continue with, one column for each step, int64 [R, S], whatever the engine
+        finds likely.
         """
 
     def back(self, steps: int) -> None:
@@ -39,7 +40,7 @@ class Contexts(Protocol):
 
 
 class TorchContexts:
-    """Rows in the cache of a PyTorch model, ours or transformers', which grows with them.
+    """An engine (see `Contexts`) that holds rows in the cache of a PyTorch model, ours or transformers', which grows.
 
     model: the model.
     """
@@ -68,7 +69,7 @@ class TorchContexts:
 
 
 class LlamaContexts:
-    """Rows in the key-value cache of llama.cpp, each of them a sequence with a buffer of its own.
+    """An engine (see `Contexts`) that holds rows in llama.cpp's key-value cache, each a sequence with its own buffer.
 
     What is not said here is as llama.cpp chooses it: keys and values in F16, prompts in batches of 512 tokens. file:
     the GGUF file. rows: number of rows. tokens: how many each row must hold. threads: number of CPU threads. flash:

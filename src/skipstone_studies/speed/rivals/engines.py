@@ -1,7 +1,7 @@
 """A checkpoint, the source, in other engines and weight formats: transformers, torchao and llama.cpp.
 
-An engine decodes greedily, one token a step, and is timed. All have the same weights. llama.cpp's also returns logits,
-by which its distance from the source is measured.
+An engine decodes greedily, one token a step, and is timed. All have the source's weights, some of them rounded.
+llama.cpp's also returns logits, which tell how far its predictions are from the source's.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ class Torch:
 class Drafted:
     """The engine of our model with speculative decoding: it decodes one row greedily and is timed.
 
-    model: the model. draft: what proposes tokens: "lookup", "exit", "exit:N", "skip", "budget:SHARE", "head" or the
-    folder of another model; how many are proposed at a time follows from measured times. Attribute `guessed`: [number
-    of tokens that were proposed, number of all tokens], over all timings so far.
+    model: the model. draft: what proposes tokens: "lookup" (earlier text), "exit" or "exit:N" (the first half, or first
+    N, of the blocks), "skip" (every other block), "int8" or "int4" (the model in fewer bits), "budget:SHARE" (the model
+    at fewer FLOPs), "head" (a trained draft head) or the folder of another model. Attribute `guessed`: [number of
+    decoded tokens that a draft had proposed, number of all decoded tokens], over all timings so far.
     """
 
     def __init__(self, model: SkipstoneForCausalLM, draft: str) -> None:
@@ -98,7 +99,8 @@ class Drafted:
 class PromptLookup:
     """The engine of transformers' Llama with transformers' prompt lookup decoding (guesses copied from the prompt).
 
-    model: the Llama, of transformers. count: number of tokens guessed at a time (`prompt_lookup_num_tokens`).
+    An engine decodes one row greedily and is timed. model: the Llama, of transformers. count: number of tokens guessed
+    at a time (`prompt_lookup_num_tokens`).
     """
 
     def __init__(self, model: LlamaForCausalLM, count: int) -> None:
@@ -123,10 +125,10 @@ class PromptLookup:
 class LlamaCpp:
     """The engine of llama.cpp through its Python bindings, which the user installs: `pip install llama-cpp-python`.
 
-    name: the source model (the checkpoint that is decoded), the file NAME.gguf in the folder SKIPSTONE_DATA. format:
-    "F16" or "Q8_0", to which the file is converted; anything else means the file as it is. folder: where the converted
-    file is written. threads: number of CPU threads. Raises ImportError without the bindings, and ValueError if
-    llama.cpp cannot convert the file.
+    It decodes one row greedily, up to 512 tokens, and is timed. name: the source model (the checkpoint that is
+    decoded), the file NAME.gguf in the folder SKIPSTONE_DATA. format: "F16" or "Q8_0", to which the file is converted;
+    anything else means the file as it is. folder: where the converted file is written. threads: number of CPU threads.
+    Raises ImportError without the bindings, and ValueError if llama.cpp cannot convert the file.
     """
 
     def __init__(self, name: str, format: str, folder: Path, threads: int) -> None:

@@ -1,6 +1,6 @@
-"""The checkpoint that is decoded (the source), and by how much the predictions of a way to decode it differ.
+"""The checkpoint that is decoded (the source), and how far the predictions of a way to decode it are from its own.
 
-The difference is KL(source || way) on several texts.
+The distance is KL(source || way) on several texts.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def _texts() -> dict[str, str]:
 
 @cache
 def rows(name: str) -> Mapping[str, Tensor]:
-    """Return the rows on which ways to decode are judged: for each text by title, token ids, int64 [ROWS, LENGTH].
+    """Return the rows on which predictions of ways to decode are compared: {title of a text: token ids}.
 
-    The rows lie at equal distances in the text. name: the name of the source model, whose tokenizer is used.
+    The texts are "plays", "manual" and "code"; ids are int64 [ROWS, LENGTH], 4 rows of 128 tokens, which begin at equal
+    distances in the text. name: the name of the source model (the checkpoint that is decoded), whose tokenizer is used.
     """
     return {title: _drawn(name, text, ROWS) for title, text in _texts().items()}
 
@@ -79,7 +80,8 @@ def rows(name: str) -> Mapping[str, Tensor]:
 def calibration(name: str, count: int = 4) -> Tensor:
     """Return token ids, int64 [count, LENGTH], of the text on which thresholds are set; no figure is measured on it.
 
-    name: the name of the source model, whose tokenizer is used.
+    name: the name of the source model (the checkpoint that is decoded), whose tokenizer is used. count: number of rows,
+    which begin at equal distances in the text. LENGTH is 128.
     """
     corpus, split = CALIBRATION
     return _drawn(name, "\n\n".join(load_corpus(corpus).documents(split)), count)
@@ -95,9 +97,10 @@ def _drawn(name: str, text: str, count: int) -> Tensor:
 
 @cache
 def hidden(name: str, title: str) -> Tensor:
-    """Return the source model's last hidden states after the final norm, [ROWS, LENGTH, width].
+    """Return the source model's last hidden states after the final norm, [ROWS, LENGTH, width], on one text.
 
-    name: the name of the source model. title: the text, a key of `rows`, whose ROWS rows of LENGTH tokens are read.
+    name: the name of the source model (the checkpoint that is decoded). title: the text, a key of `rows`, of which ROWS
+    (4) rows of LENGTH (128) tokens are read.
     """
     with torch.inference_mode():
         return source(name).model(rows(name)[title]).last_hidden_state  # type: ignore[return-value]

@@ -77,11 +77,12 @@ def _chosen(name: str, sites: dict[object, Site], sparsity: float, given: dict[A
 
 
 def teal(name: str, sparsity: float) -> Way:
-    """Leave out weights by setting to 0 the inputs of each matrix below a threshold (TEAL, arXiv 2408.14690, uniform).
+    """Set to 0 those inputs of each matrix that are below its threshold in magnitude (TEAL, arXiv 2408.14690).
 
-    name: the name of the source model. sparsity: share of a matrix's inputs that lie below its threshold on the
-    calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
-    weights read per token.
+    The weights that they multiply need not be read. name: the name of the source model (the checkpoint that is
+    decoded). sparsity: share of a matrix's inputs that lie below its threshold on the calibration text, the same for
+    all matrices. Returns a function that maps token ids, int64 [1, T], to logits [T, V], and one that, called after it,
+    returns the mean number of weights that would be read per token.
     """
     model = source(name)
     sites = {block.get_submodule(path): Site() for block in model.model.layers for path in (*MATRICES, *MLP)}
@@ -94,11 +95,11 @@ def teal(name: str, sparsity: float) -> Way:
 
 
 def cats(name: str, sparsity: float) -> Way:
-    """Set to 0 the neurons whose activation lies below a threshold of their block (CATS, arXiv 2404.08763).
+    """Set to 0 neurons whose activation is below a threshold of their block in magnitude (CATS, arXiv 2404.08763).
 
-    name: the name of the source model. sparsity: share of a block's activations that lie below its threshold on the
-    calibration text. Returns a function that maps token ids to logits, and one that, called after it, returns the
-    weights read per token.
+    name: the name of the source model (the checkpoint that is decoded). sparsity: share of a block's activations that
+    lie below its threshold on the calibration text. Returns a function that maps token ids, int64 [1, T], to logits [T,
+    V], and one that, called after it, returns the mean number of weights that would be read per token.
     """
     model = source(name)
     blocks: Any = model.model.layers
@@ -122,8 +123,9 @@ def cats(name: str, sparsity: float) -> Way:
 def narrower(name: str, share: float) -> SkipstoneForCausalLM:
     """Return a copy of the source model without those neurons of every MLP that contribute least.
 
-    A neuron's contribution is its mean absolute activation on the calibration text times the norm of its column of the
-    down projection. name: the name of the source model. share: share of the neurons that is removed.
+    A neuron's contribution is the mean magnitude of its input to the down projection, on the calibration text, times
+    the norm of its column there. name: the name of the source model (the checkpoint that is decoded). share: share of
+    the neurons that is removed.
     """
     model, means = copy.deepcopy(source(name)), {}
     blocks: Any = model.model.layers
@@ -148,10 +150,11 @@ def narrower(name: str, share: float) -> SkipstoneForCausalLM:
 
 @torch.inference_mode()
 def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
-    """Return a copy of the source model without the blocks that change the stream's direction least (ShortGPT).
+    """Return a copy of the source model without the blocks that turn the residual stream least (ShortGPT).
 
-    The measure is block influence (arXiv 2403.03853) on the calibration text; the first and the last block stay. name:
-    the name of the source model. blocks: number of blocks that are left out.
+    The measure is block influence (arXiv 2403.03853), from the cosine between a block's input and output on the
+    calibration text; the first and the last block stay. name: the name of the source model (the checkpoint that is
+    decoded). blocks: number of blocks that are left out.
     """
     model = copy.deepcopy(source(name))
     streams = model.model(calibration(name)[:4], use_cache=False, output_hidden_states=True).hidden_states
@@ -169,10 +172,11 @@ def shorter(name: str, blocks: int) -> SkipstoneForCausalLM:
 def previewed(name: str, directions: int, exact: int) -> Way:
     """Compute exact logits for a few candidates only, chosen by a low-rank preview (SVD-softmax, NeurIPS 2017).
 
-    name: the name of the source model. directions: number of directions of the hidden state that give the preview of
-    all logits; they carry most of the logits' variance on the calibration text. exact: number of tokens with the
-    highest preview, whose logits are computed in full. Returns a function that maps token ids to logits, and one that,
-    called after it, returns the weights read per token.
+    Other tokens keep their previewed logits. name: the name of the source model (the checkpoint that is decoded).
+    directions: number of directions of the hidden state that give the preview; they carry most of the logits' variance
+    on the calibration text. exact: number of tokens with the highest preview, whose logits are computed in full.
+    Returns a function that maps token ids, int64 [1, T], to logits [T, V], and one that returns the number of weights
+    that would be read per token.
     """
     model = source(name)
     head, V = model.lm_head.weight.double(), model.lm_head.weight.shape[0]
