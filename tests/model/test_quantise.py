@@ -185,9 +185,9 @@ def test_flops_are_those_of_the_model_and_counted_the_same(tokens: int) -> None:
 
 
 def test_a_file_with_a_scale_for_each_row_still_loads(tmp_path: Path) -> None:
-    whole = model(hidden_size=128, intermediate_size=336)
+    whole = model(hidden_size=128, intermediate_size=384)
     small = quantise(whole)
-    assert small.model.layers[0].mlp.up_proj.weight_scale.shape == (336, 2)
+    assert small.model.layers[0].mlp.up_proj.weight_scale.shape == (384, 2)
     assert small.model.embed_tokens.weight_scale.shape == (61, 2)
     old = skipstone.SkipstoneForCausalLM(
         skipstone.SkipstoneConfig(**{**small.config.to_dict(), "weight_group": None})
@@ -201,9 +201,9 @@ def test_a_file_with_a_scale_for_each_row_still_loads(tmp_path: Path) -> None:
     old.save_pretrained(tmp_path / "old")
     loaded = load_model(tmp_path / "old")
     with torch.no_grad():
-        assert torch.allclose(loaded(ids()).logits, dequantise(loaded)(ids()).logits, rtol=1e-3, atol=1e-3)
-        assert torch.allclose(loaded(ids(1, 3)).logits, dequantise(loaded)(ids(1, 3)).logits, rtol=1e-3, atol=1e-3)
-        assert torch.allclose(small(ids(1, 3)).logits, dequantise(small)(ids(1, 3)).logits, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(loaded(ids()).logits, dequantise(loaded)(ids()).logits, atol=5e-3)
+        assert torch.allclose(loaded(ids(1, 3)).logits, dequantise(loaded)(ids(1, 3)).logits, atol=5e-3)
+        assert torch.allclose(small(ids(1, 3)).logits, dequantise(small)(ids(1, 3)).logits, atol=5e-3)
 
 
 def test_it_is_not_trained_and_not_quantised_twice() -> None:
