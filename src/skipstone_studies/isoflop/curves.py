@@ -337,9 +337,9 @@ def refusal(collected: GridRecords, arm: str, budget: float) -> Refusal:
     """Return why no verdict is given on an arm at a budget; "" if one is given.
 
     An arm that routes tokens gets a verdict only if deeper models of the base arm, with which it is compared, have a
-    loss that is lower by at least 0.02 nats; otherwise skipping blocks has nothing to lose. The reasons are "no
-    headroom", and "headroom not known" if the base arm was not run with two numbers of blocks. collected: all stored
-    results of the grid. arm: name of the arm. budget: the training FLOPs of a run.
+    loss that is lower by at least 0.02 nats; otherwise leaving blocks out altogether would do as well. The reasons are
+    "no headroom", and "headroom not known" if the base arm was not run with two numbers of blocks. collected: all
+    stored results of the grid. arm: name of the arm. budget: the training FLOPs of a run.
     """
     if not collected.grid.spec.known[arm].get("mechanisms"):
         return ""

@@ -1,6 +1,6 @@
 """The runs of an isoFLOP study, their costs, and whether the corpus has enough text for them.
 
-An equal budget means equal training FLOPs by `model.cost`, so an arm that skips gets more steps:
+An equal budget means equal training FLOPs by the cost model, so an arm (compared recipe) that skips gets more steps:
 
     steps = budget / (training FLOPs of one step as that arm executes it)
 """
@@ -36,7 +36,7 @@ class ModelShape:
 
     arm: name of the arm. size: width and number of blocks. model: the recipe's section `model` at this size.
     parameters: number of parameters. step_flops: training FLOPs of one optimizer step. forward_flops: FLOPs per token
-    of a forward pass whose decisions are causal, if every mechanism keeps its configured capacity.
+    of a forward pass whose decisions are causal, if every mechanism keeps its configured share of tokens (`capacity`).
     """
 
     arm: str

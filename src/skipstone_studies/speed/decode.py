@@ -70,9 +70,9 @@ def routers(model: SkipstoneForCausalLM) -> Iterator[tuple[int, str, Any]]:
 def calibrate(model: SkipstoneForCausalLM, ids: Tensor, first: int = 0) -> None:
     """Set the threshold of every router of `model` so that it keeps its share (`capacity`) of the tokens `ids`.
 
-    The threshold becomes the (1 - capacity) quantile of the router's scores of `ids`, block after block, because a
-    block's scores depend on the blocks before it. ids: token ids of random text, int64 [rows, tokens]. first: index of
-    the token in each row from which scores count.
+    Kept tokens are those that the router's block computes. The threshold becomes the (1 - capacity) quantile of the
+    router's scores of `ids`, block after block, because a block's scores depend on the blocks before it. ids: token ids
+    of random text, int64 [rows, tokens]. first: index of the token in each row from which scores count.
     """
     for i, name, mechanism in routers(model):
         record = model(ids, use_cache=False, output_records=True).records[i][name]

@@ -50,7 +50,7 @@ def arms(scale: str) -> dict[str, RecipeDict]:
     """Return the settings of every measurement by its name: rows and context of a step, or the length of a prompt.
 
     Each is a dict that `measured` takes. scale: "laptop", or "quick" for a checkpoint of 260 K parameters, two numbers
-    of rows and short contexts and prompts.
+    of rows and short contexts and prompts, without llama.cpp.
     """
     steps = [*((rows, CONTEXT) for rows in ROWS), *((1, context) for context in CONTEXTS), TOGETHER]
     prompts, common = list(PROMPTS), dict[str, Any](ways=WAYS, source=SOURCE)

@@ -183,11 +183,11 @@ def measured(recipe: RecipeDict) -> Figures:
 def figures(decision: str, flops: float, time: dict[str, float], limit: float, syncs: int) -> Figures:
     """Return the figures that are recorded of one timing of a Mixture-of-Depths training step.
 
-    decision: name of the router's decision. flops: FLOPs of a step divided by the dense model's. time: seconds of a
-    step divided by the dense model's, as {"median", "min", "max"} over rounds. limit: the largest accepted ratio of
-    time to FLOPs. syncs: number of times that the host waits for the device in a forward pass. Keys of the result:
-    `flops`, `time` and `limit` as given, `host_syncs`, and `over`, the median time divided by the FLOPs. `over` is
-    absent for a decision that keeps another number of tokens in every step.
+    decision: how its routers choose tokens, such as "topk". flops: FLOPs of a step divided by the dense model's. time:
+    seconds of a step divided by the dense model's, as {"median", "min", "max"} over rounds. limit: the largest accepted
+    ratio of time to FLOPs. syncs: number of times that the host waits for the device in a forward pass. Keys of the
+    result: `flops`, `time` and `limit` as given, `host_syncs` (`syncs`), and `over`, the median time divided by the
+    FLOPs. `over` is absent for a decision that keeps another number of tokens in every step.
     """
     over = {} if decision in MOVING else {"over": time["median"] / flops}
     return {"flops": flops, "time": time, **over, "limit": limit, "host_syncs": syncs}

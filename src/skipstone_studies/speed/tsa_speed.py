@@ -78,7 +78,10 @@ def prefill_figures(skipped: float, flops: float, time: dict[str, float]) -> Fig
 
 @torch.inference_mode()
 def share_kept(model: SkipstoneForCausalLM, ids: Tensor) -> float:
-    """Return the share of the tokens `ids` [rows, tokens] that the gates of `model` keep, as a mean over blocks."""
+    """Return the share of the tokens `ids` that gated blocks compute, as a mean over the gated blocks of `model`.
+
+    ids: token ids, int64 [rows, tokens].
+    """
     records = model(ids, use_cache=False, logits_to_keep=1, output_records=True).records
     return statistics.fmean(records[i][name].kept_BT.float().mean().item() for i, name, _ in routers(model))
 

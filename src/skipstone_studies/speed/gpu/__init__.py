@@ -1,4 +1,4 @@
-"""A study of the library on a GPU, in parts of a minute each, run by `make gpu`.
+"""A study of the library on a GPU (tests, kernels, training, decoding), in parts of about a minute, run by `make gpu`.
 
 On a CPU it is rehearsed with tiny sizes.
 """

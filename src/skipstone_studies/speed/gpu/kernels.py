@@ -135,10 +135,11 @@ def head(bench: Bench) -> PlainDict:
 
 
 def scores(bench: Bench) -> PlainDict:
-    """Compare the router's score function that saves less for the backward pass with the reference.
+    """Compare the routers' memory-saving score function with the reference, in scores and gradients.
 
-    bench: gives the device and the sizes. Keys of the result: `error` (the largest of the scores and their gradients,
-    relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all errors, as text).
+    It keeps fewer bytes for the backward pass. bench: gives the device and the sizes. Keys of the result: `error` (the
+    largest of the scores and their gradients, relative for large values), `tolerance`, `equal` (1 or 0) and `of` (all
+    errors, as text).
     """
     width = bench.sizes["width"]
     x = torch.randn(bench.sizes["rows"], bench.sizes["tokens"], width).to(bench.device)

@@ -28,8 +28,8 @@ class Part:
     """A part of the GPU study, which runs in its own process.
 
     module: name of the module in `speed.gpu` that measures it. about: text for the study's page. limit: the largest
-    number of seconds that it may take on a GPU. on_gpu: sizes of models and inputs for a GPU, as its module reads them.
-    rehearsed: the same, tiny, for a rehearsal on a CPU.
+    number of seconds that it may take on a GPU. on_gpu: sizes of models and inputs for a GPU, by the names under which
+    `module` reads them. rehearsed: tiny sizes by the same names, for a rehearsal on a CPU.
     """
 
     module: str

@@ -130,7 +130,7 @@ def _pass(recipe: RecipeDict) -> Callable[[], object]:
 
 
 def causal_flops(model: SkipstoneForCausalLM, rows: int, context: int) -> float:
-    """Return the FLOPs of a forward pass by the cost model, without the pairs that the causal mask hides.
+    """Return the FLOPs of a forward pass by the cost model, without the pairs of tokens that the causal mask hides.
 
     The cost model counts those pairs, but the attention kernel leaves them out. rows: number of rows. context: tokens
     of a row.

@@ -45,7 +45,7 @@ def apart(lines: Mapping[str, Figures]) -> dict[str, float]:
 def mixing(lines: Mapping[str, Figures]) -> float | None:
     """Return the seconds that PolyGLU's mixture takes for a neuron and token, from the cost curves by rows.
 
-    They are measured at the largest number of rows: PolyGLU's seconds minus the dense model's, minus the time that
+    The seconds are those at the largest number of rows: PolyGLU's minus the dense model's, minus the time that
     PolyGLU's additional FLOPs take at the dense model's rate. None if one of the two curves is missing. lines: the
     figures of the cost curves (time over one size) by arm (compared recipe), with `points` and others.
     """
