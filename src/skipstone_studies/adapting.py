@@ -28,6 +28,8 @@ HUB = {
     "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "gemma-3-270m-q4_k_m": "google/gemma-3-270m",  # the file of this name is in five packages of the Python index
 }
+# Texts whose folders were named by the options alone: {their digest: the source that wrote them}.
+EARLIER = {"4140169338c4cd0d": "stories260K", "8111822553fceb10": "SmolLM2-135M-Instruct"}
 
 
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
@@ -45,7 +47,7 @@ def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequenc
         return
     source, parts = source_of(recipe, folder), {name: recipe[name] for name in recipe if name in PARTS}
     if "sampled" in recipe:
-        texts = sampled_text(source, text_folder(folder, recipe["sampled"]), **recipe["sampled"])
+        texts = sampled_text(source, text_folder(folder, recipe["source"], recipe["sampled"]), **recipe["sampled"])
         parts["data"] = {**parts.get("data", {}), "corpus": f"text:{texts}"}
     if "adapt" in recipe:
         adapt(source, parts, out=folder, resume=resume, save_minutes=SAVE_MINUTES, callbacks=callbacks)
@@ -93,13 +95,19 @@ def run_beside(folder: Path, arm: str) -> Run:
     return Run(path)
 
 
-def text_folder(folder: Path, options: PlainDict) -> Path:
+def text_folder(folder: Path, source: str | PlainDict, options: PlainDict) -> Path:
     """Return the path of the folder for text that a checkpoint generates, one for all runs of a study at one scale.
 
-    folder: any run folder of the study. options: the options by which the text is generated, by name, such as `tokens`;
-    other options give another folder.
+    folder: a run folder of the study. source: the key `source` of a recipe, the name of a checkpoint or {"arm": NAME}
+    for another arm's run of the seed of `folder`. options: the options by which the text is generated, by name, such as
+    `tokens`. Other sources and other options have other folders. A folder that an earlier version named by the options
+    alone is returned if it exists and its text is known to come from `source` (`EARLIER`).
     """
-    return folder.with_name(f"text-{digest(options)}")
+    earlier = digest(options)
+    if EARLIER.get(earlier) == source and (path := folder.with_name(f"text-{earlier}")).is_dir():
+        return path
+    made_by = source if isinstance(source, str) else run_beside(folder, source["arm"]).name
+    return folder.with_name(f"text-{digest({'source': made_by, 'options': options})}")
 
 
 def sampled_text(source: str, out: Path, also: str | None = None, **options: Any) -> Path:

@@ -88,6 +88,7 @@ def panel(
     drawn: Sequence[ArmSeries],
     *,
     x_title: str,
+    y_title: str,
     title: str,
     x_range: tuple[float, float],
     y_range: tuple[float, float],
@@ -96,21 +97,23 @@ def panel(
 ) -> Drawn:
     """Return a chart (SVG) of loss against a quantity on a logarithmic axis, with its points as a table.
 
-    drawn: the compared recipes (arms), with their points, curves and optima. x_title: name of the quantity on the x
-    axis. title: the picture's title, for screen readers. x_range, y_range: smallest and largest value of each axis;
-    points of curves outside `y_range` are left out. level: a reference line, or None. label: a function that formats a
-    value on the x axis.
+    drawn: the compared recipes (arms), with their points, curves and optima. x_title, y_title: the axes' titles, the
+    quantity and the loss. title: the picture's title, for screen readers. x_range, y_range: smallest and largest value
+    of each axis; dots, optima and points of curves outside of these are left out of the picture, and the table still
+    has the dots and optima. level: a reference line, or None. label: a function that formats a value on the x axis.
     """
     across = FRAME.across(math.log10(x_range[0]), math.log10(x_range[1]))
     up = FRAME.up(*y_range)
-    parts = FRAME.y_axis(up, "causal loss, nats a token")
+    parts = FRAME.y_axis(up, y_title)
     parts += FRAME.x_axis(x_title, [(_x(across, value), label(value)) for value in log_ticks(*x_range)])
     parts += [] if level is None else _level(level, across, up)
     for each in drawn:
-        parts += _line(each, across, up)
+        points = [(_x(across, x), up(y)) for x, y in each.line if _inside(x, y, x_range, y_range)]
+        parts += [svg.polyline(points, each.style.colour, each.style.dash)] if len(points) > 1 else []
     for each in drawn:
-        parts += [_dot(dot, each.style, across, up) for dot in each.dots]
-        parts += [] if each.star is None else [_star(each.star, each.style, across, up)]
+        parts += [_dot(dot, each.style, across, up) for dot in each.dots if _inside(dot.x, dot.y, x_range, y_range)]
+        if each.star is not None and _inside(each.star.x, each.star.y, x_range, y_range):
+            parts.append(_star(each.star, each.style, across, up))
     if not any(each.dots for each in drawn):
         parts.append(svg.text(FRAME.width / 2, FRAME.height / 2, "no run yet", "axis", text_anchor="middle"))
     dots = [dot for each in drawn for dot in (*each.dots, *([each.star] if each.star else ()))]
@@ -122,11 +125,9 @@ def _x(across: AxisScale, value: float) -> float:
     return across(math.log10(value))
 
 
-def _line(each: ArmSeries, across: AxisScale, up: AxisScale) -> list[Markup]:
-    inside = [(x, y) for x, y in each.line if min(up.low, up.high) <= y <= max(up.low, up.high)]
-    if len(inside) < 2:
-        return []
-    return [svg.polyline([(_x(across, x), up(y)) for x, y in inside], each.style.colour, each.style.dash)]
+def _inside(x: float, y: float, x_range: tuple[float, float], y_range: tuple[float, float]) -> bool:
+    """Return whether the point (x, y) lies within both ranges (smallest value, largest value)."""
+    return x_range[0] <= x <= x_range[1] and y_range[0] <= y <= y_range[1]
 
 
 def _dot(dot: Dot, style: Style, across: AxisScale, up: AxisScale) -> Markup:

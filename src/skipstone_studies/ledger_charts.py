@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
+from skipstone.evaluate.tables import Section
 from skipstone.report import svg
 from skipstone.report.axes import AxisScale, bounds, labelled, ticks
 from skipstone.report.drawn import Drawn
@@ -16,6 +17,7 @@ from skipstone_studies.intervals import Claim, Verdict
 WIDTH, LEFT, RIGHT, ROW, TOP = 640, 210, 110, 22, 8
 COLOURS: dict[Verdict, str] = {"yes": BLUE, "no": VERMILION, "inconclusive": ORANGE, "no headroom": SKY}
 LONGEST = 34  # characters of a name
+HOURS = "core hours"  # the column of the table of costs that is drawn
 
 
 def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
@@ -41,22 +43,23 @@ def verdicts(found: Mapping[str, Sequence[Claim]]) -> Drawn:
     return _drawn(parts, len(counts), "verdicts on claims about arms, by study", ("study", *COLOURS), rows)
 
 
-def hours(rows: Iterable[Sequence[str]], column: int) -> Drawn:
+def hours(costs: Section) -> Drawn:
     """Return a picture (SVG) with a bar for the core hours of each study, which also carries them as a table.
 
-    rows: the cells of the table of costs as text, the study first; rows without a number in the column are left out.
-    column: index of the column of core hours.
+    costs: the table of costs, with the study in the first column and a column "core hours". Its last row, the sums, and
+    rows without a number of core hours are left out. Raises ValueError if it has no such column.
     """
-    known = [(row[0], float(row[column])) for row in rows if _is_number(row[column])]
+    column = costs.columns.index(HOURS)
+    known = [(row[0], float(row[column])) for row in costs.rows[:-1] if _is_number(row[column])]
     across = AxisScale(0.0, max((value for _, value in known), default=1.0), LEFT, WIDTH - RIGHT)
     parts = grid(across, len(known))
     for i, (study, value) in enumerate(known):
         parts.append(name(i, study))
         box = (LEFT, TOP + ROW * i + 3, across(value) - LEFT, ROW - 6)
-        parts.append(svg.rectangle(*box, f"{study}: {value:.2f} core hours", fill=BLUE))
+        parts.append(svg.rectangle(*box, f"{study}: {value:.2f} {HOURS}", fill=BLUE))
         parts.append(svg.text(across(value) + 6, middle(i), f"{value:.2f}", "value"))
     table = [(study, f"{value:.2f}") for study, value in known]
-    return _drawn(parts, len(known), "core hours of training, by study", ("study", "core hours"), table)
+    return _drawn(parts, len(known), f"{HOURS} of training, by study", ("study", HOURS), table)
 
 
 def forest(claims: Sequence[Claim], title: str) -> Drawn:

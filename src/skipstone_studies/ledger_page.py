@@ -16,8 +16,8 @@ from skipstone_studies.intervals import Claim
 def render(costs: Section, claims: Section, by_study: Mapping[str, Sequence[Claim]]) -> str:
     """Return the ledger (costs and claims of all studies) as one HTML page with pictures.
 
-    costs: the table of training costs, with a row for each study and a last one for all. claims: the table of claims.
-    by_study: the claims of each study, with their verdicts.
+    costs: the table of training costs, with a column "core hours", a row for each study and a last one for all.
+    claims: the table of claims. by_study: the claims of each study, with their verdicts.
     """
     pages = environment()
     assert pages.loader is not None
@@ -28,7 +28,7 @@ def render(costs: Section, claims: Section, by_study: Mapping[str, Sequence[Clai
         rule=RULE,
         colours=ledger_charts.COLOURS,
         verdicts=ledger_charts.verdicts(by_study),
-        hours=ledger_charts.hours(costs.rows[:-1], costs.columns.index("core hours")),
+        hours=ledger_charts.hours(costs),
         studies=[(study, ledger_charts.forests(study, found)) for study, found in by_study.items()],
         **script(),
     )

@@ -37,7 +37,7 @@ from skipstone.train.training import train
 from skipstone_studies.measure import executed_training, watched
 from skipstone_studies.record import digest
 from skipstone_studies.study import SAVE_MINUTES, Figures, RecipeDict, recipe_file
-from skipstone_studies.text_loss import by_block, mean_loss, rows, spaced
+from skipstone_studies.text_loss import by_block, capacities, mean_loss, rows, spaced
 
 LEAST_TOKENS = 8192  # of an optimizer step
 VOCABULARY = 258  # of the byte tokenizer: bytes, the end of a document, padding
@@ -349,8 +349,9 @@ def measured(folder: Path) -> Figures:
     of text; `predictions`, their number; `test_bytes`, the length of the test split; `validation_loss`;
     `training_flops`, as `planned` and as `executed` with the capacities that were logged; `forward_flops`, counted per
     token; `forward_share`, these divided by the dense model's; `capacity`, by block of the model the share of tokens
-    kept on the first block of text; `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and
-    use.json (use of cores); `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
+    kept on all rows that `loss` is measured on (in records up to 2026-12-01, on the first block of text alone);
+    `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and use.json (use of cores);
+    `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()
@@ -376,7 +377,7 @@ def measured(folder: Path) -> Figures:
         "validation_loss": mean_loss(model, data_of(recipe["data"]), protocol.tuning_rows),
         "forward_flops": counted.counted,
         "forward_share": counted.share,
-        "capacity": capacities(found[0].summaries.layers()),
+        "capacity": capacities(found),
     }
 
 
@@ -384,17 +385,3 @@ def recipe_of(folder: Path) -> RecipeDict:
     """Return the recipe, with its section `protocol`, that a `Session` has written beside a run folder."""
     recipe: RecipeDict = read_object(recipe_file(folder))
     return recipe
-
-
-def capacities(layers: Sequence[PlainMapping]) -> dict[str, float]:
-    """Return the share of tokens that each routed block keeps, by the block's index as text.
-
-    layers: for each block {mechanism name: {figure: value}}, where the figure "capacity" is the share. Of several
-    mechanisms in a block, the smallest share counts.
-    """
-    found = {}
-    for i, layer in enumerate(layers):
-        kept = [figures["capacity"] for figures in layer.values() if "capacity" in figures]
-        if kept:
-            found[str(i)] = min(kept)
-    return found

@@ -1,4 +1,7 @@
-"""The loss on rows that are evenly spaced over a split, in the pass that really skips, by blocks of rows."""
+"""The loss on rows that are evenly spaced over a split, in the pass that really skips, by blocks of rows.
+
+Also the share of tokens that routed blocks keep there.
+"""
 
 from __future__ import annotations
 
@@ -56,3 +59,23 @@ def mean_loss(model: SkipstoneForCausalLM, data: PreparedData, count: int | None
     """
     (found,) = by_block(model, data, count, 1)
     return found.loss
+
+
+def capacities(parts: Sequence[LossResult]) -> dict[str, float]:
+    """Return the share of tokens that each routed block of a model keeps over all parts of a text.
+
+    Keys are the blocks' indices as text, such as "2"; blocks without a depth mechanism are missing. A mechanism's share
+    is the mean of its shares on the parts, weighted by their numbers of predictions; parts where no token reached it do
+    not count. Of several mechanisms in a block, the smallest share counts. parts: what `by_block` returned.
+    """
+    shares: dict[tuple[int, str], list[tuple[int, float]]] = {}
+    for part in parts:
+        for i, layer in enumerate(part.summaries.layers()):
+            for name, figures in layer.items():
+                if figures.get("capacity") is not None:
+                    shares.setdefault((i, name), []).append((part.predictions, figures["capacity"]))
+    found: dict[str, float] = {}
+    for (i, _), weighted in sorted(shares.items()):
+        kept = sum(weight * share for weight, share in weighted) / sum(weight for weight, _ in weighted)
+        found[str(i)] = min(kept, found.get(str(i), kept))
+    return found

@@ -14,8 +14,10 @@ from skipstone.runs import Run
 from skipstone.train import folder as folders
 from skipstone.train.watch import MetricsFile
 from skipstone_studies import adapting
-from skipstone_studies.adapting import adapt_run, source_path
+from skipstone_studies.adapting import adapt_run, source_path, text_folder
 from skipstone_studies.catalogue import STUDIES
+from skipstone_studies.quality import adapt_stories
+from skipstone_studies.record import digest
 from skipstone_studies.run import reproduce
 from skipstone_studies.study import Column, Study
 
@@ -122,6 +124,32 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(small: None, monkeypatch: 
     reproduce("small", arms=["source", "tuned"])
     whole = json.loads(Path("whole/small/records/laptop/tuned-seed0.json").read_text(encoding="utf-8"))
     assert json.loads(RECORD.read_text(encoding="utf-8"))["figures"] == whole["figures"]
+
+
+def test_each_source_writes_a_text_of_its_own(tmp_path: Path) -> None:
+    folder, options = tmp_path / "laptop/a-seed0", {"tokens": 12}
+    (tmp_path / "laptop/b-seed0").mkdir(parents=True)
+    (tmp_path / "laptop/b-seed1").mkdir()
+    for name in ("b-seed0", "b-seed1"):
+        (tmp_path / "laptop" / name / "config.yaml").write_text("{}", encoding="utf-8")
+    asked: list[tuple[Path, Any, Any]] = [
+        (folder, "one", options),
+        (folder, "two", options),
+        (folder, "one", {"tokens": 13}),
+        (folder, {"arm": "b"}, options),
+        (folder.with_name("a-seed1"), {"arm": "b"}, options),
+    ]
+    assert len({text_folder(*each) for each in asked}) == len(asked)
+    assert text_folder(folder, "one", options) == text_folder(folder.with_name("c-seed7"), "one", options)
+
+
+def test_a_text_in_a_folder_named_by_the_options_alone_is_read_on(tmp_path: Path) -> None:
+    folder, options = tmp_path / "laptop/a-seed0", adapt_stories.SAMPLED
+    earlier = folder.with_name(f"text-{digest(options)}")
+    assert text_folder(folder, "stories260K", options) != earlier
+    earlier.mkdir(parents=True)
+    assert text_folder(folder, "stories260K", options) == earlier
+    assert text_folder(folder, "another", options) != earlier
 
 
 def test_an_arm_that_is_needed_is_named(small: None) -> None:

@@ -56,6 +56,16 @@ def test_the_rival_on_the_same_text_reads_as_much_as_the_full_model() -> None:
         }
 
 
+def test_each_claim_names_the_rival_that_it_is_measured_against() -> None:
+    losses = {"dense-8": [1.0, 1.1], "dense-5": [1.05, 1.15], "dense-5-same-text": [1.2, 1.3]}
+    figures = {arm: {seed: {"loss": loss} for seed, loss in enumerate(found)} for arm, found in losses.items()}
+    found = {claim.text: claim.estimate for claim in headroom.claims(figures)}
+    assert found == {
+        "test loss at least 0.02 nats below dense-5 at equal training FLOPs": pytest.approx(0.05),
+        "test loss at least 0.02 nats below dense-5-same-text on the same text": pytest.approx(0.2),
+    }
+
+
 def test_the_units_are_the_middle_and_every_block() -> None:
     assert headroom.units_of(8) == [(2, 3, 4, 5), *((i,) for i in range(8))]
     assert headroom.units_of(5)[0] == (1, 2, 3)

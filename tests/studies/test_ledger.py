@@ -14,7 +14,7 @@ from skipstone.evaluate.tables import Section
 from skipstone_cli.errors import one_line_errors
 from skipstone_cli.main import main
 from skipstone_studies import ledger, ledger_page
-from skipstone_studies.ledger_charts import forest
+from skipstone_studies.ledger_charts import forest, hours
 from skipstone_studies.record import Record, digest, write
 from skipstone_studies.study import Study
 from studies.kept_records import read_all
@@ -116,6 +116,15 @@ def test_a_forest_has_an_interval_for_each_arm_and_the_limit_of_the_claim() -> N
     assert low < float(first.get("cx", 0)) < high < float(mark.get("x1", 0)) < float(second.get("cx", 0))
     assert second.get("fill") == "var(--card)", "hollow: not decided"
     assert drawn.rows == [("<a>", "yes", "-1", "0.2"), ("b", "inconclusive", "2, one seed", "0.2")]
+
+
+def test_the_bars_are_the_core_hours_of_studies_wherever_the_column_is() -> None:
+    rows = [["a", "9", "1.50"], ["b", "8", "–"], ["**all**", "17", "1.50"]]
+    drawn = hours(Section(title="t", columns=["study", "GPU hours", "core hours"], rows=rows))
+    assert drawn.rows == [("a", "1.50")]
+    assert "a: 1.50 core hours" in drawn
+    with pytest.raises(ValueError, match="core hours"):
+        hours(Section(title="t", columns=["study", "GPU hours"], rows=[]))
 
 
 def test_claims_are_gathered_by_their_text(tiny: Any, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from skipstone.model.causal_lm import SkipstoneForCausalLM
+from skipstone.runs import Run
 from skipstone.train.setup import model_config
 from skipstone_studies import protocol
 from skipstone_studies import protocol_page as pages
@@ -19,7 +21,7 @@ from skipstone_studies.measure import executed_training
 from skipstone_studies.protocol import ProtocolConfig, SharedStart, best_rate, climb, planned, tuning_figures
 from skipstone_studies.quality import decisive, depth
 from skipstone_studies.run import reproduce
-from skipstone_studies.text_loss import spaced
+from skipstone_studies.text_loss import by_block, capacities, spaced
 
 
 def tried(losses: dict[float, float], first: float, most: int = 7) -> list[float]:
@@ -82,6 +84,17 @@ def test_a_warm_up_of_the_capacity_is_paid_for() -> None:
     assert steps[0] * 0.85 < steps[1] < steps[0]
 
 
+def test_the_shares_that_blocks_keep_are_those_of_the_whole_text() -> None:
+    def part(predictions: int, *layers: dict[str, float | None]) -> Any:
+        shown = [{name: {"capacity": share} for name, share in layer.items()} for layer in layers]
+        return SimpleNamespace(predictions=predictions, summaries=SimpleNamespace(layers=lambda: shown))
+
+    first = part(300, {}, {"mod": 0.5, "segment": 0.9}, {"mod": None})
+    second = part(100, {}, {"mod": 0.1, "segment": 0.0}, {"mod": 0.25})
+    assert capacities([first, second]) == {"1": pytest.approx(0.4), "2": 0.25}
+    assert capacities([part(10, {}, {"polyglu": None})]) == {}
+
+
 def test_steps_of_few_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 8,192 tokens, got 4,096"):
         planned({"hidden_size": 16}, {"context": 256}, {"batch_size": 16}, {"budget": 1e9, "rate": 1e-3})
@@ -127,6 +140,10 @@ def test_a_study_by_the_protocol(small: Path) -> None:
         assert figures["training_flops"]["executed"] > 0
     assert set(found["boundary"].figures["capacity"]) == {"2", "3", "4", "5"}
     assert found["dense-8"].figures["capacity"] == {}
+    folder = small / "runs/decisive/quick/boundary-seed0"
+    test_rows = protocol.data_of(protocol.recipe_of(folder)["data"], "test")
+    whole = by_block(Run(folder).load_model().eval(), test_rows, protocol.recipe_of(folder)["protocol"]["test_rows"], 1)
+    assert found["boundary"].figures["capacity"] == pytest.approx(capacities(whole))
     # equal weights where parameters are shared, and a rate that is tuned once
     rates = small / "runs/decisive/quick/rates"
     assert len(list(rates.glob("*.json"))) == 2

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from jinja2 import ChoiceLoader, PackageLoader
 
 from skipstone.core.strict import PlainDict
 from skipstone.evaluate.tables import amount, markdown
-from skipstone.report.axes import bounds, short
+from skipstone.report.axes import bounds
 from skipstone.report.drawn import Drawn
 from skipstone.report.palette import Style, style
 from skipstone.report.templating import environment, script
@@ -26,6 +27,7 @@ from skipstone_studies.page import provenance
 
 ALONE = 0.9  # a run that had less than this share of its cores shared the machine
 Figure = tuple[str, Drawn]
+_panel = partial(panel, y_title="executed loss, nats a token")
 
 
 def as_markdown(result: IsoFlopResult) -> str:
@@ -116,7 +118,7 @@ def _iso_flop(result: IsoFlopResult) -> list[Figure]:
             for arm, curve in curves.items()
         ]
         title = f"{compact(budget)} training FLOPs"
-        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
+        picture = _panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
         made.append((title, picture))
     return made
 
@@ -175,7 +177,7 @@ def _relative(result: IsoFlopResult) -> list[Figure]:
             if found.share is not None
         ]
         title = f"{compact(budget)} training FLOPs"
-        picture = panel(
+        picture = _panel(
             drawn,
             x_title=f"FLOPs of a forward pass, {base} optimum = 1",
             title=title,
@@ -211,7 +213,7 @@ def _iso_time(result: IsoFlopResult) -> list[Figure]:
     for time in result.times:
         title = f"{time.seconds:,.0f} seconds of training"
         drawn = [_at_time(result, time, curve) for curve in time.curves.values()]
-        picture = panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
+        picture = _panel(drawn, x_title="parameters", title=title, x_range=log_bounds(xs), y_range=_loss_range(result))
         made.append((title, picture))
     return [*made, ("loss of every run over its training time", _all_seconds(result))]
 
@@ -240,14 +242,12 @@ def _all_seconds(result: IsoFlopResult) -> Drawn:
             for point in points
         ]
         drawn.append(ArmSeries(style=_look(result, arm), dots=dots, line=_frontier(dots)))
-    seconds = [seconds_of(collected, point) for point in collected] or [1.0, 10.0]
-    return panel(
+    return _panel(
         drawn,
         x_title="seconds of training",
         title="loss over seconds of training; the line joins the best runs so far",
-        x_range=log_bounds(seconds),
+        x_range=log_bounds([seconds_of(collected, point) for point in collected] or [1.0, 10.0]),
         y_range=_loss_range(result),
-        label=short,
     )
 
 

@@ -72,7 +72,7 @@ def measured(folder: Path) -> Figures:
     folder: the run folder. Keys: `stories` and `wikitext-2`, losses in nats per token by the pass that skips; `flops`,
     forward FLOPs per token of that pass.
     """
-    stories = f"text:{text_folder(folder, SAMPLED)}"
+    stories = f"text:{text_folder(folder, SOURCE, SAMPLED)}"
     found: PlainDict = {}
     for name, corpus, split in (("stories", stories, "validation"), ("wikitext-2", "wikitext-2", "test")):
         loaded = load_run(folder, split, corpus, CONTEXT)

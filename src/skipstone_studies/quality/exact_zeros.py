@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from skipstone.model.loading import from_tensors
 from skipstone.runs import Run
 from skipstone_studies import protocol
 from skipstone_studies import protocol_page as pages
-from skipstone_studies.claims import ByArm, Claim, judge, mean, paired_differences, values
+from skipstone_studies.claims import ByArm, Claim, judge, paired_differences, values
 from skipstone_studies.quality.teal import measure_teal
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 from skipstone_studies.text_loss import by_block, rows, spaced
@@ -199,10 +200,13 @@ def details(figures: ByArm) -> str:
 
 
 def _on(figures: ByArm) -> str:
-    cells = {arm: [mean(figures, arm, f"on.{i}") for i in range(BLOCKS)] for arm in figures if "mlp_read" in figures}
-    shown = [[arm, *map(percent, found)] for arm, found in cells.items() if None not in found]
+    shown = []
+    for arm, seeds in figures.items():
+        by_seed = [found["on"] for found in seeds.values() if found.get("on")]  # None where all neurons are read
+        if by_seed:
+            shown.append([arm, *(percent(fmean(of_block)) for of_block in zip(*by_seed, strict=True))])
     columns = ["arm", *(f"block {i}" for i in range(BLOCKS))]
-    title = "Neurons whose activation is not 0, mean over tokens"
+    title = "Neurons whose activation is not 0, mean over tokens and seeds"
     return markdown([Section(title=title, columns=columns, rows=shown)]).strip("\n") if shown else ""
 
 

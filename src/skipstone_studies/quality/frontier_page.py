@@ -73,6 +73,7 @@ def picture(figures: ByArm, text: str) -> str:
     drawing = panel(
         drawn,
         x_title="executed FLOPs / the source's",
+        y_title="executed loss, nats a token",
         title=f"{TITLE}: {text}",
         x_range=log_bounds(xs),
         y_range=bounds(ys, 0.08),

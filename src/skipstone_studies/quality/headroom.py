@@ -114,7 +114,7 @@ def claims(figures: ByArm) -> Iterator[Claim]:
     """
     for rival, what in ((RIVAL, "at equal training FLOPs"), (SAME_TEXT, "on the same text")):
         found = paired_differences(figures, rival, FULL, pages.LOSS)
-        text = f"test loss at least {LEAST} nats below {RIVAL} {what}"
+        text = f"test loss at least {LEAST} nats below {rival} {what}"
         yield from judge(FULL, text, found, least=LEAST, form="+.4f")
 
 
