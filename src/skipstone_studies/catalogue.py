@@ -29,6 +29,7 @@ FILES = {
     "polyglu_routing": "quality.polyglu_routing",
     "ffn_groups": "quality.ffn_groups",
     "exact_zeros": "quality.exact_zeros",
+    "released": "quality.released",
     "tsa_shakespeare": "quality.tsa.shakespeare",
     "tsa_controls": "quality.tsa.shakespeare",
     "tsa_enwik8": "quality.tsa.large",
