@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DEACTIVATE_ASYNC_LOAD="1",  # by default transformers starts four threads for each model that it loads
     HF_HOME=_HOME.name,
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
@@ -38,8 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     import torch
     from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
 
     torch.set_num_threads(1)
+    # Without the constants of all sources imported by then, which are thousands and differ from process to process.
+    providers._get_local_constants = lambda: providers._local_constants
     settings.register_profile("skipstone", derandomize=True, deadline=None, database=None)
     settings.register_profile("quick", settings.get_profile("skipstone"), max_examples=20)  # of 100; always the same
     settings.load_profile("quick" if config.getoption("markexpr") == "not slow" else "skipstone")
@@ -54,7 +59,10 @@ def _seed() -> None:
 
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code still draws from the global state
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # the same without a tenth of a millisecond of looking for other devices
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +111,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Spare the tests what only long runs need: garbage collected by hand, files flushed, other devices' seeds.
 
+    So do answers that stay the same while tests run: the state of the checkout, and which packages are installed.
+
     Imported modules and collected tests stay, so they are taken from the eyes of the garbage collector. Trainers
     collect garbage at the start of each run, to free memory of a GPU, which is a fifth of a small training.
     """
+    import accelerate.utils.imports
     import accelerate.utils.memory
     import torch
+
+    from skipstone.train import environment
 
     gc.collect()
     gc.freeze()
     if not torch.cuda.is_available():
         accelerate.utils.memory.gc = SimpleNamespace(collect=lambda *_: 0)  # type: ignore[attr-defined]
     os.fsync = lambda fd: None
+    environment.git_state = cache(environment.git_state)
+    accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
     for device, seeds in ((torch.cuda, torch.cuda.random), (torch.xpu, torch.xpu.random), (torch.mtia, torch.mtia)):
         if not device.is_available():  # seeding would note the whole stack of calls, for when the device is there
             seeds._lazy_call = lambda *call, **kind: None  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import itertools
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ UNSEEN = ("attention_window", "norm_placement", "parallel_residual")
 SLOW_PARTS = {"neuron_groups": 4.0, "experts": 2.0}  # how many times as long as others
 
 
+@cache
 def drawn(one_in: int, *words: object) -> bool:
     """Return True for one in `one_in` of all words, the same words on every machine and in every process."""
     return zlib.crc32(" ".join(map(str, words)).encode()) % one_in == 0

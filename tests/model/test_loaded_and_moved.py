@@ -32,7 +32,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "window": {"attention_window": 5, "window_rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
 }
 OPTIONS = {name: {"mechanisms": [{"name": name, **entry}]} for name, entry in MECHANISMS.items()} | OTHERS
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 
 
 def net(name: str) -> skipstone.SkipstoneForCausalLM:

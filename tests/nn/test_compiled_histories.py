@@ -67,7 +67,7 @@ CASES = [
     pytest.param(name, bits, histories, marks=() if quick else pytest.mark.slow)
     for i, name in enumerate(MODELS)
     for j, bits in enumerate((32, 16, 8, 4))
-    for quick, histories in ((True, 8), (False, 150))
+    for quick, histories in ((True, 6), (False, 150))
     if (not quick or i % 4 == j) and not (name == "neurons" and bits in (4, 16))
 ]
 

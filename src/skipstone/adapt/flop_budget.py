@@ -6,11 +6,12 @@ length, one row at a time; in a batch, rows that keep fewer tokens are padded, w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 
-from skipstone.budget.calibration import meet
+from skipstone.budget.calibration import BATCH, meet
 from skipstone.budget.handles import find_handles
 from skipstone.data.rows import Row
 from skipstone.measure.flops import count_flops
@@ -101,7 +102,16 @@ def calibrate(model: SkipstoneForCausalLM, rows: Sequence[Row], budget: float, d
     model.eval()
     handles = [handle for handle in find_handles(model) if handle.saved]
     if handles:
-        meet(model, handles, rows, budget * dense)
+        meet(model, handles, _batched(rows), budget * dense)
+
+
+def _batched(rows: Sequence[Row]) -> list[Row]:
+    """Return batches of one row each as batches of up to `BATCH` rows that have the same fields and length."""
+    alike: dict[object, list[Row]] = defaultdict(list)
+    for row in rows:
+        alike[tuple((name, x.shape) for name, x in row.items())].append(row)
+    parts = [found[i : i + BATCH] for found in alike.values() for i in range(0, len(found), BATCH)]
+    return [{name: torch.cat([row[name] for row in part]) for name in part[0]} for part in parts]
 
 
 def counted(model: SkipstoneForCausalLM, rows: Sequence[Row]) -> float:

@@ -11,6 +11,8 @@ from skipstone.core.strict import PlainDict
 
 # Numbers to base 60, such as 1:30, or 8, such as 010: what YAML 1.1 makes of them is hardly ever meant.
 DISGUISED = re.compile(r"[-+]?(?:\d[\d_]*(?::[0-5]?\d)+(?:\.[\d_]*)?|0[0-7_]*[0-7])")
+# Where such a number may stand for itself: not inside of a word, a decimal or an exponent.
+MAYBE_DISGUISED = re.compile(rf"(?<![\w.+-])(?:{DISGUISED.pattern})(?![\w.])")
 LARGEST_YAML, MOST_NODES = 4 << 20, 200_000  # characters of a file; values in it once its aliases are unfolded
 
 
@@ -76,7 +78,7 @@ def check_yaml(text: str) -> None:
 
     if len(text) > LARGEST_YAML:
         raise ValueError(f"it has {len(text):,} characters; at most {LARGEST_YAML:,} are read")
-    if "*" not in text and not DISGUISED.search(text):
+    if "*" not in text and not MAYBE_DISGUISED.search(text):
         return  # without aliases, it is as large as it looks
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
