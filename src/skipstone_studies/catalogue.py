@@ -24,7 +24,7 @@ FILES = {
     "decisive": "quality.decisive",
     "decisive_narrow": "quality.decisive",
     "decisive_short": "quality.decisive_short",
-    "headroom_short": "quality.headroom",
+    "headroom_short": "quality.headroom_short",
     "reset_s3": "quality.reset_s3",
     "polyglu_routing": "quality.polyglu_routing",
     "ffn_groups": "quality.ffn_groups",

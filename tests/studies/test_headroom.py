@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from models import tiny_model
 from skipstone_studies import benefit_page, protocol
 from skipstone_studies.catalogue import STUDIES
 from skipstone_studies.quality import decisive, headroom
@@ -71,27 +69,6 @@ def test_the_units_are_the_middle_and_every_block() -> None:
     assert headroom.units_of(5)[0] == (1, 2, 3)
     assert headroom.units_of(30)[1:] == [(0,), (5,), (10,), (15,), (20,), (25,)]
     assert headroom.units_of(2) == [(0,), (1,)]
-
-
-def test_word_starts_are_what_the_decision_keeps() -> None:
-    text = b"def f(x):\n    return  x_1 + 22\n"
-    ids = torch.tensor([[*text], [*text[::-1]]])
-    entry = {"name": "segment", "layers": "1:2", "decision": "boundary"}
-    with torch.no_grad():
-        out = tiny_model(vocab_size=258, num_hidden_layers=3, mechanisms=[entry])(ids, output_records=True)
-    kept_N = headroom.word_starts([{"input_ids": row} for row in ids])
-    assert torch.equal(kept_N, out.records[1]["segment"].kept_BT.flatten())
-
-
-def test_the_page_of_the_short_training_ranks_word_starts_too() -> None:
-    measured = {"loss": 1.5, "units": [unit([1, 2], 0.03, 0.5)]}
-    for share in measured["units"][0]["kept"].values():
-        share[headroom.WORDS] = 1.75
-    runs = {"loss": 1.5, "validation_loss": 1.5, "blocks": [1.5], "benefit": measured}
-    figures = {headroom.SHORT: {0: {**runs, "loss": 1.6}}, headroom.decisive_short.SAME_TEXT: {0: runs}}
-    page = headroom.short_details(figures)
-    assert "| word starts | +0.2500 | +0.2500 | +0.2500 |" in page
-    assert "dense-8-same-text, seed 0: blocks 1 to 2 together" in page
 
 
 @pytest.mark.slow

@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from skipstone.adapt.source import load_dense, tokenizer_of
@@ -20,7 +18,6 @@ from skipstone.core.strict import PlainDict
 from skipstone.data.config import DataConfig
 from skipstone.data.prepare import PreparedData, prepare
 from skipstone.data.rows import Row
-from skipstone.mechanisms.decisions.boundary import byte_boundaries
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 from skipstone_studies import benefit_page, protocol
@@ -29,7 +26,7 @@ from skipstone_studies.adapting import sampled_text, source_path
 from skipstone_studies.benefit import Unit, oracle
 from skipstone_studies.claims import ByArm, Claim, judge, paired_differences
 from skipstone_studies.headroom import LEAST
-from skipstone_studies.quality import decisive, decisive_short
+from skipstone_studies.quality import decisive
 from skipstone_studies.quality.decisive import FULL, RIVAL
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 from skipstone_studies.text_loss import spaced
@@ -39,8 +36,6 @@ ROWS = {"laptop": 48, "paper": 256, "quick": 8}  # half to fit the regression, h
 ALONE = 6  # blocks of a deep model that are measured alone
 CHECKPOINT = "SKIPSTONE_CHECKPOINT"  # the folder of a user's own checkpoint
 ORACLE = "benefit"
-WORDS = "word starts"  # the bytes that decision "boundary" keeps
-SHORT = f"dense-{min(decisive_short.DEPTHS) + 1}"  # the best dense model of `decisive_short`
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
@@ -157,87 +152,6 @@ HEADROOM = Study(
     measure_together=None,
     claims=claims,
     details=details,
-)
-
-
-def short_arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
-    """Return the recipes of two dense models of `decisive_short` by name: its best one, and 8 blocks on the same text.
-
-    Each is a dict of settings that makes one of the compared models. The text is that of the model that skips by
-    boundaries of words. scale: "laptop" or "quick". corpus: name of the text.
-    """
-    found = decisive_short.arms(scale, corpus)
-    return {name: found[name] for name in (SHORT, decisive_short.SAME_TEXT)}
-
-
-def short_measured(folder: Path) -> Figures:
-    """Return the figures of one run; those of the model of 8 blocks include the benefit of each block.
-
-    They are those of `measured`, with one more way to choose the tokens that blocks update: word starts, the bytes that
-    decision "boundary" keeps. folder: the run folder.
-    """
-    figures = protocol.measured(folder)
-    if folder.name.rpartition("-seed")[0] != decisive_short.SAME_TEXT:
-        return figures
-    data = protocol.data_of(protocol.recipe_of(folder)["data"], "test")
-    return {**figures, ORACLE: on_rows(Run(folder).load_model(), data, ROWS["paper"], {WORDS: word_starts})}
-
-
-def word_starts(rows: Sequence[Row]) -> Tensor:
-    """Return which tokens of rows of bytes decision "boundary" keeps, bool [N], N counting the tokens of all rows.
-
-    These are the first byte of a row and each first byte after a word. rows: dicts of tensors [T] by name, of which
-    `input_ids` is read.
-    """
-    table_V = torch.zeros(protocol.VOCABULARY, dtype=torch.bool)
-    table_V[byte_boundaries()] = True
-    ends_BT = table_V[torch.stack([row["input_ids"] for row in rows])]
-    before_BT = torch.cat((torch.zeros_like(ends_BT[:, :1]), ends_BT[:, :-1]), 1)
-    kept_BT = ends_BT & ~before_BT
-    kept_BT[:, 0] = True
-    return kept_BT.flatten()
-
-
-def short_details(figures: ByArm) -> str:
-    """Return the Markdown below the table: what four more blocks gain, and the benefit of blocks for tokens.
-
-    The benefit of a block for a token is the number of nats by which it lowers the token's loss. figures: the figures
-    of every run, {arm (compared recipe): {seed: nested dict}}.
-    """
-    seeds = figures.get(decisive_short.SAME_TEXT, {})
-    measured = [seeds[seed][ORACLE] for seed in sorted(seeds)]
-    parts = [
-        pages.headroom_text(
-            pages.room_of(figures, decisive_short.SAME_TEXT, [SHORT]), decisive_short.SAME_TEXT, [SHORT]
-        ),
-        pages.NOTE,
-        *(
-            benefit_page.tables(found, f"{decisive_short.SAME_TEXT}, seed {seed}")
-            for seed, found in zip(sorted(seeds), measured, strict=True)
-        ),
-        benefit_page.NOTE
-        + f" *{WORDS}*: the bytes that decision `boundary` keeps, about an eighth of all, come before the others; "
-        "among equals chance decides.",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-HEADROOM_SHORT = replace(
-    HEADROOM,
-    name="headroom_short",
-    purpose="which bytes do the blocks help after the training of decisive_short, and could a router know them?",
-    about=(
-        "The two dense models between which [decisive_short](decisive_short.md) looks for what routing can gain: "
-        f"*{SHORT}*, the best one at equal training FLOPs, and *{decisive_short.SAME_TEXT}*, eight blocks for every "
-        "byte after the text of the model that skips by word starts. Each block of the latter is asked which bytes it "
-        "helps. It was trained without skipping; what a model gains that is trained with it can be more or less.\n\n"
-        + pages.COLUMNS_NOTE
-    ),
-    arms=short_arms,
-    seeds=decisive_short.DECISIVE_SHORT.seeds,
-    measure=short_measured,
-    claims=None,
-    details=short_details,
 )
 
 
