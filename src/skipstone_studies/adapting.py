@@ -33,7 +33,7 @@ EARLIER = {"4140169338c4cd0d": "stories260K", "8111822553fceb10": "SmolLM2-135M-
 
 
 def adapt_run(recipe: RecipeDict, folder: Path, resume: bool, callbacks: Sequence[TrainerCallback]) -> None:
-    """Run one recipe of a study (an arm) that begins with a checkpoint: adapt the checkpoint, or store it unchanged.
+    """Run one recipe of a study (an arm): adapt a checkpoint, store it unchanged, or train a model from random weights.
 
     recipe: a dict with the sections model, data, train and adapt, and two more keys. `source`: the name of a
     checkpoint, or {"arm": NAME} for the run of another arm of the same study and seed; without this key, a model is

@@ -128,7 +128,7 @@ def step_flops(model: str, context: int, rows: int) -> float:
 
 @lru_cache(maxsize=4)
 def rows_of(config: DataConfig, split: str, training: bool) -> PreparedData:
-    """Return the rows of a corpus, prepared only once per process.
+    """Return the rows of a corpus, which are prepared once and kept, for the last four combinations of arguments.
 
     config: the data options. split: the split that becomes `validation` in the result. training: whether to load
     training rows, too.
@@ -346,12 +346,12 @@ def measured(folder: Path) -> Figures:
     """Return the figures of a finished run: test and validation losses, tuning, FLOPs, capacities and times.
 
     folder: the run folder. Keys: `loss` on the test split, in nats per token (a byte); `blocks`, the same on each block
-    of text; `predictions`, their number; `test_bytes`, the length of the test split; `validation_loss`;
-    `training_flops`, as `planned` and as `executed` with the capacities that were logged; `forward_flops`, counted per
-    token; `forward_share`, these divided by the dense model's; `capacity`, by block of the model the share of tokens
-    kept on all rows that `loss` is measured on (in records up to 2026-12-01, on the first block of text alone);
-    `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and use.json (use of cores);
-    `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
+    of text; `predictions`, the number of tokens predicted for it; `test_bytes`, the length of the test split;
+    `validation_loss`; `training_flops`, as `planned` and as `executed` with the capacities that were logged;
+    `forward_flops`, counted per token; `forward_share`, these divided by the dense model's; `capacity`, by block of the
+    model the share of tokens kept on all rows that `loss` is measured on (in records up to 2026-12-01, on the first
+    block of text alone); `tuning` (`losses`, `rate`, `inside`); `training`, the content of result.json and use.json
+    (use of cores); `gflops_per_core_second`, executed training GFLOPs divided by CPU seconds.
     """
     run, recipe = Run(folder), recipe_of(folder)
     protocol, model = from_dict(ProtocolConfig, recipe["protocol"]), run.load_model().eval()

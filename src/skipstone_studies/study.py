@@ -73,10 +73,10 @@ class Study:
     given its folder. measure_together: a function that returns further figures of all runs of a seed, by arm, taken in
     one session so that they compare fairly; None means that there are none. columns: the columns of the table.
 
-    The other functions are called when the page is rendered. derive returns figures by arm that follow from the figures
-    of all arms of a seed. The rest get the figures by arm and seed: details returns Markdown below a table, claims the
-    claims that are judged, pictures SVG files by name, and closing, which gets the scale first, text printed below the
-    table in the terminal.
+    The other functions, unless they are None, are called when the page is rendered. derive returns figures by arm that
+    follow from the figures of all arms of a seed. The rest get the figures by arm and seed: details returns Markdown
+    below a table, claims the claims that are judged, pictures SVG files by name, and closing, which gets the scale
+    first, text printed below the table in the terminal.
     """
 
     name: str

@@ -47,9 +47,9 @@ class BudgetTable:
 
     A budget is a share of the dense model's forward FLOPs per token, when tokens are skipped as in generation and rows
     run one at a time. Between two points, thresholds are interpolated linearly. handles: names of the thresholds, such
-    as "3 mod". trained: each threshold's state after training, by which `reset` restores it. points: the measured
-    points, from the smallest to the largest share. tokens, rows: tokens per row and number of rows of the calibration
-    text. text: a description of that text.
+    as "3 mod". trained: each threshold's state after training (`ScoreThreshold.state`, None for an option that was not
+    set), by which `reset` restores it. points: the measured points, from the smallest to the largest share. tokens,
+    rows: tokens per row and number of rows of the calibration text. text: a description of that text.
     """
 
     handles: tuple[str, ...]

@@ -121,7 +121,7 @@ class RoutingModule(nn.Module):
         return None
 
     def require_causal(self) -> None:
-        """Raise ValueError if the configured decisions need later tokens; the message names settings that need none."""
+        """Raise ValueError if the configured decisions need later tokens; the message names options that need none."""
 
     def set_identity(self) -> None:
         """Set parameters and schedules so that the model computes what it would without the mechanism.
@@ -171,7 +171,7 @@ class RoutingModule(nn.Module):
 
 
 def require_causal(modules: Iterable[RoutingModule]) -> None:
-    """Raise ValueError if one of these modules needs later tokens to decide; the message names settings that need none.
+    """Raise ValueError if one of these modules needs later tokens to decide; the message names options that need none.
 
     modules: routing modules, which are asked in their order; the first that needs later tokens raises.
     """

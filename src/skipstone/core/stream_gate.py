@@ -54,15 +54,16 @@ class StreamGate(NamedTuple):
 
         score = sign * scorer(x)        opening = sigmoid(score) * state
 
-    It applies where the caller imposes no decisions. scorer: the router. line: the limit that the score must exceed, or
-    the opening if `compares` is "opening". weight: the factor on the update of a kept token: "none" (1), "raw" (the
-    score), "opening", or "tanh" (1 + scale * tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the
-    factor multiplies the block's whole "update", or the updates of attention and MLP separately ("sublayers"), so that
-    the MLP sees the scaled attention. others: whether tokens that are not kept are "absent", or still provide "keys"
-    and values. state: the name of a tensor in `Tokens.state`, which is a factor of the opening (see above) and is then
-    set to the opening; None means a factor of 1. known: whether token ids decide: `state` then names no tensor of
-    `Tokens.state`, but is 1 for the tokens that `DepthModule.kept_by_ids` returns and 0 for others. loss: the opening
-    times this coefficient is the auxiliary loss returned with the decision; None means no loss.
+    It applies where the caller imposes no decisions. scorer: the router. sign: 1, or -1 if tokens with low outputs of
+    the router are kept. line: the limit that the score must exceed, or the opening if `compares` is "opening". weight:
+    the factor on the update of a kept token: "none" (1), "raw" (the score), "opening", or "tanh" (1 + scale *
+    tanh(score)). scale: a scalar tensor for "tanh". acts_on: whether the factor multiplies the block's whole "update",
+    or the updates of attention and MLP separately ("sublayers"), so that the MLP sees the scaled attention. others:
+    whether tokens that are not kept are "absent", or still provide "keys" and values. state: the name of a tensor in
+    `Tokens.state`, a factor of the opening (see above; 1 if None), which is then set to the opening. known: whether
+    token ids decide: `state` then names no tensor of `Tokens.state`, but is 1 for the tokens that
+    `DepthModule.kept_by_ids` returns and 0 for others. loss: the opening times this coefficient is the auxiliary loss
+    returned with the decision; None means no loss.
     """
 
     scorer: Scorer

@@ -133,13 +133,16 @@ class Tokens:
         return torch.where(self.real_BT, document, -1)
 
     def select_kept(self, kept_BT: Tensor, width: int | None = None, exact: bool = False) -> Selection:
-        """Turn a bool mask of kept tokens into a selection, whose tokens are gathered or marked in place.
+        """Turn a bool mask of kept tokens into a selection: tokens gathered, marked in place, or whole rows.
 
-        They are marked in place if `PassMode.executor` is "masked", which computes all tokens, and in calls of one
-        token per row that gather one column. kept_BT: never True for padding. width: the number of columns to gather;
-        None means the largest number that a row keeps; finding it makes the CPU wait for the GPU once. exact: whether
-        every row keeps exactly `width` tokens; if False, rows may keep fewer, and padding follows. With width None,
-        calls of one token per row may leave out whole rows (`PassMode.per_row_gather`).
+        With `PassMode.executor` "masked", tokens are marked in place and all are computed. Else, calls of one token per
+        row with `PassMode.per_row_gather` and without a width leave out the rows whose token is not kept. All other
+        calls gather `width` columns of every row; if rows have one token and one column is gathered, it is marked in
+        place instead. If every token is known to be kept, the selection is `EVERYONE`.
+
+        kept_BT: never True for padding. width: the number of columns to gather; None means the largest number that a
+        row keeps; finding it, or the rows, makes the CPU wait for the GPU once. exact: whether every row keeps exactly
+        `width` tokens; if False, rows may keep fewer, and padding follows. With width None it is ignored and found out.
         """
         if self.mode.executor == "masked":
             return InPlace(kept_BT)

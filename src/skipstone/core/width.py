@@ -48,9 +48,11 @@ class Activation(nn.Module):
         """Return the activations, shaped as `gate_BTF`, and the records of the decisions made, by name.
 
         gate_BTF: pre-activations of the MLP's F neurons. x_BTD: the MLP's input. tokens: the tokens of this call.
-        cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: which neuron
-        groups are on for which tokens (`ops/neurons.py`); None means that all are. If given, the last axis of gate_BTF
-        has only the neurons that are on for each token, in their order, and x_BTD stays padded even if gate_BTF is not.
+        cache: the block's cache in generation, for state of earlier tokens; None means no cache. runs: the runs of
+        consecutive tokens with the same neuron groups on (`ops/neurons.py`); None means that all neurons are on. If
+        given, the last axis of gate_BTF has, for each token, the neurons of its own groups alone, in their order; their
+        number is the same for all tokens. gate_BTF then leaves out padding, [1, N, ...], if `tokens.unpadding` is set,
+        but x_BTD still has the padded form [B, T, D].
         """
         raise NotImplementedError
 

@@ -86,10 +86,11 @@ class DataConfig:
     training rows are windows at random places; "once" means adjacent windows in random order, none read twice. Rows of
     shards are always adjacent windows; None then reads all of them before it reads any a second time. blend: for shards
     in several folders, the share of the rows that each has, fixed or changing during training; None means that it is
-    proportional to the folder's tokens. train_rows: number of training rows; None means as many adjacent windows as the
-    text has, or 65,536 synthetic rows. Row i is the same whatever this number, unless a blend changes during training.
-    validation_rows: number of validation rows; None means the whole split, or 1,024 synthetic rows. Raises ValueError
-    for invalid values: synthetic tasks accept no tokenizer, packing or sampling, shards no tokenizer.
+    proportional to the folder's tokens. train_rows: number of training rows, which a training replaces by steps *
+    batch_size; None means as many as windows fit into the text side by side, or 65,536 synthetic rows. Row i is the
+    same whatever this number, unless a blend changes during training. validation_rows: number of validation rows; None
+    means the whole split, or 1,024 synthetic rows. Raises ValueError for invalid values: synthetic tasks accept no
+    tokenizer, packing or sampling, shards no tokenizer.
     """
 
     corpus: str = "tiny-shakespeare"

@@ -111,14 +111,14 @@ def kl_run(
     context: int | None = None,
     rows: int = ROWS,
 ) -> KlBudget:
-    """Choose the settings that read the fewest bytes of weights with KL(source || model) <= limit, and write them.
+    """Choose the thresholds and head candidates that read the fewest bytes with KL(source || model) <= limit.
 
-    Settings are routing thresholds and, if approximate logits choose the tokens that get exact ones, their number. The
-    number is written to the configuration; thresholds need a budget table, written to budget.json unless there is one.
-    folder: the run or saved model. limit: nats per token, above 0. source: folder or Hub name of the reference model;
-    None means the model itself as trained. corpus, context: the corpus to measure on and tokens per row; None means the
-    run's own (a saved model has no corpus). rows: number of training rows to measure on. Raises ValueError without a
-    corpus, for a model with nothing to set, a limit that no setting meets, and a source with another vocabulary.
+    Of a budget table (written to budget.json unless there is one), a budget is chosen and named in `written` of the
+    result; the number of tokens that get exact logits (head candidates) is written to config.json. folder: the run or
+    saved model. limit: nats per token, above 0. source: folder or Hub name of the reference model; None means the model
+    itself as trained. corpus, context: the corpus to measure on and tokens per row; None means the run's own (a saved
+    model has no corpus). rows: number of training rows to measure on. Raises ValueError without a corpus, for a model
+    with nothing to set, a limit that no setting meets, and a source with another vocabulary.
     """
     if not 0 < limit < float("inf"):
         raise ValueError(f"kl must be a number above 0, nats a token, got {limit:g}")

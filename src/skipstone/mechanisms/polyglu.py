@@ -161,9 +161,9 @@ class PolyGLU(MixFigures, Activation):
 
         gate_BTF: pre-activations W_gate x of F neurons. x_BTD: the MLP's input, from which the context is computed.
         tokens: the tokens of this call (documents, padding, random seed). cache: the layer's cache, which also stores
-        sums over earlier tokens; None means no earlier tokens. runs: the neuron groups that are on, if not all;
-        `gate_BTF` then holds only their neurons. Raises ValueError with context "sequence" if a cache is given or the
-        pass must not look at later tokens.
+        sums over earlier tokens; None means no earlier tokens. runs: runs of tokens with the same neuron groups on;
+        `gate_BTF` then holds, for each token, the neurons of its groups alone. None means that all neurons are on.
+        Raises ValueError with context "sequence" if a cache is given or the pass must not look at later tokens.
         """
         dynamic_BTA = self._dynamic(x_BTD, tokens, cache)
         noise = tokens.mode.noise and self.config.noise

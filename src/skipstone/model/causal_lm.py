@@ -46,14 +46,15 @@ AnyModule = TypeVar("AnyModule", bound=RoutingModule)
 class CausalLMOutput(ModelOutput):
     """The output of the language model, with its losses.
 
-    loss: the training loss, []: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss and
-    distillation loss takes the place of the token loss. token_loss: cross-entropy in nats, a mean over labels (or, if
-    `num_items_in_batch` was given, the sum divided by it). auxiliary_loss: the sum of the mechanisms' own losses,
+    loss: the training loss, a scalar: token loss plus auxiliary losses; with a teacher, the weighted sum of token loss
+    and distillation loss takes the place of the token loss. token_loss: cross-entropy in nats, a mean over labels (or,
+    if `num_items_in_batch` was given, the sum divided by it). auxiliary_loss: the sum of the mechanisms' own losses,
     coefficients included. distillation_loss: KL(teacher || student) in nats times the squared temperature, averaged
-    like token_loss, without its coefficient. logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the
-    KV cache. hidden_states: if requested, num_hidden_layers + 1 tensors as in transformers. records: if requested, one
-    dict per block with its mechanisms' decisions by name. attentions: always None. last_hidden_state: the decoder's
-    normalised hidden states, [B, T, D] with D the width, if `output_last_hidden_state` is True, else None.
+    like token_loss, without its coefficient. Losses are None without labels, distillation_loss also without a teacher.
+    logits: [B, T, V] for V vocabulary entries, or None. past_key_values: the KV cache. hidden_states: if requested,
+    num_hidden_layers + 1 tensors as in transformers. records: if requested, one dict per block with its mechanisms'
+    decisions by name. attentions: always None. last_hidden_state: the decoder's normalised hidden states, [B, T, D]
+    with D the width, if `output_last_hidden_state` is True, else None.
     """
 
     loss: Tensor | None = None

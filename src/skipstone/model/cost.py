@@ -139,11 +139,11 @@ def cost(
     count}}, measured (`kept_from_records`) or assumed. None means the configured capacity: for Mixture-of-Depths
     floor(capacity * tokens) in training and capacity * tokens on average in generation; all tokens for gates without a
     capacity. stored: keys cached in each layer before the call (`cache.layers[i].kv.width`; if rows differ, the longest
-    row that has a query); None means what `past` tokens leave there under the assumption just described. routing:
-    "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced" (causal, but
-    imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits are computed;
-    0 means all tokens. Raises ValueError for invalid sizes, and for layers in `kept` or `stored` that the model does
-    not have.
+    row that has a query); None means what `past` tokens leave there if mechanisms keep their configured capacity.
+    routing: "oracle" (decisions of training), "causal" (made without later tokens, as in generation), or "forced"
+    (causal, but imposed by the caller, so that no predictor runs). logits_to_keep: number of last tokens whose logits
+    are computed; 0 means all tokens. Raises ValueError for invalid sizes, and for layers in `kept` or `stored` that the
+    model does not have.
     """
     if tokens < 1 or batch < 1 or past < 0:
         raise ValueError(f"cost needs tokens >= 1, batch >= 1, past >= 0; got {tokens=}, {batch=}, {past=}")

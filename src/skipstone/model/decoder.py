@@ -197,8 +197,8 @@ class SkipstoneModel(SkipstonePreTrainedModel):
         not look at later tokens, as in generation (the default otherwise); or {layer: bool mask [B, T]}: the tokens
         that these blocks keep, while others decide causally. noise: whether mechanisms draw random numbers; default: in
         training mode with "oracle". executor: "gathered" computes kept tokens only; "masked" computes all and discards
-        others, with the same result. output_records: whether to return decisions. Raises ValueError for invalid
-        arguments.
+        others, with the same result. output_records: whether to return decisions; None means no, without the warning in
+        training that the mechanisms' losses are lost. Raises ValueError for invalid arguments.
         """
         refuse_mistyped(kwargs)
         if kwargs.get("output_attentions"):

@@ -20,7 +20,12 @@ from skipstone.model.weight_files import INTEGERS, TYPES, open_tensors, weight_f
 
 
 class KeepsStoredTypes(PreTrainedModel):
-    """The base class of our models that refuses weights stored in a type that is not their parameter's."""
+    """The base class of our models, which refuses to load quantised numbers as if they were weights.
+
+    Integers, or floats of 8 or 4 bits, are refused for a parameter in floating point, because torch would convert them
+    without their scales; `from_pretrained` also refuses the reverse. Both it and `load_state_dict` raise a ValueError
+    that names the tensor. fp32, fp16 and bf16 are converted into each other.
+    """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -53,10 +58,10 @@ class KeepsStoredTypes(PreTrainedModel):
 
 
 def check_types(model: nn.Module, stored: Mapping[str, str]) -> None:
-    """Raise ValueError if a tensor is stored as integers and its parameter is in floating point, or the reverse.
+    """Raise ValueError if a tensor's stored type is not its parameter's, and one of them is that of quantised numbers.
 
-    model: the model whose parameters are compared. stored: types such as "F32" or "float32" by tensor name, with or
-    without "model." before the name.
+    Those are integers and floats of 8 or 4 bits. model: the model whose parameters are compared. stored: types such as
+    "F32" or "float32" by tensor name, with or without "model." before the name.
     """
     for name, parameter in model.named_parameters():
         kind = next((stored[n] for n in (name, f"model.{name}", name.removeprefix("model.")) if n in stored), None)

@@ -129,10 +129,10 @@ class LiveModel:
     def attention(self, ids: Sequence[int], budget: float | None) -> list[list[float | None] | None]:
         """Return for each block the attention weights of the last of `ids` to all of them, averaged over heads.
 
-        An entry is None for a block whose attention the last token skips. Weights have 5 significant digits. ids: token
-        ids of one text. budget: share of the dense FLOPs that the model is set to during the pass; None means the model
-        as it was trained. Raises ValueError for ids outside the vocabulary, for none or more than the context holds,
-        and for a budget that the model cannot meet.
+        An entry is None for a block whose attention the last token skips. Weights have 5 significant digits; a single
+        weight is None only if it is not finite. ids: token ids of one text. budget: share of the dense FLOPs that the
+        model is set to during the pass; None means the model as it was trained. Raises ValueError for ids outside the
+        vocabulary, for none or more than the context holds, and for a budget that the model cannot meet.
         """
         if not ids or len(ids) > self.context or not all(0 <= i < self.model.config.vocab_size for i in ids):
             raise ValueError(f"tokens must be from 1 to {self.context:,} ids of the vocabulary, got {len(ids):,}")
@@ -163,11 +163,11 @@ class LiveModel:
         the prompt in the first pass and one in later ones (compute: the share of the blocks' computation done for it;
         entropy and loss of its prediction, in nats; lists score, weight and kept with one value for each decision, in
         the order of `slots` of `describe`; and, in models that mix activation functions, mix: the token's own logits
-        for these, by block); `first`, the index of the first token read; `token`, the new one; `seconds`; `flops` and
-        `dense_flops`, the sums so far of the model and of a dense one of the same shape. With a draft, a pass checks
-        several tokens: `guesses` is how many, `guessed` whether the new token was one of them, and `rejected` lists the
-        guesses dropped because of it. The FLOPs of such a pass are added at its first token; the draft's own
-        computation counts in the seconds, but not in the FLOPs.
+        for these, by block; a number is None if it is not known or not finite); `first`, the index of the first token
+        read; `token`, the new one; `seconds`; `flops` and `dense_flops`, the sums so far of the model and of a dense
+        one of the same shape. With a draft, a pass checks several tokens: `guesses` is how many, `guessed` whether the
+        new token was one of them, and `rejected` lists the guesses dropped because of it. The FLOPs of such a pass are
+        added at its first token; the draft's own computation counts in the seconds, but not in the FLOPs.
         """
         input_ids = torch.tensor([list(ids)], device=self.model.device)
         table = None if budget is None else self.table

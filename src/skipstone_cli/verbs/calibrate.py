@@ -23,8 +23,8 @@ def calibrate(
     kl: Annotated[
         float | None,
         typer.Option(
-            help="Write instead the setting that reads the fewest bytes with KL(source || model) up to this, in nats "
-            "a token."
+            help="Choose instead what reads the fewest bytes with KL(source || model) up to this, in nats a token: a "
+            "budget, which is printed, and the number of head candidates, which is written to config.json."
         ),
     ] = None,
     source: Annotated[

@@ -137,7 +137,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class SameLoss:
-    """A comparison of an arm (compared recipe) with the base arm's best model at equal training FLOPs.
+    """A comparison of an arm (compared recipe) with the base arm's best model at equal training FLOPs or times.
 
     arm: its name. parameters: number of parameters of the smallest size on the arm's fitted curve that reaches the
     base's best loss. share: forward FLOPs per token at that size, divided by those of the base's best model. at_most:
@@ -200,10 +200,11 @@ def noise(collected: GridRecords) -> Noise | None:
 
 
 def same_loss(curves: Mapping[str, Curve], name: str, spread: Noise | None) -> list[SameLoss]:
-    """Compare every arm (compared recipe) but the base with the base arm, at one budget of training FLOPs or one time.
+    """Compare each arm's best loss with the base arm's, and its size at the base's best loss with the base's size.
 
-    curves: loss over model size, by arm. name: the name of the base arm. spread: the noise of one run's loss; None
-    means no intervals. The result is empty without a curve of the base.
+    An arm is a compared recipe; the result has a `SameLoss` for each but the base. curves: loss over model size, by
+    arm, all at one budget of training FLOPs or all after one training time. name: the name of the base arm. spread: the
+    noise of one run's loss; None means no intervals. The result is empty without a curve of the base.
     """
     base = curves.get(name)
     if base is None:

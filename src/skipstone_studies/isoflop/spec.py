@@ -86,13 +86,13 @@ class GridSpec:
     """The specification of an isoFLOP grid: arms and sizes that are trained with equal training FLOPs.
 
     name: the name of the study and of its folder. recipe: the base, as `skipstone train` reads it, with its vocabulary
-    size. budgets: training FLOPs of a run. sizes: model sizes, WIDTH or WIDTHxBLOCKS; heads keep their size. rates:
-    learning rates that every arm tries at the smallest budget and middle size. arms: names of the arms to run. changes:
-    {arm: changes of the recipe's section `model`} for every arm that could run; None means the default arms (dense, the
-    recipe's own mechanisms, random). rate_rule: whether the best rate is used for all sizes (constant), or scaled with
-    1 / width (inverse_width). seed: the first seed, with which every cell of the grid is run. optimum_seeds: number of
-    seeds at the size nearest to each optimum, the first one included. allow_repeats: whether runs may read the corpus
-    more than once.
+    size. budgets: training FLOPs of a run. sizes: model sizes, WIDTH or WIDTHxBLOCKS; attention heads keep their size.
+    rates: learning rates that every arm tries at the smallest budget and middle size. arms: names of the arms to run.
+    changes: {arm: changes of the recipe's section `model`} for every arm that could run; None means the default arms
+    (dense, the recipe's own mechanisms, random). rate_rule: whether the best rate is used for all sizes (constant), or
+    scaled with 1 / width (inverse_width). seed: the first seed, with which every cell of the grid is run.
+    optimum_seeds: number of seeds at the size nearest to each optimum, the first one included. allow_repeats: whether
+    runs may read the corpus more than once.
     """
 
     name: str

@@ -1,9 +1,10 @@
-"""Copy and sort, the synthetic tasks of the Token-Selective Attention paper (arXiv 2605.05222): accuracies.
+"""The study of copy and sort, the synthetic tasks of the Token-Selective Attention paper (arXiv 2605.05222).
 
-They are measured in soft passes, which only scale updates, and in executed ones, which skip. The paper does not state
-n, the number of symbols of a row; its released code uses 20 symbols, hence 42 tokens in 64 positions, and 390 steps
-where the text says 10,000. Rows are drawn anew at every step; the paper has 10,000, read ten times. `accuracy` is the
-share of correct tokens in the answer.
+Accuracies are measured in soft passes, which only scale updates, and in executed ones, which skip; `accuracy` is the
+share of correct tokens in the answer. At scale "paper", we follow the paper's released code where the text says nothing
+or something else: a row has 20 symbols (not stated in the text), hence 42 tokens with separator, answer and end, of the
+64 that the model could take, and the training 390 steps (10,000 in the text). Unlike the paper, which has 10,000 rows
+and reads them ten times, we draw rows anew at every step.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def at_equal_flops(figures: Mapping[str, Figures]) -> dict[str, Figures]:
     seed, by arm. The keys of an arm are `over_dense`, `over_random` and `over_exit` for the whole text, and the same
     with "_by_block" appended for lists over blocks of the text. Rivals are interpolated linearly between dense models
     of several depths, between shares of random tokens (and the dense model, which keeps all), and between thresholds of
-    early exit. An arm with more FLOPs than the largest rival is compared with that one; an arm with fewer than all
-    rivals is not compared, nor is one with rivals of its own kind.
+    early exit. An arm with more FLOPs than the largest rival is compared with that one; if it has fewer than all rivals
+    of a kind, the key of that kind is absent. So is the key of an arm's own kind, and `over_random` of dense models.
     """
     points = {arm: point for arm, found in figures.items() if (point := _point(found)) is not None}
     dense = [point for arm, point in points.items() if arm.startswith("dense")]

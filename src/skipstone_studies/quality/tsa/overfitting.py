@@ -35,10 +35,10 @@ SEED = 0
 def measured(folder: Path) -> PlainDict:
     """Return the course of a run's losses in nats per token; {} for a run that did not keep its best step.
 
-    folder: the run folder. Keys: `curve`, [step, loss with the decisions of training, loss with decisions as in
-    generation or None] at each validation; `random_batches`, the last step's loss on windows at random places, as arXiv
-    2605.05222 measures it; `test`, the last step's losses on the test split; `best`, the `step` of the lowest
-    validation loss, and its losses on the splits `validation` and `test`. Losses on a split are `soft`, with the
+    folder: the run folder. Keys: `curve`, [step, loss with the decisions of training, loss with those of generation
+    (None if it was not measured)] at each validation; `random_batches`, the last step's loss on windows at random
+    places, as arXiv 2605.05222 measures it; `test`, the last step's losses on the test split; `best`, the `step` of the
+    lowest validation loss, and its losses on the splits `validation` and `test`. Losses on a split are `soft`, with the
     decisions of training, `executed`, in the pass that really skips, and the counted `flops` per token of that pass.
     """
     run = Run(folder)
