@@ -18,11 +18,10 @@ from skipstone.model.quantise import quantise
 from skipstone.runs import Run
 from skipstone_studies import protocol
 from skipstone_studies.measure import executed_training
-from skipstone_studies.protocol import capacities
 from skipstone_studies.speed.interleaved import spread
 from skipstone_studies.speed.rivals.engines import now
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
-from skipstone_studies.text_loss import by_block, mean_loss, rows, spaced
+from skipstone_studies.text_loss import by_block, capacities, mean_loss, rows, spaced
 
 NAME = "segment-boundary-10m"
 RECIPE: RecipeDict = {
@@ -106,7 +105,7 @@ def measured(folder: Path) -> Figures:
         "test_bytes": test.validation_bytes,
         "forward_flops": flops.counted,
         "forward_share": flops.share,
-        "capacity": capacities(found[0].summaries.layers()),
+        "capacity": capacities(found),
         "formats": formats,
         "samples": {prompt: sample(run, model, prompt, SAMPLED[scale]) for prompt in SAMPLES},
     }
