@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 CODE_OF_CONDUCT = "CODE_OF_CONDUCT.md"
-FOLDERS = ("results", "recipes", "examples", "src", "tests/laws")
+FOLDERS = ("results", "recipes", "examples", "models", "src", "tests/laws")
 SHOWN = {".md", ".svg", ".html", ".yaml", ".png", ".py"}
 LINK = re.compile(r"(?P<before>\]\(|(?:src|href)=\")(?P<target>[^)\s\"#]+)(?P<rest>#[^)\s\"]*)?(?P<after>[)\"])")
 
