@@ -84,3 +84,14 @@ def test_the_page_ranks_word_starts_and_tells_what_segments_do() -> None:
     assert "dense-8-same-text, seed 0: blocks 1 to 2 together" in page
     assert "| boundary, seed 0 | 12.5% | 100% | 1.5000 | 1.6000 | 1.5500 | 1.5000 | +0.0500 | +0.1100 |" in page
     assert headroom_short.segments({}) == ""
+
+
+def test_depths_are_compared_on_the_seeds_that_they_share() -> None:
+    def runs(losses: dict[int, float]) -> dict[int, dict[str, float]]:
+        return {seed: {"validation_loss": loss} for seed, loss in losses.items()}
+
+    # dense-5 has the lower mean, because it has only the seeds on which all models are better
+    figures = {"dense-4": runs({0: 1.50, 1: 1.52, 2: 1.55, 3: 1.54}), "dense-5": runs({0: 1.51, 1: 1.53})}
+    assert decisive_short.best_dense(figures) == "dense-4"
+    assert decisive_short.best_dense({**figures, "dense-3": runs({0: 1.49})}) == "dense-3"
+    assert decisive_short.best_dense({"boundary": runs({0: 1.0})}) is None

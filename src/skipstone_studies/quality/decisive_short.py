@@ -6,12 +6,13 @@ dense model for these FLOPs. Here the reference is the best of several depths, c
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 from skipstone_studies import protocol_page as pages
-from skipstone_studies.claims import ByArm, Claim, mean
+from skipstone_studies.claims import ByArm, Claim, paired_differences
 from skipstone_studies.quality import decisive, depth
 from skipstone_studies.study import RecipeDict
 
@@ -38,13 +39,18 @@ def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDi
 
 
 def best_dense(figures: ByArm) -> str | None:
-    """Return the dense model of 3 to 5 blocks with the lowest mean validation loss; None if none has run.
+    """Return the dense model of 3 to 5 blocks with the lowest validation loss; None if none has run.
 
-    figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
+    The others are compared, as means over the seeds that both have, with the one that has most seeds, because seeds
+    differ by more than depths do. figures: the figures of every run, {arm (compared recipe): {seed: nested dict}}.
     """
-    losses = {name: mean(figures, name, "validation_loss") for name in _dense(figures)}
-    found = {name: loss for name, loss in losses.items() if loss is not None}
-    return min(found, key=found.__getitem__) if found else None
+    names = _dense(figures)
+    if not names:
+        return None
+    most = max(names, key=lambda name: len(figures[name]))
+    gaps = {name: paired_differences(figures, name, most, "validation_loss") for name in names}
+    found = {name: statistics.fmean(each) for name, each in gaps.items() if each}
+    return min(found, key=found.__getitem__)
 
 
 def claims(figures: ByArm) -> Iterator[Claim]:

@@ -1,0 +1,1 @@
+from skipstone import SkipstoneConfig, SkipstoneForCausalLM, SkipstoneForSequenceClassification, SkipstoneModel  # noqa: F401
