@@ -171,7 +171,7 @@ def details(figures: Mapping[str, Mapping[int, Figures]]) -> str:
             "MB",
             "loss, nats a byte",
             "bytes/s",
-            "speed of the dense model's: median (range)",
+            "times the dense model's speed: median (range)",
         ],
         rows=[
             [
