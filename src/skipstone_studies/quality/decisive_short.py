@@ -79,7 +79,7 @@ def details(figures: ByArm) -> str:
         f"The best dense model by validation loss is {best}.",
         pages.headroom_text(room, SAME_TEXT, [best]),
         pages.length(figures, FIXED),
-        *(pages.differences(figures, name, room is None or not room.there) for name in (best, decisive.CHANCE)),
+        *(pages.differences(figures, name, room is None or not room.there) for name in (best, FIXED, decisive.CHANCE)),
         pages.NOTE,
         pages.rates(figures),
     ]
