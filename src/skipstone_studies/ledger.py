@@ -1,5 +1,7 @@
-"""The ledger: costs and claims of all studies, as two tables for the README of the results and a page that draws them.
+"""The ledger: what all studies cost and what they found, as two tables for the results' README and a page of charts.
 
+A claim is a sentence that a study sets out to test, such as "the loss is below the dense model's"; the second table
+lists each with its verdict (yes, no, not told apart) and the seeds and sizes that it rests on.
 A record is the stored result of one run of a study. Its FLOPs are the executed training FLOPs that it states (as
 studies at equal FLOPs do), else three times the executed forward FLOPs per token (one forward and two for backward)
 times the number of tokens. Models whose gates only scale updates in training compute everything there, so their

@@ -32,9 +32,9 @@ STEP = 32  # inputs that the kernel multiplies at a time
 def format_of(weights: list[Tensor]) -> torch.dtype:
     """Return the 16-bit dtype, torch.bfloat16 or torch.float16, in which weights lose least.
 
-    It is bf16 if that holds every number exactly, else fp16, whose rounding is finer, unless numbers are too large for
-    fp16 or so small that it rounds them more coarsely than bf16. weights: floating-point tensors; the relative errors
-    of all tensors are added, whatever their sizes. Raises ValueError for weights that are not finite.
+    It is bf16 if that holds every number exactly, else fp16 if that does. Otherwise it is the one with the smaller sum
+    of relative errors, one for each tensor: mostly fp16, whose rounding is finer, but bf16 where many numbers are too
+    large or too small for fp16. weights: floating-point tensors. Raises ValueError for weights that are not finite.
     """
     if not all(bool(weight.isfinite().all()) for weight in weights):
         raise ValueError("weights that are not finite cannot be stored in 16 bits")

@@ -274,10 +274,10 @@ def scores(heads: int, count: int, width: int, keys: Array, places: Array) -> No
 def add_values(heads: int, count: int, width: int, values: Array, places: Array) -> None:
     """Add one to four values, times weights, to the outputs of one to four heads; compiled by numba.
 
-    heads: the number of outputs. count: the number of values. width: the head size. values: the address of the first
-    value, the bytes from one to the next, and the bytes of a number, SINGLE or HALF. places: the address of the first
-    fp32 output, behind which the others lie; that of its fp32 weights, one for each value; and the bytes from there to
-    those of the next output.
+    heads: the number of heads, each with one output. count: the number of values. width: the head size, the numbers of
+    a value. values: the address of the first value, the bytes from one value to the next, and the bytes of a number:
+    SINGLE (fp32) or HALF (fp16). places: the address of the outputs, fp32 [heads, width] without gaps; the address of
+    the weights, fp32, one for each head and value; and the bytes from one head's weights to the next head's.
     """
     (value_at, step, size), (out_at, weight_at, row) = values, places
     each, steps = SINGLE * width, width // STEP if count == KEYS else 0

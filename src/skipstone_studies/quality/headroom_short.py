@@ -75,7 +75,8 @@ def measured(folder: Path) -> Figures:
 def word_starts(rows: Sequence[Row]) -> Tensor:
     """Return which tokens of rows of bytes decision "boundary" keeps, bool [N], N counting the tokens of all rows.
 
-    These are the first byte of a row and each first byte after a word. rows: dicts of tensors [T] by name, of which
+    These are the first byte of a row, and each byte that ends a word (the space or sign directly behind its last
+    letter), at which the first letter of the next word is predicted. rows: dicts of tensors [T] by name, of which
     `input_ids` is read.
     """
     return starts(torch.stack([row["input_ids"] for row in rows])).flatten()
