@@ -14,7 +14,7 @@ from skipstone.adapt.export import export_dense
 from skipstone.adapt.export_quantised import export_quantised
 from skipstone.measure.flops import count_flops
 from skipstone.model.pretrained import load_model
-from skipstone.model.quantise import dequantise, quantise, with_whole_groups
+from skipstone.model.quantise import dequantise, quantise, stored_exactly, with_whole_groups
 from skipstone.nn.block_table import sizes_of
 from skipstone.nn.int8 import Int8Linear
 from skipstone.nn.stored_weights import StoredLinear
@@ -333,3 +333,14 @@ def test_neurons_are_filled_up_with_zeros_to_whole_groups(options: dict[str, Any
 def test_whole_groups_and_neurons_with_parameters_stay(options: dict[str, Any]) -> None:
     given = model(**options)
     assert with_whole_groups(given) is given
+
+
+def test_values_that_are_kept_are_told_beside_added_neurons() -> None:
+    given = model(hidden_size=64, intermediate_size=600)
+    exact = dequantise(quantise(given))  # every weight lies on a grid of int8, in groups of 64
+    with torch.no_grad():
+        narrow = model(hidden_size=64, intermediate_size=600)
+        whole = exact.state_dict()
+        narrow.load_state_dict({n: whole[n][tuple(map(slice, x.shape))] for n, x in narrow.state_dict().items()})
+    assert stored_exactly(narrow, quantise(narrow))
+    assert not stored_exactly(given, quantise(given))

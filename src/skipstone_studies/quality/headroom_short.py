@@ -6,7 +6,7 @@ how much its segment (the blocks that bytes may skip) lowers the loss, at the by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from skipstone.core.strict import PlainDict
+from skipstone.core.tokens import IDS, IDS_BEFORE, Tokens
 from skipstone.data.prepare import PreparedData
 from skipstone.data.rows import IGNORE, Row
 from skipstone.evaluate.tables import Section, markdown
 from skipstone.measure.losses import token_nats
 from skipstone.measure.passes import inputs_of, targets
-from skipstone.mechanisms.decisions.boundary import byte_boundaries
+from skipstone.mechanisms.decisions.boundary import EXPECTED_SHARE, Boundary
 from skipstone.model.causal_lm import SkipstoneForCausalLM
 from skipstone.runs import Run
 from skipstone_studies import benefit_page, protocol
 from skipstone_studies import protocol_page as pages
+from skipstone_studies.claims import ByArm
 from skipstone_studies.quality import decisive_short
 from skipstone_studies.quality.decisive_short import SAME_TEXT
 from skipstone_studies.quality.headroom import HEADROOM, ORACLE, on_rows
@@ -42,7 +44,6 @@ DECISIONS = {
     "chance": "as many bytes, at random",
     "words": "word starts",
 }
-ByArm = Mapping[str, Mapping[int, Figures]]
 
 
 def arms(scale: str, corpus: str = "distinct:python-code") -> dict[str, RecipeDict]:
@@ -84,13 +85,11 @@ def word_starts(rows: Sequence[Row]) -> Tensor:
 
 def starts(id_BT: Tensor) -> Tensor:
     """Return which bytes decision "boundary" keeps, bool [B, T]. id_BT: bytes, int64; each row begins a document."""
-    table_V = torch.zeros(protocol.VOCABULARY, dtype=torch.bool)
-    table_V[byte_boundaries()] = True
-    ends_BT = table_V[id_BT]
-    before_BT = torch.cat((torch.zeros_like(ends_BT[:, :1]), ends_BT[:, :-1]), 1)
-    kept_BT = ends_BT & ~before_BT
-    kept_BT[:, 0] = True
-    return kept_BT
+    at_BT = torch.arange(id_BT.shape[1]).expand_as(id_BT)
+    before_BT = torch.where(at_BT == 0, -1, id_BT.roll(1, 1))
+    tokens = Tokens(slot_BT=at_BT, position_BT=at_BT, state={IDS: id_BT, IDS_BEFORE: before_BT})
+    score_BT = torch.zeros_like(id_BT, dtype=torch.float32)  # which the decision does not read
+    return Boundary(EXPECTED_SHARE, 1).causal(score_BT, score_BT, tokens)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from skipstone.evaluate.tables import Section, markdown
 from skipstone.generate import generate
 from skipstone.measure.flops import flop_check
 from skipstone.measure.passes import PASSES
-from skipstone.measure.speed import Lap, take_turns
+from skipstone.measure.speed import Lap
 from skipstone.model.quantise import quantise
 from skipstone.runs import Run
 from skipstone_studies import protocol
 from skipstone_studies.measure import executed_training
-from skipstone_studies.speed.interleaved import spread
+from skipstone_studies.speed.interleaved import ratio, seconds
 from skipstone_studies.speed.rivals.engines import now
 from skipstone_studies.study import Column, Figures, RecipeDict, Study
 from skipstone_studies.text_loss import by_block, capacities, mean_loss, rows, spaced
@@ -135,12 +136,9 @@ def speed(model: SkipstoneForCausalLM, other: SkipstoneForCausalLM, ids_BT: torc
                 each(ids_BT[:, i : i + 1], past_key_values=cache).logits.argmax(-1)
             return Lap(tokens=new, seconds=now() - start, joules=None)
 
-    rates = take_turns({"model": lambda: lap(model), "other": lambda: lap(other)}, rounds)
-    pairs = zip(rates["other"].laps, rates["model"].laps, strict=True)
-    return {
-        "tokens_per_second": rates["model"].tokens_per_second,
-        "speed": spread([theirs.seconds / ours.seconds for theirs, ours in pairs]),
-    }
+    taken = seconds({"model": lambda: lap(model), "other": lambda: lap(other)}, rounds)
+    rate = new / statistics.median(taken["model"])
+    return {"tokens_per_second": rate, "speed": ratio(taken["other"], taken["model"])}
 
 
 def sample(run: Run, model: SkipstoneForCausalLM, prompt: str, length: int) -> str:
